@@ -1,0 +1,425 @@
+"""CFGRL, reinforcement learning by guidance, as an SB3 algorithm."""
+
+import math
+from collections import deque
+from time import perf_counter
+from typing import Any, ClassVar, TypeVar, get_args
+
+import numpy as np
+import torch
+from cfgrl_gym.algorithms.collector import Collector, Episode
+from cfgrl_gym.algorithms.flow import NULL, POSITIVE
+from cfgrl_gym.algorithms.groups import (
+    GroupPlan,
+    Selection,
+    draw_plan,
+    seed_sequence,
+    select_groups,
+)
+from cfgrl_gym.algorithms.labels import LabelSource, Negatives, drop_condition, label_group
+from cfgrl_gym.algorithms.mlp_policy import MlpPolicy
+from cfgrl_gym.algorithms.policies import FlowPolicy
+from cfgrl_gym.algorithms.vec_env import as_vec_env, init_states
+from cfgrl_gym.algorithms.windows import (
+    Window,
+    WindowBatch,
+    batch_windows,
+    check_stride,
+    cut_windows,
+)
+from numpy.typing import NDArray
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
+from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
+from stable_baselines3.common.vec_env import VecEnv
+from torch import nn
+
+SelfCFGRL = TypeVar("SelfCFGRL", bound="CFGRL")
+
+# Purposes of random numbers: keys of `seed_sequence` after the seed.
+PLAN, NOISE, UPDATE = range(3)
+
+
+class CFGRL(OnPolicyAlgorithm):
+    """Classifier-free guidance reinforcement learning (Frans et al. 2025, arXiv 2505.23458).
+
+    Groups of K episodes from one start give leave-one-out advantages; the advantage of each
+    action window says whether it is optimal (o = 1) or not (∅); the policy learns both by plain
+    flow matching with condition dropout. Guidance by `policy.cfg_scale` is the policy
+    improvement: it needs no value function, no ratio and no weights.
+
+    :param policy: "MlpPolicy", "Pi0Policy" or a subclass of `FlowPolicy`
+    :param env: the environment (if registered in Gymnasium, can be str; None for loading)
+    :param learning_rate: a number, or a function of the progress remaining (from 1 to 0)
+    :param rloo_batch_size: K, episodes of a group, all from the same start
+    :param groups_per_iteration: groups asked for before each update
+    :param enable_dynamic_sampling: discard a group whose K returns are all equal, try another
+    :param early_stop_percentage: with dynamic sampling, the share of `groups_per_iteration` that
+        suffices (rounded up)
+    :param max_groups_tried: with dynamic sampling, give up after this many groups.
+        None: three times `groups_per_iteration`
+    :param dropout_prob: probability with which a condition becomes ∅, each time it is used
+    :param label_source: "episode_rloo": the episode's advantage; "window_rloo": leave-one-out
+        reward-to-go; "window_return": reward inside the window against the group's mean
+    :param label_threshold: a window whose advantage reaches this is optimal
+    :param negatives: label of the others: "null" is ∅, "zero" is o = 0
+    :param cfg_scale: guidance while collecting. None: the policy's own `cfg_scale`
+    :param n_epochs: passes over the windows in each update
+    :param batch_size: windows of one forward pass
+    :param gradient_accumulation_steps: forward passes of one optimizer step
+    :param max_grad_norm: gradients are clipped to this norm
+    :param window_stride: control steps between windows. None: the chunk. Less than a chunk needs
+        an environment that gives the observations inside it (`observation_stride`)
+    :param stats_window_size: episodes over which the rollout statistics are averaged
+    :param tensorboard_log: log folder of TensorBoard (None: no log)
+    :param policy_kwargs: additional arguments of the policy
+    :param verbose: 0 no output, 1 info messages, 2 debug messages
+    :param seed: of everything random. None: a fresh one
+    :param device: "auto", "cpu", "cuda", ...
+    :param _init_setup_model: whether to build the network at creation
+    :raises ValueError: for parameters, environments or wrappers that CFGRL can't work with
+    """
+
+    policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {"MlpPolicy": MlpPolicy}
+    policy: FlowPolicy  # type: ignore[assignment]
+
+    def __init__(
+        self,
+        policy: str | type[FlowPolicy],
+        env: GymEnv | str | None,
+        learning_rate: float | Schedule = 3e-4,
+        rloo_batch_size: int = 8,
+        groups_per_iteration: int = 4,
+        enable_dynamic_sampling: bool = True,
+        early_stop_percentage: float = 0.8,
+        max_groups_tried: int | None = None,
+        dropout_prob: float = 0.1,
+        label_source: LabelSource = "episode_rloo",
+        label_threshold: float = 0.0,
+        negatives: Negatives = "null",
+        cfg_scale: float | None = None,
+        n_epochs: int = 4,
+        batch_size: int = 64,
+        gradient_accumulation_steps: int = 1,
+        max_grad_norm: float = 1.0,
+        window_stride: int | None = None,
+        stats_window_size: int = 100,
+        tensorboard_log: str | None = None,
+        policy_kwargs: dict[str, Any] | None = None,
+        verbose: int = 0,
+        seed: int | None = None,
+        device: torch.device | str = "auto",
+        _init_setup_model: bool = True,
+    ) -> None:
+        self.rloo_batch_size = rloo_batch_size
+        self.groups_per_iteration = groups_per_iteration
+        self.enable_dynamic_sampling = enable_dynamic_sampling
+        self.early_stop_percentage = early_stop_percentage
+        self.max_groups_tried = max_groups_tried
+        self.dropout_prob = dropout_prob
+        self.label_source = label_source
+        self.label_threshold = label_threshold
+        self.negatives = negatives
+        self.cfg_scale = cfg_scale
+        self.n_epochs = n_epochs
+        self.batch_size = batch_size
+        self.gradient_accumulation_steps = gradient_accumulation_steps
+        self.window_stride = window_stride
+        self._check_parameters()
+        super().__init__(
+            policy=policy,  # type: ignore[arg-type]
+            env=env,  # type: ignore[arg-type]
+            learning_rate=learning_rate,
+            # What a value function, an entropy bonus and exploration noise would need.
+            n_steps=0,
+            gamma=1.0,
+            gae_lambda=1.0,
+            ent_coef=0.0,
+            vf_coef=0.0,
+            use_sde=False,
+            sde_sample_freq=-1,
+            max_grad_norm=max_grad_norm,
+            stats_window_size=stats_window_size,
+            tensorboard_log=tensorboard_log,
+            policy_kwargs=policy_kwargs,
+            verbose=verbose,
+            seed=seed,
+            device=device,
+            _init_setup_model=False,
+        )
+        # All randomness derives from this seed and the iteration; no generator has a state to keep.
+        self._entropy = int(np.random.SeedSequence().generate_state(1)[0]) if seed is None else seed
+        self._iteration = 0
+        self._control_steps = 0
+        self._task_successes: dict[int, deque[bool | None]] = {}
+        self.windows: WindowBatch | None = None
+        if _init_setup_model:
+            self._setup_model()
+
+    def _check_parameters(self) -> None:
+        if self.rloo_batch_size < 2:
+            raise ValueError(
+                f"rloo_batch_size must be at least 2, because each episode is compared with the "
+                f"others of its group; got {self.rloo_batch_size}"
+            )
+        counts = ("groups_per_iteration", "n_epochs", "batch_size", "gradient_accumulation_steps")
+        for name in counts:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
+        if self.max_groups_tried is not None and self.max_groups_tried < self._groups_needed:
+            raise ValueError(
+                f"max_groups_tried={self.max_groups_tried} can't give the {self._groups_needed} "
+                f"valid groups that are asked for"
+            )
+        if not 0 <= self.dropout_prob <= 1:
+            raise ValueError(f"dropout_prob must be in [0, 1]; got {self.dropout_prob}")
+        if not 0 < self.early_stop_percentage <= 1:
+            raise ValueError(
+                f"early_stop_percentage must be in (0, 1]; got {self.early_stop_percentage}"
+            )
+        for name, kind in (("label_source", LabelSource), ("negatives", Negatives)):
+            if getattr(self, name) not in get_args(kind):
+                raise ValueError(
+                    f"{name} must be one of {get_args(kind)}; got {getattr(self, name)!r}"
+                )
+
+    _wrap_env = staticmethod(as_vec_env)
+
+    def _get_policy_from_name(self, policy_name: str) -> type[BasePolicy]:
+        if policy_name == "Pi0Policy":
+            from cfgrl_gym.algorithms import Pi0Policy  # imports transformers
+
+            return Pi0Policy
+        return super()._get_policy_from_name(policy_name)
+
+    def _setup_model(self) -> None:
+        self._setup_lr_schedule()
+        self.set_random_seed(self.seed)
+        self.policy = self.policy_class(  # type: ignore[assignment]
+            self.observation_space, self.action_space, self.lr_schedule, **self.policy_kwargs
+        )
+        self.policy = self.policy.to(self.device)
+        check_stride(self._stride, self.policy.chunk_size)
+
+    def _excluded_save_params(self) -> list[str]:
+        return [*super()._excluded_save_params(), "windows"]
+
+    # What an iteration needs ------------------------------------------------------------------
+
+    @property
+    def _groups_needed(self) -> int:
+        share = self.early_stop_percentage if self.enable_dynamic_sampling else 1.0
+        return math.ceil(round(share * self.groups_per_iteration, 9))
+
+    @property
+    def _stride(self) -> int:
+        return self.policy.chunk_size if self.window_stride is None else self.window_stride
+
+    def _generator(self, *key: int) -> torch.Generator:
+        state = seed_sequence(self._entropy, *key).generate_state(1)
+        return torch.Generator().manual_seed(int(state[0]))
+
+    def _noise(self, group: int, member: int, chunk: int) -> torch.Tensor:
+        """Noise of one chunk, (horizon, action_width): the same wherever and whenever it runs."""
+        generator = self._generator(NOISE, self._iteration, group, member, chunk)
+        return torch.randn(self.policy.horizon, self.policy.action_width, generator=generator)
+
+    def _draw_plan(self, env: VecEnv) -> GroupPlan:
+        """The groups of this iteration: as many as may be tried."""
+        count = self.groups_per_iteration
+        if self.enable_dynamic_sampling:
+            count = self.max_groups_tried or 3 * count
+        rng = np.random.default_rng(seed_sequence(self._entropy, PLAN, self._iteration))
+        return draw_plan(rng, count, self.rloo_batch_size, init_states(env))
+
+    # Collect ----------------------------------------------------------------------------------
+
+    def collect_rollouts(self, env: VecEnv, callback: BaseCallback) -> bool:  # type: ignore[override]
+        """Run groups of episodes until enough are valid, and label their windows.
+
+        :return: False if the callback asked to stop
+        """
+        self.policy.set_training_mode(False)
+        plan = self._draw_plan(env)
+        collector = Collector(env, self.policy, plan, self._noise, self.cfg_scale)
+        callback.on_rollout_start()
+        try:
+            collector.reset()
+            selection = self._select(plan, collector.finished)
+            while not selection.complete:
+                new_obs, rewards, dones, infos = collector.step()
+                self.num_timesteps += env.num_envs
+                callback.update_locals(locals())
+                if not callback.on_step():
+                    return False
+                selection = self._select(plan, collector.finished)
+        finally:
+            collector.close()
+        self._last_obs = new_obs
+        self.windows = self._label(collector.finished, selection.kept)
+        self._record_rollout(collector, selection)
+        callback.update_locals(locals())
+        callback.on_rollout_end()
+        return True
+
+    def _select(self, plan: GroupPlan, finished: list[Episode]) -> Selection:
+        returns: dict[int, list[float]] = {}
+        for episode in finished:
+            returns.setdefault(episode.group, []).append(episode.total_reward)
+        return select_groups(plan, returns, self._groups_needed, self.enable_dynamic_sampling)
+
+    def _label(self, finished: list[Episode], kept: list[int]) -> WindowBatch | None:
+        """The labelled windows of the kept groups, in the order of the plan."""
+        windows: list[Window] = []
+        labels: list[NDArray[np.int64]] = []
+        for group in kept:
+            episodes = sorted((e for e in finished if e.group == group), key=lambda e: e.member)
+            cut = [self._cut(episode) for episode in episodes]
+            labels += label_group(
+                [episode.rewards for episode in episodes],
+                [np.array([window.start for window in ws]) for ws in cut],
+                [bool(episode.success) for episode in episodes],
+                source=self.label_source,
+                horizon=self.policy.horizon,
+                threshold=self.label_threshold,
+                negatives=self.negatives,
+            )
+            windows += [window for ws in cut for window in ws]
+        return batch_windows(windows, np.concatenate(labels)) if windows else None
+
+    def _cut(self, episode: Episode) -> list[Window]:
+        return cut_windows(
+            episode,
+            horizon=self.policy.horizon,
+            chunk_size=self.policy.chunk_size,
+            stride=self._stride,
+            encode=self._encode,
+        )
+
+    @torch.no_grad()
+    def _encode(self, observations: Any, actions: torch.Tensor) -> torch.Tensor:
+        return self.policy.encode_actions(self.policy.encode_observation(observations), actions)
+
+    def _record_rollout(self, collector: Collector, selection: Selection) -> None:
+        assert self.ep_info_buffer is not None
+        assert self.ep_success_buffer is not None
+        for episode in collector.finished:
+            info = {"r": episode.total_reward, "l": len(episode.chunks)}
+            self.ep_info_buffer.append(info)
+            self.ep_success_buffer.append(episode.success)
+            if episode.start.task_id is not None:
+                window = deque[bool | None](maxlen=self._stats_window_size)
+                self._task_successes.setdefault(episode.start.task_id, window)
+                self._task_successes[episode.start.task_id].append(episode.success)
+        for task, successes in self._task_successes.items():
+            self.logger.record(f"rollout/success_rate/task_{task}", np.mean(successes))
+        if self.windows is not None:
+            labels = self.windows.labels
+            self.logger.record("rollout/positive_share", (labels == POSITIVE).float().mean().item())
+            self.logger.record("rollout/null_share", (labels == NULL).float().mean().item())
+        self.logger.record("rollout/groups_kept", len(selection.kept))
+        self.logger.record("rollout/groups_discarded", len(selection.discarded))
+        self._control_steps += collector.control_steps
+        self.logger.record("rollout/control_steps", self._control_steps)
+        seconds = collector.seconds_simulation + collector.seconds_inference
+        self.logger.record("time/control_steps_per_second", collector.control_steps / seconds)
+        self.logger.record("time/seconds_simulation", collector.seconds_simulation)
+        self.logger.record("time/seconds_inference", collector.seconds_inference)
+
+    # Update -----------------------------------------------------------------------------------
+
+    def train(self) -> None:
+        """Flow matching on the labelled windows, with condition dropout."""
+        assert self.windows is not None
+        began = perf_counter()
+        self.policy.set_training_mode(True)
+        self._update_learning_rate(self.policy.optimizer)
+        generator = self._generator(UPDATE, self._iteration)
+        losses, used, grad_norms = [], [], []
+
+        for _ in range(self.n_epochs):
+            order = torch.randperm(len(self.windows), generator=generator)
+            for step in order.split(self.batch_size * self.gradient_accumulation_steps):
+                self.policy.optimizer.zero_grad()
+                for indices in step.split(self.batch_size):
+                    batch = self.windows[indices]
+                    labels = drop_condition(batch.labels, self.dropout_prob, generator)
+                    with self._autocast():
+                        loss = self.policy.flow_matching_loss(
+                            batch.observations,
+                            batch.model_actions,
+                            batch.action_is_pad,
+                            labels,
+                            generator,
+                        )  # (batch,)
+                    # Each sample weighs the same in the step, however the step is split.
+                    (loss.sum() / len(step)).backward()
+                    losses.append(loss.detach().float().cpu())
+                    used.append(torch.stack([batch.labels, labels]))
+                grad_norms.append(
+                    nn.utils.clip_grad_norm_(self.policy.parameters(), self.max_grad_norm).item()
+                )
+                self.policy.optimizer.step()
+                self._n_updates += 1
+
+        probe = self.windows[order[: self.batch_size]]
+        gap = self.policy.guidance_gap(probe.observations, probe.model_actions, generator)
+        loss, (before, after) = torch.cat(losses), torch.cat(used, dim=1)
+        self.logger.record("train/loss", loss.mean().item())
+        for name, label in (("positive", POSITIVE), ("null", NULL)):
+            if (after == label).any():
+                self.logger.record(f"train/loss_{name}", loss[after == label].mean().item())
+        if (before != NULL).any():
+            dropped = (after == NULL)[before != NULL]
+            self.logger.record("train/dropout_rate", dropped.float().mean().item())
+        self.logger.record("train/grad_norm", float(np.mean(grad_norms)))
+        self.logger.record("train/guidance_gap", gap.mean().item())
+        self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
+        self.logger.record("time/seconds_update", perf_counter() - began)
+
+    def _autocast(self) -> torch.autocast:
+        use = self.device.type == "cuda" and torch.cuda.is_bf16_supported()
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=use)
+
+    # Learn ------------------------------------------------------------------------------------
+
+    def learn(
+        self: SelfCFGRL,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        log_interval: int = 1,
+        tb_log_name: str = "CFGRL",
+        reset_num_timesteps: bool = True,
+        progress_bar: bool = False,
+    ) -> SelfCFGRL:
+        """Collect, label and update until `total_timesteps` environment steps were made.
+
+        Steps are counted as in SB3, summed over environments; a chunk of actions is one. Other
+        than in SB3's `OnPolicyAlgorithm`, an iteration's update is logged with its rollout, and
+        the learning rate is that of the iteration's beginning: an iteration has as many steps as
+        its episodes take, so its end may lie beyond `total_timesteps`.
+        """
+        if reset_num_timesteps:
+            self._control_steps = 0
+        total_timesteps, callback = self._setup_learn(
+            total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
+        )
+        callback.on_training_start(locals(), globals())
+        assert self.env is not None
+        iteration = 0
+        while self.num_timesteps < total_timesteps:
+            self._update_current_progress_remaining(self.num_timesteps, total_timesteps)
+            if not self.collect_rollouts(self.env, callback):
+                break
+            if self.windows is None:
+                self.logger.warn("no group had different returns; the update is skipped")
+            else:
+                self.train()
+            self._iteration += 1
+            iteration += 1
+            last = self.num_timesteps >= total_timesteps
+            if log_interval is not None and (last or iteration % log_interval == 0):
+                self.dump_logs(iteration)
+        callback.on_training_end()
+        return self

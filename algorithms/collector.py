@@ -1,0 +1,230 @@
+"""Running a plan's episodes on a `VecEnv`, every environment kept busy."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import torch
+from cfgrl_gym.algorithms.groups import GroupPlan, Start
+from cfgrl_gym.algorithms.policies import FlowPolicy
+from gymnasium import spaces
+from numpy.typing import NDArray
+from stable_baselines3.common.vec_env import VecEnv
+
+Row = NDArray[Any] | dict[str, NDArray[Any]]  # one environment's observation, no batch dimension
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """One `VecEnv` step of one environment: what was seen, sampled and executed."""
+
+    observation: Row
+    model_actions: NDArray[np.float32]  # (horizon, action_width), as sampled
+    actions: NDArray[np.float32]  # (n_steps, action_dim), as executed
+    rewards: NDArray[np.float64]  # (n_steps,)
+    observations: dict[int, Row]  # inside the chunk, by offset, where the environment gives them
+
+
+@dataclass(eq=False)
+class Episode:
+    """One of the K episodes of a group. `success` is None until it has ended."""
+
+    group: int
+    member: int
+    start: Start
+    chunks: list[Chunk] = field(default_factory=list)
+    success: bool | None = None
+
+    @property
+    def rewards(self) -> NDArray[np.float64]:
+        """The reward of every control step, (T,)."""
+        return np.concatenate([chunk.rewards for chunk in self.chunks])
+
+    @property
+    def total_reward(self) -> float:
+        """The episode's return, undiscounted."""
+        return float(self.rewards.sum())
+
+
+def stack(rows: list[Row]) -> NDArray[Any] | dict[str, NDArray[Any]]:
+    """Batch observations of single environments."""
+    first = rows[0]
+    if isinstance(first, dict):
+        return {key: np.stack([row[key] for row in rows]) for key in first}  # type: ignore[call-overload]
+    return np.stack(rows)  # type: ignore[arg-type]
+
+
+def row_of(observation: Any, space: spaces.Space, index: int | None = None) -> Row:
+    """One environment's observation, in the space's dtypes; `index` picks it from a batch."""
+    if isinstance(space, spaces.Dict):
+        return {key: row_of(observation[key], sub, index) for key, sub in space.items()}  # type: ignore[misc]
+    value = observation if index is None else observation[index]
+    return np.asarray(value, dtype=space.dtype)
+
+
+class Collector:
+    """Episodes of a plan, in its order, on whatever environments there are.
+
+    An environment with `queue_episode` is told its next start while it still runs, so that the
+    autoreset of the `VecEnv` begins the planned episode. Any other is reset again, with the
+    seed of the group. Where the plan has nothing left, an environment idles: a `VecEnv` steps all
+    its environments, so it is given a constant action and its results are dropped.
+
+    :param env: its actions must be chunks (chunk, action_dim) or single steps (action_dim,)
+    :param plan: which groups, and how many episodes of each
+    :param noise: (group, member, chunk index) -> (horizon, action_width), so that an episode's
+        randomness doesn't depend on where or when it runs
+    :param cfg_scale: guidance while collecting; None: the policy's own
+    """
+
+    def __init__(
+        self,
+        env: VecEnv,
+        policy: FlowPolicy,
+        plan: GroupPlan,
+        noise: Callable[[int, int, int], torch.Tensor],
+        cfg_scale: float | None = None,
+    ) -> None:
+        self.env = env
+        self.policy = policy
+        self.noise = noise
+        self.cfg_scale = cfg_scale
+        assert isinstance(env.action_space, spaces.Box)
+        self.action_space = env.action_space
+        self.observation_space = env.observation_space
+        self.takes_queue = env.has_attr("queue_episode")
+        self.pending = [
+            Episode(group.index, member, group.start)
+            for group in plan.groups
+            for member in range(plan.group_size)
+        ]
+        self.running: list[Episode | None] = [None] * env.num_envs
+        self.queued: list[Start | None] = [None] * env.num_envs
+        self.rows: list[Row | None] = [None] * env.num_envs
+        self.actions = np.empty(0)
+        self.model_actions: dict[int, NDArray[np.float32]] = {}
+        self.finished: list[Episode] = []
+        self.control_steps = 0
+        self.seconds_simulation = 0.0
+        self.seconds_inference = 0.0
+
+    def reset(self) -> None:
+        """Begin the plan's first episodes, one in each environment."""
+        began = perf_counter()
+        first = self.pending[: self.env.num_envs]
+        if self.takes_queue:
+            self.env.env_method("clear_queue")
+            # Not env_method("reset"): this way the environments reset in parallel.
+            options = [episode.start.reset_arguments()["options"] for episode in first]
+            self.env.set_options(options + [{}] * (self.env.num_envs - len(first)))
+            self.queued[: len(first)] = [episode.start for episode in first]
+        observations = self.env.reset()
+        for i in range(self.env.num_envs):
+            self._begin_episode(i, row_of(observations, self.observation_space, i))
+        self.seconds_simulation += perf_counter() - began
+
+    def act(self) -> NDArray[Any]:
+        """Sample the next action of every environment, (num_envs, *action_space.shape)."""
+        self._queue_ahead()
+        began = perf_counter()
+        space = self.action_space
+        idle = np.clip(np.zeros(space.shape, space.dtype), space.low, space.high)
+        self.actions = np.stack([idle] * self.env.num_envs)
+        busy = [i for i, episode in enumerate(self.running) if episode is not None]
+        if busy:
+            episodes = [episode for episode in self.running if episode is not None]
+            noise = torch.stack([self.noise(e.group, e.member, len(e.chunks)) for e in episodes])
+            observations = stack([self.rows[i] for i in busy])  # type: ignore[misc]
+            model_actions, chunks = self.policy.act(
+                observations, noise=noise, cfg_scale=self.cfg_scale
+            )
+            self.model_actions = dict(zip(busy, model_actions.float().cpu().numpy(), strict=True))
+            self.actions[busy] = chunks.float().cpu().numpy().reshape(len(busy), *space.shape)
+        self.seconds_inference += perf_counter() - began
+        return self.actions
+
+    def step(self) -> tuple[Any, NDArray[np.float32], NDArray[np.bool_], list[dict[str, Any]]]:
+        """Act in every environment, keep the results, begin the next episodes.
+
+        :return: what `VecEnv.step` returned
+        """
+        actions = self.act()
+        began = perf_counter()
+        observations, rewards, dones, infos = self.env.step(actions)
+        for i, episode in enumerate(self.running):
+            if episode is None:
+                continue
+            chunk = self._chunk(i, float(rewards[i]), infos[i])
+            episode.chunks.append(chunk)
+            self.control_steps += len(chunk.rewards)
+            self.rows[i] = row_of(observations, self.observation_space, i)
+            if dones[i]:
+                success = infos[i].get("is_success")
+                episode.success = bool(episode.total_reward > 0 if success is None else success)
+                self.finished.append(episode)
+                self._begin_episode(i, self.rows[i])
+        self.seconds_simulation += perf_counter() - began
+        return observations, rewards, dones, infos
+
+    def close(self) -> None:
+        """Leave no planned start behind in an environment."""
+        if self.takes_queue:
+            self.env.env_method("clear_queue")
+
+    def _chunk(self, index: int, reward: float, info: dict[str, Any]) -> Chunk:
+        actions = self.actions[index].reshape(self.policy.chunk_size, self.policy.action_dim)
+        rewards = np.array([reward])
+        if len(self.action_space.shape) == 2:
+            missing = [key for key in ("rewards", "n_steps") if key not in info]
+            if missing:
+                raise ValueError(
+                    f"an environment that takes chunks of actions must give 'rewards' and "
+                    f"'n_steps' in info, as cfgrl_gym.wrappers.ActionChunk does; {missing} missing"
+                )
+            rewards = np.asarray(info["rewards"], dtype=np.float64)[: info["n_steps"]]
+        inside = {
+            int(offset): row_of(observation, self.observation_space)
+            for offset, observation in info.get("observations", ())
+        }
+        row = self.rows[index]
+        assert row is not None
+        return Chunk(row, self.model_actions[index], actions[: len(rewards)], rewards, inside)
+
+    def _queue_ahead(self) -> None:
+        """Queue, in every busy environment, the start of the episode that it would take next.
+
+        The plan's next starts go to the environments that have run longest. With fewer episodes
+        left than environments, the last start is queued more than once: who finishes first
+        takes it.
+        """
+        if not self.takes_queue:
+            return
+        busy = [i for i, episode in enumerate(self.running) if episode is not None]
+        busy.sort(key=lambda i: -len(self.running[i].chunks))  # type: ignore[union-attr]
+        for rank, i in enumerate(busy):
+            wanted = self.pending[min(rank, len(self.pending) - 1)].start if self.pending else None
+            if wanted == self.queued[i]:
+                continue
+            if self.queued[i] is not None:
+                self.env.env_method("clear_queue", indices=[i])
+            if wanted is not None:
+                arguments = wanted.reset_arguments()["options"]
+                self.env.env_method("queue_episode", indices=[i], **arguments)
+            self.queued[i] = wanted
+
+    def _begin_episode(self, index: int, row: Row | None) -> None:
+        """Begin a planned episode in an environment that was just reset to its queued start."""
+        started, self.queued[index] = self.queued[index], None
+        episode = None
+        if started is not None:
+            episode = next((e for e in self.pending if e.start == started), None)
+        if episode is None and self.pending:
+            episode = self.pending[0]
+            arguments = episode.start.reset_arguments()
+            ((observation, _),) = self.env.env_method("reset", indices=[index], **arguments)
+            row = row_of(observation, self.observation_space)
+        if episode is not None:
+            self.pending.remove(episode)
+        self.running[index], self.rows[index] = episode, row

@@ -1,0 +1,124 @@
+"""The plan of an iteration: which groups of K episodes run, and from which starts.
+
+A plan is plain data, drawn before the first step and independent of how many environments there
+are or how fast they run. It can be pickled, sliced by groups, and drawn again from its seed.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import numpy as np
+from cfgrl_gym.algorithms.labels import is_uniform
+
+UNBOUNDED = 2**31  # exclusive upper bound of reset seeds
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where an episode starts: a task and initial state, or else a reset seed."""
+
+    task_id: int | None = None
+    init_state_id: int | None = None
+    seed: int | None = None
+
+    def reset_arguments(self) -> dict[str, Any]:
+        """Keyword arguments of `Env.reset` that start here."""
+        if self.seed is not None:
+            return {"seed": self.seed}
+        return {"options": {"task_id": self.task_id, "init_state_id": self.init_state_id}}
+
+
+@dataclass(frozen=True)
+class Group:
+    """K episodes from one start. `index` is unique within the iteration."""
+
+    index: int
+    start: Start
+
+
+@dataclass(frozen=True)
+class GroupPlan:
+    """The groups of one iteration, in the order in which they are tried."""
+
+    groups: tuple[Group, ...]
+    group_size: int
+
+
+def seed_sequence(seed: int, *key: int) -> np.random.SeedSequence:
+    """Entropy for one purpose: equal seed and key give equal numbers, in any order of calls."""
+    return np.random.SeedSequence((seed, *key))
+
+
+def _shuffled_forever(items: Sequence[int], rng: np.random.Generator) -> Iterator[int]:
+    while True:
+        yield from rng.permutation(items).tolist()
+
+
+def _random_seeds(rng: np.random.Generator) -> Iterator[int]:
+    while True:
+        yield int(rng.integers(UNBOUNDED))
+
+
+def draw_plan(
+    rng: np.random.Generator,
+    count: int,
+    group_size: int,
+    init_states: Mapping[int, int | None] | None,
+) -> GroupPlan:
+    """Draw the starts of `count` groups.
+
+    Tasks, and the initial states of each task, are drawn without replacement until all have
+    had their turn.
+
+    :param init_states: number of initial states of each task (None: unbounded, ids are seeds);
+        None for an environment that starts from a reset seed
+    """
+    if init_states is None:
+        starts = [Start(seed=seed) for seed in islice(_random_seeds(rng), count)]
+    else:
+        states = {
+            task: _random_seeds(rng) if n is None else _shuffled_forever(range(n), rng)
+            for task, n in init_states.items()
+        }
+        tasks = _shuffled_forever(list(init_states), rng)
+        starts = [
+            Start(task_id=task, init_state_id=next(states[task]))
+            for task in islice(tasks, count)
+        ]
+    groups = tuple(Group(index, start) for index, start in enumerate(starts))
+    return GroupPlan(groups, group_size)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Indices of the groups kept and discarded so far, and whether collection may end."""
+
+    kept: list[int]
+    discarded: list[int]
+    complete: bool
+
+
+def select_groups(
+    plan: GroupPlan, returns: Mapping[int, Sequence[float]], needed: int, dynamic_sampling: bool
+) -> Selection:
+    """Keep the first `needed` valid groups, in the order of the plan.
+
+    Going by the plan's order, not by who finished first, makes the outcome independent of the
+    number of environments and of their speed.
+
+    :param returns: for each group index the returns of its finished episodes
+    :param dynamic_sampling: a group whose returns are all equal is discarded
+    """
+    kept: list[int] = []
+    discarded: list[int] = []
+    for group in plan.groups:
+        finished = returns.get(group.index, ())
+        if len(finished) < plan.group_size:
+            return Selection(kept, discarded, complete=False)
+        discard = dynamic_sampling and is_uniform(np.asarray(finished))
+        (discarded if discard else kept).append(group.index)
+        if len(kept) == needed:
+            break
+    return Selection(kept, discarded, complete=True)

@@ -1,0 +1,119 @@
+"""From rewards to optimality labels: RLOO advantages, the three label sources, condition dropout.
+
+All are pure functions. A group is given as lists over its K episodes: `rewards[i]` float (T_i,),
+the reward of each control step, and `starts[i]` int (n_i,), the control steps at which its
+windows start.
+"""
+
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from cfgrl_gym.algorithms.flow import NEGATIVE, NULL, POSITIVE
+from numpy.typing import NDArray
+
+LABEL_SOURCES = ("episode_rloo", "window_rloo", "window_return")
+LabelSource = Literal["episode_rloo", "window_rloo", "window_return"]
+Negatives = Literal["null", "zero"]
+FloatArray = NDArray[np.float64]
+IntArray = NDArray[np.int64]
+
+
+def rloo_advantages(returns: Any) -> Any:
+    """Leave-one-out advantages A_i = R_i - mean of the other K - 1 returns.
+
+    RLOO: Kool et al. 2019; Ahmadian et al. 2024 (arXiv 2402.14740), section 3.3.
+
+    :param returns: (groups, K), an array, a tensor or nested lists
+    :return: (groups, K); a tensor for a tensor, else a float64 array
+    :raises ValueError: for another number of dimensions or K < 2
+    """
+    if not isinstance(returns, torch.Tensor):
+        returns = np.asarray(returns, dtype=np.float64)
+    if returns.ndim != 2 or returns.shape[1] < 2:
+        raise ValueError(
+            "returns must be (groups, K) with K >= 2, because each episode is compared with the "
+            f"others of its group; got shape {tuple(returns.shape)}"
+        )
+    others = returns.sum(-1)[:, None] - returns  # (groups, K)
+    return returns - others / (returns.shape[1] - 1)
+
+
+def window_advantages(
+    rewards: list[FloatArray], starts: list[IntArray], source: LabelSource, horizon: int
+) -> list[FloatArray]:
+    """The advantage of every window of one group, (n_i,) for each episode.
+
+    - episode_rloo: the episode's own RLOO advantage.
+    - window_rloo: reward-to-go from the window's start, minus the mean over the other episodes of
+      their reward-to-go at the same control step; an episode that has ended counts with the value
+      of its last window.
+    - window_return: reward collected in [start, start + horizon), minus the mean over all windows
+      of the group.
+    """
+    if source == "episode_rloo":
+        advantages = rloo_advantages([[r.sum() for r in rewards]])[0]
+        return [np.full(len(s), a) for s, a in zip(starts, advantages, strict=True)]
+    if source == "window_rloo":
+        to_go = [np.cumsum(r[::-1])[::-1] for r in rewards]  # (T_i,)
+
+        def value(episode: int, steps: IntArray) -> FloatArray:
+            running = steps < len(to_go[episode])
+            return to_go[episode][np.where(running, steps, starts[episode][-1])]
+
+        result = []
+        for i, steps in enumerate(starts):
+            # (K, n_i), each column a small group of its own
+            values = np.stack([value(j, steps) for j in range(len(rewards))])
+            result.append(rloo_advantages(values.T)[:, i])
+        return result
+    collected = [
+        np.array([r[s : s + horizon].sum() for s in steps])
+        for r, steps in zip(rewards, starts, strict=True)
+    ]
+    baseline = np.concatenate(collected).mean()
+    return [c - baseline for c in collected]
+
+
+def is_uniform(returns: FloatArray) -> bool:
+    """Whether all K returns of a group are equal, so that it has nothing to teach."""
+    return bool(np.all(returns == returns[0]))
+
+
+def label_group(
+    rewards: list[FloatArray],
+    starts: list[IntArray],
+    successes: list[bool],
+    *,
+    source: LabelSource,
+    horizon: int,
+    threshold: float = 0.0,
+    negatives: Negatives = "null",
+) -> list[IntArray]:
+    """Optimality labels of the windows of one group, int64 (n_i,) for each episode.
+
+    A window is optimal (1) where its advantage reaches the threshold, else ∅ (-1), or 0 with
+    `negatives="zero"`. In a uniform group all advantages are 0 and that rule would call failures
+    optimal: there an all-success group is 1 and an all-failure group ∅.
+    """
+    uniform = is_uniform(np.array([r.sum() for r in rewards]))
+    if uniform and (all(successes) or not any(successes)):
+        label = POSITIVE if all(successes) else NULL
+        return [np.full(len(s), label, dtype=np.int64) for s in starts]
+    otherwise = NULL if negatives == "null" else NEGATIVE
+    return [
+        np.where(advantages >= threshold, POSITIVE, otherwise).astype(np.int64)
+        for advantages in window_advantages(rewards, starts, source, horizon)
+    ]
+
+
+def drop_condition(
+    labels: torch.Tensor, probability: float, generator: torch.Generator
+) -> torch.Tensor:
+    """Labels int64 (batch,) in which each condition became ∅ with this probability.
+
+    Condition dropout of classifier-free guidance. Where there are negatives (0) they are dropped
+    at the same rate, so that ∅ sees all data (CFGRL, arXiv 2505.23458).
+    """
+    dropped = torch.rand(labels.shape, generator=generator) < probability
+    return torch.where(dropped, NULL, labels)

@@ -1,0 +1,100 @@
+"""The optimality condition of PI0: its configuration, its parameters, its three ways in.
+
+∅ (label -1) injects nothing. Rows labelled ∅ get exact zeros in place of an embedding, chosen
+with `torch.where`, so that neither their output nor a gradient touches a condition parameter.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PI0Config
+from transformers import initialization as init
+
+from cfgrl_gym.algorithms.flow import NEGATIVE, NULL, POSITIVE
+
+CONDITION_MODES = ("token", "bias", "concat")
+NUM_LABELS = 2  # o = 0 and o = 1; ∅ has no embedding
+TOKEN_INIT_STD = 0.02  # transformers' default initializer_range
+
+
+def check_condition_mode(mode: str) -> str:
+    """The mode itself, or a ValueError that names the three there are."""
+    if mode not in CONDITION_MODES:
+        raise ValueError(f"condition_mode must be one of {CONDITION_MODES}; got {mode!r}")
+    return mode
+
+
+def as_labels(is_positive: int | bool | Tensor | None, batch: int, device: torch.device) -> Tensor:
+    """What a caller may pass as `is_positive`, as int64 labels (batch,) in {-1, 0, 1}.
+
+    :param is_positive: None (∅), 0, 1, or an integer or bool tensor (batch,) with -1 for ∅
+    """
+    if isinstance(is_positive, Tensor) and is_positive.ndim > 0:
+        if is_positive.shape != (batch,):
+            raise ValueError(
+                f"is_positive has shape {tuple(is_positive.shape)}; expected ({batch},), "
+                "one label for each row of the batch"
+            )
+        if is_positive.is_floating_point():
+            raise ValueError(f"is_positive must hold integers; its dtype is {is_positive.dtype}")
+        return is_positive.to(device, torch.int64)
+    label = NULL if is_positive is None else int(is_positive)
+    if label not in (NULL, NEGATIVE, POSITIVE):
+        raise ValueError(f"is_positive must be None, -1 (both ∅), 0 or 1; got {label}")
+    return torch.full((batch,), label, dtype=torch.int64, device=device)
+
+
+class Pi0CFGRLConfig(PI0Config):
+    """transformers' PI0 configuration and how the condition enters.
+
+    The model type stays "pi0": plain transformers loads what this saves (and ignores the
+    condition), and transformers' conversion of LeRobot's key names applies here too.
+
+    :param condition_mode: "token" (one extra suffix token), "bias" (added to every action
+        token) or "concat" (concatenated into the action-time projection)
+    """
+
+    condition_mode: str = "token"
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        check_condition_mode(self.condition_mode)
+
+
+class OptimalityCondition(nn.Module):
+    """The parameters of the condition: an embedding of o ∈ {0, 1}, and in "concat" mode the
+    input columns that it adds to the action-time projection.
+
+    "bias" starts with a zero embedding and "concat" with zero columns, so both start as an
+    exact no-op. A token can't: attention sees even a zero token.
+    """
+
+    def __init__(self, mode: str, hidden_size: int) -> None:
+        super().__init__()
+        self.mode = check_condition_mode(mode)
+        self.embedding = nn.Parameter(torch.empty(NUM_LABELS, hidden_size))
+        if mode == "concat":
+            self.columns = nn.Parameter(torch.empty(hidden_size, hidden_size))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Initial values; transformers calls this for weights a checkpoint doesn't have."""
+        if self.mode == "bias":
+            init.zeros_(self.embedding)
+        else:
+            init.normal_(self.embedding, mean=0.0, std=TOKEN_INIT_STD)
+        if self.mode == "concat":
+            init.zeros_(self.columns)
+
+    def forward(self, labels: Tensor) -> Tensor:
+        """What to inject for each row, (batch, hidden); exact zeros where the label is ∅.
+
+        "concat" returns columns · embedding: W·[a, t, c] = W_at·[a, t] + columns·c, so this is
+        added to the projection's output instead of widening transformers' weight.
+        """
+        injected = self.embedding[labels.clamp(min=0)]  # (batch, hidden)
+        if self.mode == "concat":
+            injected = injected @ self.columns.T
+        return torch.where((labels == NULL)[:, None], torch.zeros_like(injected), injected)

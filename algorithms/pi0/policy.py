@@ -1,0 +1,287 @@
+"""The PI0 policy: `CFGRL("Pi0Policy", env)`."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from gymnasium import spaces
+from stable_baselines3.common.type_aliases import Schedule
+from torch import Tensor
+
+from cfgrl_gym.algorithms.flow import NULL
+from cfgrl_gym.algorithms.pi0.checkpoint import build, save_checkpoint
+from cfgrl_gym.algorithms.pi0.inputs import (
+    check_spaces,
+    encode_cameras,
+    encode_text,
+    to_tensors,
+)
+from cfgrl_gym.algorithms.pi0.prefix import Prefix, select_rows
+from cfgrl_gym.algorithms.pi0.presets import TinySizes
+from cfgrl_gym.algorithms.policies import FlowPolicy, Inputs, Observation
+from cfgrl_gym.wrappers.norm_stats import Moments, NormStats
+from cfgrl_gym.wrappers.transforms import (
+    ActionsFromModel,
+    ActionsToModel,
+    Normalize,
+    pad_last,
+)
+
+# openpi, training/optimizer.py
+OPENPI_ADAMW = {"betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 1e-10}
+
+
+class Pi0Policy(FlowPolicy):
+    """PI0 with an optimality condition, for LIBERO's observations.
+
+    :param observation_space: Dict of uint8 images (H, W, 3) under PI0's camera names (base_0_rgb;
+        left_wrist_0_rgb and right_wrist_0_rgb where there are any), state float32 (8,) and
+        prompt uint8 (N,)
+    :param action_space: Box (chunk, 7) or (7,)
+    :param lr_schedule: learning rate as a function of the remaining progress
+    :param preset: "tiny" (random weights, byte-level tokenizer, for a CPU) or "pi0" (full size)
+    :param checkpoint: folder that `save_pretrained` wrote or, with preset "pi0", any PI0
+        checkpoint folder or hub name. None: random weights
+    :param norm_stats: a `NormStats` or the path of openpi's norm_stats.json. None: the checkpoint
+        folder's; without a checkpoint, tiny takes mean 0 and standard deviation 1 (states
+        and actions reach the model as they are)
+    :param condition_mode: "token", "bias" or "concat". None: the checkpoint's, else "token"
+    :param cfg_scale: w of guidance; `policy.cfg_scale` may be changed at any time. None: 1.0, or
+        the environment variable PI0_CFG_SCALE
+    :param use_prefix_dropout: the ∅ branch doesn't see the instruction either. The prefix then
+        differs between the branches and is computed once for each
+    :param delta_actions: the model's actions are the environment's minus the state in the first
+        6 dimensions. None: the checkpoint's, else True for "pi0" and False for "tiny"
+    :param trainable: "expert" (the VLM is frozen) or "all". None: "expert" with a checkpoint of
+        preset "pi0", else "all"
+    :param horizon: action steps that the model predicts. None: the checkpoint's, else the
+        action space's chunk
+    :param sizes: sizes of a new tiny model
+    :param seed: of a new model's weights; None draws them from the global generator
+    :param tokenizer: preset "pi0": folder or hub name of the tokenizer. None: the checkpoint's
+        own, else PaliGemma's on the hub
+    :param model_config: configuration of a new model as transformers writes it; overrides
+        `sizes`. What `save` keeps, to rebuild the network before its weights are loaded
+    :param num_inference_steps: Euler steps of the sampler
+    :param guidance: "velocity" guides every denoising step; "action" combines two finished chunks
+    :param optimizer_class: of `policy.optimizer`
+    :param optimizer_kwargs: None: openpi's AdamW settings where the class is AdamW
+
+    >>> policy = Pi0Policy(env.observation_space, env.action_space, lambda _: 1e-3)
+    ... # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        observation_space: spaces.Space,
+        action_space: spaces.Box,
+        lr_schedule: Schedule,
+        *,
+        preset: str = "tiny",
+        checkpoint: str | Path | None = None,
+        norm_stats: NormStats | str | Path | None = None,
+        condition_mode: str | None = None,
+        cfg_scale: float | None = None,
+        use_prefix_dropout: bool | None = None,
+        delta_actions: bool | None = None,
+        trainable: str | None = None,
+        horizon: int | None = None,
+        sizes: TinySizes | None = None,
+        seed: int | None = 0,
+        tokenizer: str | None = None,
+        model_config: dict[str, Any] | None = None,
+        num_inference_steps: int = 10,
+        guidance: str = "velocity",
+        optimizer_class: type[torch.optim.Optimizer] = torch.optim.AdamW,
+        optimizer_kwargs: dict[str, Any] | None = None,
+        normalize_images: bool = True,
+    ) -> None:
+        cameras = check_spaces(observation_space, action_space)
+        shape = action_space.shape
+        built = build(
+            preset=preset,
+            checkpoint=checkpoint,
+            norm_stats=norm_stats,
+            condition_mode=condition_mode,
+            use_prefix_dropout=use_prefix_dropout,
+            delta_actions=delta_actions,
+            trainable=trainable,
+            horizon=horizon,
+            chunk_size=shape[0] if len(shape) == 2 else 1,
+            sizes=sizes,
+            seed=seed,
+            tokenizer=tokenizer,
+            model_config=model_config,
+        )
+        config = built.model.config
+        if optimizer_kwargs is None and optimizer_class is torch.optim.AdamW:
+            optimizer_kwargs = dict(OPENPI_ADAMW)
+        super().__init__(
+            observation_space,
+            action_space,
+            lr_schedule,
+            horizon=config.chunk_size,
+            action_width=config.max_action_dim,
+            cfg_scale=cfg_scale,
+            num_inference_steps=num_inference_steps,
+            guidance=guidance,
+            optimizer_class=optimizer_class,
+            optimizer_kwargs=optimizer_kwargs,
+            normalize_images=normalize_images,
+        )
+        self.config = built.config
+        self.cameras = cameras
+        self.tokenizer = built.tokenizer
+        self.model = built.model
+        vision = config.vlm_config.vision_config
+        self.image_size = vision.image_size
+        self.image_tokens = len(cameras) * (vision.image_size // vision.patch_size) ** 2
+        for part in ("state", "actions"):
+            for name in ("mean", "std"):
+                self.register_buffer(f"{part}_{name}", torch.empty(0))
+        self.set_norm_stats(built.norm_stats)
+        if self.config.trainable == "expert":
+            self.model.model.vlm.requires_grad_(False)
+        trained = [p for p in self.parameters() if p.requires_grad]
+        self.optimizer = optimizer_class(trained, lr=lr_schedule(1), **self.optimizer_kwargs)
+
+    # Normalisation ----------------------------------------------------------------------------
+
+    @property
+    def norm_stats(self) -> NormStats:
+        """The statistics in use (float32; without quantiles, which PI0 doesn't need)."""
+        moments = [
+            Moments(
+                tuple(getattr(self, f"{part}_mean").tolist()),
+                tuple(getattr(self, f"{part}_std").tolist()),
+            )
+            for part in ("state", "actions")
+        ]
+        return NormStats(*moments)
+
+    def set_norm_stats(self, stats: NormStats) -> None:
+        """Use these statistics from now on; they are saved with the weights."""
+        for part, moments in (("state", stats.state), ("actions", stats.actions)):
+            for name in ("mean", "std"):
+                value = torch.tensor(getattr(moments, name), dtype=torch.float32)
+                setattr(self, f"{part}_{name}", value.to(self.device))
+
+    def encode_actions(self, inputs: Inputs, actions: Tensor) -> Tensor:
+        normalize = Normalize(self.actions_mean, self.actions_std)
+        transform = ActionsToModel(normalize, self.action_width, self.config.delta_actions)
+        return transform(actions.to(self.device, torch.float32), inputs["raw_state"])
+
+    def decode_actions(self, inputs: Inputs, model_actions: Tensor) -> Tensor:
+        unnormalize = Normalize(self.actions_mean, self.actions_std).inverse
+        transform = ActionsFromModel(unnormalize, self.action_dim, self.config.delta_actions)
+        return transform(model_actions, inputs["raw_state"])
+
+    # The network ------------------------------------------------------------------------------
+
+    def encode_observation(self, obs: Observation) -> Inputs:
+        """Model inputs of a batched observation (NumPy arrays or tensors).
+
+        :return: input_ids, attention_mask, instruction_mask int64 (batch, tokens); pixel_values
+            float32 (batch, cameras, 3, size, size) in [-1, 1]; pixel_attention_mask bool (batch,
+            cameras); state float32 (batch, max_state_dim), normalised and padded; raw_state
+            float32 (batch, 8)
+        :raises ValueError: a part is missing or has the wrong shape
+        """
+        parts = to_tensors(obs, (*self.cameras, "state", "prompt"), self.device)
+        raw_state = parts["state"].float()
+        state = Normalize(self.state_mean, self.state_std)(raw_state)
+        pixels = encode_cameras(parts, self.cameras, self.image_size)
+        return {
+            **encode_text(
+                parts["prompt"],
+                self.tokenizer,
+                self.model.config.vlm_config.image_token_id,
+                self.image_tokens,
+            ),
+            # A missing camera's slot is dropped, which equals masking it.
+            "pixel_values": pixels,
+            "pixel_attention_mask": torch.ones(
+                pixels.shape[:2], dtype=torch.bool, device=pixels.device
+            ),
+            "state": pad_last(state, self.model.config.max_state_dim),
+            "raw_state": raw_state,
+        }
+
+    def _prefix(self, inputs: Inputs, attention_mask: Tensor) -> Prefix:
+        frozen = self.config.trainable == "expert"
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
+            return self.model.encode_prefix(
+                inputs["input_ids"],
+                inputs["pixel_values"],
+                inputs["pixel_attention_mask"],
+                attention_mask,
+            )
+
+    def encode_prefix(self, inputs: Inputs) -> tuple[Prefix, Prefix]:
+        """The VLM's keys and values for (labelled, ∅) rows; one and the same object unless
+        `use_prefix_dropout` hides the instruction from ∅."""
+        prefix = self._prefix(inputs, inputs["attention_mask"])
+        if not self.config.use_prefix_dropout:
+            return prefix, prefix
+        return prefix, self._prefix(inputs, _without_instruction(inputs))
+
+    def velocity(
+        self, inputs: Inputs, x_t: Tensor, t: Tensor, labels: Tensor, prefix: Any = None
+    ) -> Tensor:
+        is_null = labels == NULL
+        if prefix is None:
+            mask = inputs["attention_mask"]
+            if self.config.use_prefix_dropout:
+                mask = torch.where(is_null[:, None], _without_instruction(inputs), mask)
+            chosen = self._prefix(inputs, mask)
+        else:
+            labelled, null = prefix
+            same = labelled is null or not bool(is_null.any())
+            chosen = labelled if same else select_rows(is_null, null, labelled)
+        output = self.model(
+            state=inputs["state"],
+            noise=x_t,
+            timestep=t,
+            attention_mask=chosen.attention_mask,
+            past_key_values=chosen.fork(),
+            is_positive=labels,
+        )
+        velocity: Tensor = output.logits
+        return velocity
+
+    # Saving -----------------------------------------------------------------------------------
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the model (safetensors), norm_stats.json and the policy's configuration.
+
+        `Pi0Policy(..., checkpoint=folder)` restores it; transformers' own
+        `PI0ForConditionalGeneration.from_pretrained(folder)` loads the unconditional model.
+        """
+        save_checkpoint(Path(folder), self.model, self.norm_stats, self.config)
+
+    def _get_constructor_parameters(self) -> dict[str, Any]:
+        data = super()._get_constructor_parameters()
+        data.update(
+            lr_schedule=self._dummy_schedule,  # as SB3's policies do: schedules may not pickle
+            preset=self.config.preset,
+            norm_stats=self.norm_stats,
+            condition_mode=self.config.condition_mode,
+            cfg_scale=self.cfg_scale,
+            use_prefix_dropout=self.config.use_prefix_dropout,
+            delta_actions=self.config.delta_actions,
+            trainable=self.config.trainable,
+            horizon=self.horizon,
+            tokenizer=self.config.tokenizer,
+            model_config=self.model.config.to_dict(),
+            num_inference_steps=self.num_inference_steps,
+            guidance=self.guidance,
+            optimizer_class=self.optimizer_class,
+            optimizer_kwargs=self.optimizer_kwargs,
+        )
+        return data
+
+
+def _without_instruction(inputs: Inputs) -> Tensor:
+    """The attention mask with the instruction's tokens hidden: what an empty prompt would give."""
+    return inputs["attention_mask"] * (1 - inputs["instruction_mask"])

@@ -1,0 +1,97 @@
+"""Prompts to token ids: `<bos>` + instruction + newline, right-padded.
+
+Two tokenizers with one interface: bytes, for the tiny preset, and PaliGemma's, for the full one.
+"""
+
+import warnings
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+PAD_ID, BOS_ID, FIRST_BYTE_ID = 0, 2, 3  # PaliGemma's pad, eos (1, unused) and bos
+BYTE_IMAGE_TOKEN_ID = FIRST_BYTE_ID + 256
+BYTE_VOCAB_SIZE = BYTE_IMAGE_TOKEN_ID + 1  # 260
+
+PALIGEMMA_PROMPT_TOKENS = 48  # openpi, models/pi0.py: max_token_len
+
+
+class PromptTokenizer(Protocol):
+    """What the policy asks of a tokenizer.
+
+    `max_tokens`: longest prompt, `<bos>` and newline included; `pad_to`: the length every prompt is
+    padded to, or None for the longest of its batch.
+    """
+
+    max_tokens: int
+    pad_to: int | None
+
+    def encode(self, text: str) -> list[int]:
+        """`<bos>` + text + newline as ids, not padded."""
+
+
+class ByteTokenizer:
+    """One token for each UTF-8 byte: 260 ids and nothing to download."""
+
+    max_tokens = 256
+    pad_to = None
+
+    def encode(self, text: str) -> list[int]:
+        return [BOS_ID, *(FIRST_BYTE_ID + byte for byte in f"{text}\n".encode())]
+
+
+class PaliGemmaTokenizer:
+    """PaliGemma's tokenizer, as openpi uses it (`models/tokenizer.py`).
+
+    :param source: a folder that holds the tokenizer, or its name on the hub
+    """
+
+    max_tokens = PALIGEMMA_PROMPT_TOKENS
+    pad_to: int | None = PALIGEMMA_PROMPT_TOKENS
+
+    def __init__(self, source: str) -> None:
+        from transformers import AutoTokenizer
+
+        try:
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(source)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"no tokenizer could be loaded from '{source}' ({error}); pass tokenizer= the "
+                "folder or hub name of PaliGemma's (google/paligemma-3b-pt-224 needs its licence "
+                "accepted on the hub)"
+            ) from error
+
+    def encode(self, text: str) -> list[int]:
+        cleaned = text.strip().replace("_", " ").replace("\n", " ")
+        ids = self._tokenizer.encode(cleaned, add_special_tokens=False)
+        newline = self._tokenizer.encode("\n", add_special_tokens=False)
+        return [self._tokenizer.bos_token_id, *ids, *newline]
+
+
+def tokenize(
+    prompts: list[str], tokenizer: PromptTokenizer, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Prompts to right-padded ids.
+
+    :return: ids int64 (batch, tokens); mask int64, 1 for real tokens; instruction int64, 1 for the
+        tokens between `<bos>` and the newline (what prefix dropout hides)
+    """
+    rows = []
+    for prompt in prompts:
+        row = tokenizer.encode(prompt)
+        if len(row) > tokenizer.max_tokens:
+            warnings.warn(
+                f"prompt of {len(row)} tokens cut to {tokenizer.max_tokens}: {prompt!r}",
+                stacklevel=2,
+            )
+            row = [*row[: tokenizer.max_tokens - 1], row[-1]]
+        rows.append(row)
+    length = tokenizer.pad_to or max(len(row) for row in rows)
+    ids = torch.full((len(rows), length), PAD_ID, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    instruction = torch.zeros_like(ids)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = torch.tensor(row)
+        mask[i, : len(row)] = 1
+        instruction[i, 1 : len(row) - 1] = 1
+    return ids.to(device), mask.to(device), instruction.to(device)

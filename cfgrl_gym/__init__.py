@@ -1,0 +1,29 @@
+"""CFGRL for PI0 on LIBERO: Gymnasium environments and an SB3-style algorithm.
+
+Importing the package registers `Libero-v0` and `LiberoChunked-v0` and stays light:
+torch, transformers and robosuite are imported when first needed.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from gymnasium.envs.registration import register
+
+from cfgrl_gym._version import __version__
+
+if TYPE_CHECKING:
+    from cfgrl_gym.algorithms import CFGRL, MlpPolicy, Pi0Policy
+
+__all__ = ["CFGRL", "MlpPolicy", "Pi0Policy", "__version__"]
+
+# The environments count their own steps (their limit is in control steps, a chunk is many),
+# so Gymnasium's TimeLimit stays out.
+register(id="Libero-v0", entry_point="cfgrl_gym.envs.libero:LiberoEnv")
+register(id="LiberoChunked-v0", entry_point="cfgrl_gym.wrappers.libero_chunked:make_libero_chunked")
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("CFGRL", "MlpPolicy", "Pi0Policy"):
+        from cfgrl_gym import algorithms
+
+        return getattr(algorithms, name)
+    raise AttributeError(f"module 'cfgrl_gym' has no attribute {name!r}")

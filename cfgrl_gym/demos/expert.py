@@ -1,0 +1,124 @@
+"""A scripted pick-and-place expert that reads the simulator's privileged state.
+
+It solves tasks of the form "pick up X and place it in/on Y", as in libero_object. It is a function
+of the current state but for the grasp, so a policy that sees only the present can imitate it.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from cfgrl_gym.envs.simulator import Simulator
+
+# OSC_POSE (robosuite, controllers/config/osc_pose.json): an action of 1 is 5 cm or 0.5 rad.
+POSITION_SCALE, ROTATION_SCALE = 0.05, 0.5
+OPEN, CLOSE = -1.0, 1.0
+
+
+class ExpertUnavailableError(ValueError):
+    """The task is not a pick-and-place that the scripted expert knows."""
+
+
+@dataclass(frozen=True)
+class ExpertConfig:
+    """Lengths in metres, speeds as action magnitudes (1 is 5 cm a control step)."""
+
+    approach_height: float = 0.10
+    funnel_radius: float = 0.03  # closer than this in the plane, the hand comes down
+    grasp_tolerance: float = 0.012
+    grasp_offset: float = 0.0  # of the grip site from the object's origin
+    close_steps: int = 8
+    lift_height: float = 0.20
+    release_height: float = 0.12  # of the object above the target's origin
+    release_radius: float = 0.02
+    gain: float = 1.0
+    max_speed: float = 0.8
+    max_rotation: float = 0.3
+
+
+def _rotation_error(target: np.ndarray, current: np.ndarray) -> np.ndarray:
+    """Rotation vector (3,) that turns `current` into `target`, both (3, 3), in the world frame."""
+    delta = target @ current.T
+    vector = np.array(
+        [delta[2, 1] - delta[1, 2], delta[0, 2] - delta[2, 0], delta[1, 0] - delta[0, 1]]
+    )
+    sine = np.linalg.norm(vector) / 2
+    angle = np.arctan2(sine, (np.trace(delta) - 1) / 2)
+    return vector / 2 * (angle / sine if sine > 1e-8 else 1.0)
+
+
+class PickPlaceExpert:
+    """Acts in a `Simulator` whose goal is to put one movable object in or on another.
+
+    :param simulator: after a reset; its pose then gives the orientation that is held
+    :raises ExpertUnavailableError: the goal is of another kind
+    """
+
+    def __init__(self, simulator: Simulator, config: ExpertConfig | None = None) -> None:
+        self._simulator = simulator
+        self._config = config or ExpertConfig()
+        env = simulator.robosuite_env
+        goals = env.parsed_problem["goal_state"]
+        if len(goals) != 1 or goals[0][0] not in ("in", "on") or goals[0][1] not in env.objects_dict:
+            raise ExpertUnavailableError(
+                f"the scripted expert picks and places one object; the goal of "
+                f"{simulator.task.name!r} is {goals}; choose a task such as those of libero_object"
+            )
+        self._object = goals[0][1]
+        site = env.object_sites_dict.get(goals[0][2])
+        self._target = site.parent_name if site is not None else goals[0][2]
+        if self._target not in env.obj_body_id:
+            raise ExpertUnavailableError(
+                f"the scripted expert can't place on {goals[0][2]!r}; choose a task such as those "
+                "of libero_object"
+            )
+        self._orientation = self._hand_orientation()
+        self._closing = 0
+        self._carrying = False
+        self._released = False
+
+    def _body(self, name: str) -> np.ndarray:
+        env = self._simulator.robosuite_env
+        return env.sim.data.body_xpos[env.obj_body_id[name]].copy()
+
+    def _hand(self) -> np.ndarray:
+        env = self._simulator.robosuite_env
+        return env.sim.data.site_xpos[env.robots[0].eef_site_id].copy()
+
+    def _hand_orientation(self) -> np.ndarray:
+        env = self._simulator.robosuite_env
+        return env.sim.data.site_xmat[env.robots[0].eef_site_id].reshape(3, 3).copy()
+
+    def act(self) -> np.ndarray:
+        """The next action, float64 (7,)."""
+        c = self._config
+        hand, thing, target = self._hand(), self._body(self._object), self._body(self._target)
+        grip = OPEN
+        if self._released:
+            goal = hand + [0, 0, 0.05]
+        elif not self._carrying:
+            goal = thing + [0, 0, c.grasp_offset]
+            distance = np.linalg.norm((goal - hand)[:2])
+            # A funnel: over the object until the hand is above it, then straight down.
+            goal[2] += c.approach_height * np.clip((distance - 0.01) / c.funnel_radius, 0, 1)
+            if self._closing or np.abs(thing + [0, 0, c.grasp_offset] - hand).max() < c.grasp_tolerance:
+                self._closing += 1
+                grip = CLOSE
+                goal = hand
+                self._carrying = self._closing > c.close_steps
+        if self._carrying and not self._released:
+            grip = CLOSE
+            height = target[2] + c.lift_height
+            offset = thing - hand
+            away = np.linalg.norm((target - thing)[:2])
+            goal = target - offset
+            goal[2] = height if away > c.release_radius else target[2] + c.release_height
+            if away > 0.10 and hand[2] < height - 0.05:
+                goal[:2] = hand[:2]  # up before across
+            if away <= c.release_radius and hand[2] - goal[2] < 0.02:
+                self._released, grip = True, OPEN
+        move = np.clip(c.gain * (goal - hand) / POSITION_SCALE, -c.max_speed, c.max_speed)
+        turn = _rotation_error(self._orientation, self._hand_orientation()) / ROTATION_SCALE
+        turn = np.clip(turn, -c.max_rotation, c.max_rotation)
+        return np.concatenate([move, turn, [grip]])

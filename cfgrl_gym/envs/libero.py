@@ -1,0 +1,295 @@
+"""`Libero-v0`: a LIBERO task, or several, as an ordinary Gymnasium environment."""
+
+from collections import OrderedDict, deque
+from collections.abc import Sequence
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from gymnasium import spaces
+from gymnasium.error import ResetNeeded
+from gymnasium.vector import AutoresetMode
+
+from cfgrl_gym.envs.simulator import IMAGE_KEYS, LIBERO_SEED, Simulator
+from cfgrl_gym.envs.suites import Task, episode_limit, load_init_states, object_names, select_tasks
+
+ACTION_DIM = 7
+SETTLE_ACTION = np.array([0, 0, 0, 0, 0, 0, -1], dtype=np.float64)
+RENDER_MODES = ("rgb_array", "rgb_array_list")
+MAX_BUILT_TASKS = 4  # compiled tasks that one environment keeps, so that switching is quick
+BOUND = 1e6  # of metres, radians and their rates: beyond anything real, but finite
+SAMPLER_SEEDS = 2**31  # range of the placement seeds that init_states="random" draws from
+
+_ROBOT_KEYS = {
+    "robot0_joint_pos": 7,
+    "robot0_joint_pos_cos": 7,
+    "robot0_joint_pos_sin": 7,
+    "robot0_joint_vel": 7,
+    "robot0_eef_pos": 3,
+    "robot0_eef_quat": 4,
+    "robot0_gripper_qpos": 2,
+    "robot0_gripper_qvel": 2,
+}
+_OBJECT_KEYS = {"pos": 3, "quat": 4, "to_robot0_eef_pos": 3, "to_robot0_eef_quat": 4}
+
+
+class LiberoEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
+    """One control step (20 Hz) per `step`, raw LIBERO observations, sparse success reward.
+
+    The simulator is built at the first `reset`, in the process that calls it, so that an
+    environment can be handed to workers before or after a fork.
+
+    :param suite: a suite that the installed LIBERO has
+    :param task_id: an int, a sequence of ints or "all"; with several, each episode draws one, and
+        observations hold only the objects that all of them have
+    :param image_size: side of the two camera images in pixels
+    :param max_episode_steps: time limit in control steps; None for the suite's own
+    :param settle_steps: control steps of no motion after a reset, outside the time limit
+    :param init_states: "benchmark" for the states LIBERO evaluates on, "random" for its placement
+        sampler; an episode's `init_state_id` is then the sampler's seed
+    :param render_mode: None, "rgb_array", or "rgb_array_list" (a frame for every control step)
+    :raises ValueError: an argument that LIBERO can't serve; the message names what it can
+    :raises LiberoNotInstalledError: LIBERO is missing
+    """
+
+    metadata = {  # noqa: RUF012
+        "render_modes": list(RENDER_MODES),
+        "render_fps": 20,
+        "autoreset_mode": AutoresetMode.DISABLED,
+    }
+
+    def __init__(
+        self,
+        suite: str = "libero_object",
+        task_id: int | Sequence[int] | str = 0,
+        image_size: int = 224,
+        max_episode_steps: int | None = None,
+        settle_steps: int = 20,
+        init_states: str = "benchmark",
+        render_mode: str | None = None,
+    ) -> None:
+        if init_states not in ("benchmark", "random"):
+            raise ValueError(f"init_states must be 'benchmark' or 'random'; got {init_states!r}")
+        if render_mode not in (None, *RENDER_MODES):
+            raise ValueError(f"render_mode must be None or one of {RENDER_MODES}; got {render_mode!r}")
+        limit = episode_limit(suite) if max_episode_steps is None else max_episode_steps
+        for name, value, least in (
+            ("image_size", image_size, 8),
+            ("max_episode_steps", limit, 1),
+            ("settle_steps", settle_steps, 0),
+        ):
+            if not isinstance(value, (int, np.integer)) or value < least:
+                raise ValueError(f"{name} must be an int of at least {least}; got {value!r}")
+        self._tasks: dict[int, Task] = {t.task_id: t for t in select_tasks(suite, task_id)}
+        self.metadata = dict(self.metadata)  # vector environments write into it
+        self.suite = suite
+        self.image_size = int(image_size)
+        self.max_episode_steps = int(limit)
+        self.settle_steps = int(settle_steps)
+        self.init_states = init_states
+        self.render_mode = render_mode
+        self.skip_images = False  # True: steps that don't end the episode repeat the last images
+
+        shape = (self.image_size, self.image_size, 3)
+        keys = {key: spaces.Box(0, 255, shape, np.uint8) for key in IMAGE_KEYS}
+        sizes = dict(_ROBOT_KEYS)
+        for name in object_names(tuple(self._tasks.values())):
+            sizes |= {f"{name}_{key}": size for key, size in _OBJECT_KEYS.items()}
+        keys |= {key: spaces.Box(-BOUND, BOUND, (n,), np.float64) for key, n in sizes.items()}
+        self.observation_space = spaces.Dict(keys)
+        self.action_space = spaces.Box(-1.0, 1.0, (ACTION_DIM,), np.float32)
+
+        self._simulators: OrderedDict[int, Simulator] = OrderedDict()
+        self._queue: deque[tuple[int | None, int | None]] = deque()
+        self._frames: list[np.ndarray] = []
+        self._images: dict[str, np.ndarray] = {}
+        self._simulator: Simulator | None = None
+        self._task = next(iter(self._tasks.values()))
+        self._init_state_id = 0
+        self._steps = 0
+        self._over = True
+
+    # Episodes ---------------------------------------------------------------------------------
+
+    @property
+    def task_ids(self) -> tuple[int, ...]:
+        """The tasks that episodes are drawn from."""
+        return tuple(self._tasks)
+
+    def num_init_states(self, task_id: int) -> int | None:
+        """Benchmark states of a task; None with init_states="random", where any seed will do."""
+        if self.init_states == "random":
+            return None
+        return len(load_init_states(self.suite, task_id))
+
+    def queue_episode(self, task_id: int | None = None, init_state_id: int | None = None) -> None:
+        """Add an episode to the queue that resets without options take from, first in first out.
+
+        :raises ValueError: an id that this environment doesn't have
+        """
+        self._check_episode(task_id, init_state_id)
+        self._queue.append((task_id, init_state_id))
+
+    def clear_queue(self) -> None:
+        """Forget the queued episodes."""
+        self._queue.clear()
+
+    def _check_episode(self, task_id: int | None, init_state_id: int | None) -> None:
+        for name, value in (("task_id", task_id), ("init_state_id", init_state_id)):
+            if value is not None and (
+                isinstance(value, bool) or not isinstance(value, (int, np.integer))
+            ):
+                raise ValueError(f"{name} must be an int or None; got {value!r}")
+        if task_id is not None and task_id not in self._tasks:
+            raise ValueError(
+                f"task_id {task_id} is not one of this environment's tasks {self.task_ids}; "
+                "name it in task_id=... when making the environment"
+            )
+        if init_state_id is None:
+            return
+        limits = [self.num_init_states(t) for t in ([task_id] if task_id is not None else self._tasks)]
+        limit = SAMPLER_SEEDS if None in limits else min(n for n in limits if n is not None)
+        if not 0 <= init_state_id < limit:
+            raise ValueError(f"init_state_id must be in 0 to {limit - 1}; got {init_state_id}")
+
+    def _next_episode(self, options: dict[str, Any] | None) -> tuple[int, int]:
+        options = options or {}
+        unknown = set(options) - {"task_id", "init_state_id"}
+        if unknown:
+            raise ValueError(
+                f"reset option(s) {sorted(unknown)} unknown; use 'task_id' and 'init_state_id'"
+            )
+        if options:
+            chosen = (options.get("task_id"), options.get("init_state_id"))
+            self._check_episode(*chosen)
+        else:
+            chosen = self._queue.popleft() if self._queue else (None, None)
+        # Drawn even where they are given, so that what is chosen doesn't shift later draws.
+        drawn_task = self.task_ids[int(self.np_random.integers(len(self._tasks)))]
+        task_id = int(drawn_task if chosen[0] is None else chosen[0])
+        drawn_state = int(self.np_random.integers(self.num_init_states(task_id) or SAMPLER_SEEDS))
+        return task_id, int(drawn_state if chosen[1] is None else chosen[1])
+
+    # Gymnasium --------------------------------------------------------------------------------
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        """Start the episode of `options`, else the next queued one, else a drawn one.
+
+        :param options: {"task_id": int, "init_state_id": int}, both optional
+        """
+        super().reset(seed=seed)
+        task_id, self._init_state_id = self._next_episode(options)
+        self._task = self._tasks[task_id]
+        simulator = self._simulator = self._built(self._task)
+        if self.init_states == "benchmark":
+            states = load_init_states(self.suite, task_id)
+            simulator.reset(LIBERO_SEED, states[self._init_state_id])
+        else:
+            simulator.reset(self._init_state_id, None)
+        for _ in range(self.settle_steps):
+            simulator.advance(SETTLE_ACTION)
+        self._steps = 0
+        self._over = False
+        self._frames.clear()
+        self._record_frame()
+        return self._observation(images=True), self._info(success=False)
+
+    def step(
+        self, action: np.ndarray
+    ) -> tuple[dict[str, np.ndarray], float, bool, bool, dict[str, Any]]:
+        """One control step.
+
+        :param action: (7,) in [-1, 1]: OSC_POSE delta (6) and gripper (-1 opens, 1 closes)
+        :raises ValueError: wrong shape, NaN or infinity; the simulator has not moved then
+        :raises ResetNeeded: the episode is over
+        """
+        action = check_action(action, (ACTION_DIM,))
+        if self._over or self._simulator is None:
+            raise ResetNeeded("the episode is over, or none has begun; call reset() first")
+        success = self._simulator.advance(action)
+        self._steps += 1
+        truncated = not success and self._steps >= self.max_episode_steps
+        self._over = success or truncated
+        self._record_frame()
+        observation = self._observation(images=self._over or not self.skip_images)
+        return observation, float(success), success, truncated, self._info(success)
+
+    def render(self) -> Any:
+        """The scene for people: uint8 (256, 256, 3); in list mode, all frames since the last call."""
+        if self.render_mode is None:
+            raise ValueError('make the environment with render_mode="rgb_array" to render it')
+        if self.render_mode == "rgb_array_list":
+            frames, self._frames = self._frames, []
+            return frames
+        if self._simulator is None:
+            raise ResetNeeded("nothing to render yet; call reset() first")
+        return self._simulator.frame()
+
+    def close(self) -> None:
+        for simulator in self._simulators.values():
+            simulator.close()
+        self._simulators.clear()
+        self._simulator = None
+
+    # Access -----------------------------------------------------------------------------------
+
+    @property
+    def simulator(self) -> Simulator:
+        """The simulator of the current task.
+
+        :raises ResetNeeded: before the first reset
+        """
+        if self._simulator is None:
+            raise ResetNeeded("the simulator is built at the first reset(); call it first")
+        return self._simulator
+
+    def sim_state(self) -> np.ndarray:
+        """Flat float64 (1 + nq + nv,): time, qpos, qvel of the simulator."""
+        return self.simulator.state()
+
+    # ------------------------------------------------------------------------------------------
+
+    def _built(self, task: Task) -> Simulator:
+        if task.task_id not in self._simulators:
+            if len(self._simulators) >= MAX_BUILT_TASKS:
+                self._simulators.popitem(last=False)[1].close()
+            self._simulators[task.task_id] = Simulator(task, self.image_size)
+        self._simulators.move_to_end(task.task_id)
+        return self._simulators[task.task_id]
+
+    def _record_frame(self) -> None:
+        if self.render_mode == "rgb_array_list":
+            self._frames.append(self.simulator.frame())
+
+    def _observation(self, images: bool) -> dict[str, np.ndarray]:
+        if images:
+            self._images = self.simulator.images()
+        values = self.simulator.observe() | self._images
+        return {
+            key: np.asarray(values[key], dtype=space.dtype)
+            for key, space in self.observation_space.items()  # type: ignore[attr-defined]
+        }
+
+    def _info(self, success: bool) -> dict[str, Any]:
+        return {
+            "success": success,
+            "is_success": success,
+            "task_id": self._task.task_id,
+            "init_state_id": self._init_state_id,
+            "prompt": self._task.prompt,
+        }
+
+
+def check_action(action: Any, shape: tuple[int, ...]) -> np.ndarray:
+    """The action as float64, or a ValueError that says what is wrong with it."""
+    try:
+        array = np.asarray(action, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise ValueError(f"an action must be numbers of shape {shape}; got {action!r}") from None
+    if array.shape != shape:
+        raise ValueError(f"an action must have shape {shape}; got {array.shape}")
+    if not np.isfinite(array).all():
+        raise ValueError("an action must be finite; it has NaN or infinity")
+    return array

@@ -1,0 +1,142 @@
+"""The task suites of the installed LIBERO: names, prompts, files, initial states, time limits."""
+
+import contextlib
+import difflib
+import functools
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cfgrl_gym.envs.installation import import_libero
+
+# Control steps; openpi, examples/libero/main.py
+_LIMITS = {
+    "libero_spatial": 220,
+    "libero_object": 280,
+    "libero_goal": 300,
+    "libero_10": 520,
+    "libero_90": 400,
+}
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task of a suite."""
+
+    suite: str
+    task_id: int
+    name: str
+    prompt: str
+    bddl_file: Path
+    init_states_file: Path
+
+
+def suggest(given: str, known: Sequence[str]) -> str:
+    """'; did you mean ...? Known: ...' for an error message about a name."""
+    near = difflib.get_close_matches(given, known, n=3)
+    hint = f"; did you mean {' or '.join(repr(n) for n in near)}?" if near else ""
+    return f"{hint} Known: {', '.join(known)}"
+
+
+@functools.cache
+def _benchmark(suite: str) -> Any:
+    module = import_libero("benchmark")
+    with contextlib.redirect_stdout(io.StringIO()):  # LIBERO prints its task order
+        return module.get_benchmark_dict()[suite]()
+
+
+@functools.cache
+def available_suites() -> tuple[str, ...]:
+    """Every registered suite that the installation has task and initial-state files for."""
+    module = import_libero("benchmark")
+    root = import_libero("__init__")
+    bddl, states = (Path(root.get_libero_path(key)) for key in ("bddl_files", "init_states"))
+    return tuple(
+        name
+        for name in module.get_benchmark_dict()
+        if (bddl / name).is_dir() and (states / name).is_dir()
+    )
+
+
+def load_tasks(suite: str) -> tuple[Task, ...]:
+    """All tasks of a suite, in the benchmark's order.
+
+    :raises ValueError: the suite is unknown; the message names the nearest ones
+    """
+    if suite not in available_suites():
+        raise ValueError(f"suite {suite!r} is unknown{suggest(str(suite), available_suites())}")
+    benchmark = _benchmark(suite)
+    states = Path(import_libero("__init__").get_libero_path("init_states"))
+    return tuple(
+        Task(
+            suite=suite,
+            task_id=i,
+            name=task.name,
+            prompt=task.language,
+            bddl_file=Path(benchmark.get_task_bddl_file_path(i)),
+            init_states_file=states / task.problem_folder / task.init_states_file,
+        )
+        for i, task in enumerate(benchmark.tasks)
+    )
+
+
+def select_tasks(suite: str, task_id: int | Sequence[int] | str) -> tuple[Task, ...]:
+    """The tasks that `task_id` names: an int, a sequence of ints, or "all".
+
+    :raises ValueError: an id that the suite does not have
+    """
+    tasks = load_tasks(suite)
+    if isinstance(task_id, str):
+        if task_id != "all":
+            raise ValueError(f"task_id must be an int, a sequence of ints or 'all'; got {task_id!r}")
+        return tasks
+    ids = [task_id] if isinstance(task_id, (int, np.integer)) else list(task_id)
+    if not ids:
+        raise ValueError("task_id is empty; give at least one task, or 'all'")
+    for i in ids:
+        if isinstance(i, bool) or not isinstance(i, (int, np.integer)) or not 0 <= i < len(tasks):
+            raise ValueError(
+                f"task_id {i!r} is not in suite {suite!r}; it has tasks 0 to {len(tasks) - 1}: "
+                + "; ".join(f"{t.task_id} {t.prompt!r}" for t in tasks[:12])
+                + ("; ..." if len(tasks) > 12 else "")
+            )
+    return tuple(tasks[int(i)] for i in dict.fromkeys(ids))
+
+
+@functools.lru_cache(maxsize=16)
+def load_init_states(suite: str, task_id: int) -> np.ndarray:
+    """The benchmark's initial states of a task: float64 (n, 1 + nq + nv), read-only."""
+    benchmark = _benchmark(suite)
+    try:
+        states = benchmark.get_task_init_states(task_id)
+    except Exception as error:
+        if "weights_only" not in str(error):
+            raise
+        # The original LIBERO pickles its states with torch.save; recent torch refuses that by
+        # default. The file belongs to the installed package, whose code runs here anyway.
+        import torch
+
+        states = torch.load(load_tasks(suite)[task_id].init_states_file, weights_only=False)
+    array = np.array(states, dtype=np.float64)
+    array.setflags(write=False)
+    return array
+
+
+def episode_limit(suite: str) -> int:
+    """Time limit of a suite in control steps; a LIBERO-PRO suite has that of the suite it alters."""
+    base = [name for name in _LIMITS if suite == name or suite.startswith(name + "_")]
+    return _LIMITS[max(base, key=len)] if base else max(_LIMITS.values())
+
+
+def object_names(tasks: Sequence[Task]) -> tuple[str, ...]:
+    """Movable objects that all the tasks have, in the first one's order, from their BDDL files."""
+    parse = import_libero("envs.bddl_utils").robosuite_parse_problem
+    names: list[list[str]] = []
+    for task in tasks:
+        objects = parse(str(task.bddl_file))["objects"]
+        names.append([name for instances in objects.values() for name in instances])
+    return tuple(name for name in names[0] if all(name in other for other in names[1:]))

@@ -1,0 +1,96 @@
+"""Action chunks: several steps of any environment as one."""
+
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from gymnasium import spaces
+from gymnasium.utils import RecordConstructorArgs
+
+
+class ActionChunk(gym.Wrapper[Any, np.ndarray, Any, np.ndarray], RecordConstructorArgs):
+    """Execute `chunk_size` actions open loop in one `step`, ending early when the episode does.
+
+    The reward is the sum over the executed steps. `info` is the last step's, with `rewards`
+    (float64) and `dones` (bool), one entry for each executed step, and `n_steps`, their number.
+    An environment with an attribute `skip_images` (such as `Libero-v0`) is told not to draw the
+    observations that nobody will see.
+
+    :param env: environment with a Box action of shape (dim,)
+    :param chunk_size: actions in a chunk
+    :param observation_stride: also give the observations after every so many steps inside a chunk,
+        as `info["observations"]`, a list of (steps executed, observation); None for none
+    :raises ValueError: another kind of action space, or a size below 1
+
+    Example:
+        >>> import gymnasium as gym
+        >>> env = ActionChunk(gym.make("Pendulum-v1"), chunk_size=5)
+        >>> env.action_space.shape
+        (5, 1)
+        >>> _ = env.reset(seed=0)
+        >>> _, reward, _, _, info = env.step(env.action_space.sample())
+        >>> info["n_steps"], bool(np.isclose(info["rewards"].sum(), reward))
+        (5, True)
+    """
+
+    def __init__(
+        self, env: gym.Env, chunk_size: int, observation_stride: int | None = None
+    ) -> None:
+        RecordConstructorArgs.__init__(
+            self, chunk_size=chunk_size, observation_stride=observation_stride
+        )
+        gym.Wrapper.__init__(self, env)
+        space = env.action_space
+        if not isinstance(space, spaces.Box) or len(space.shape) != 1:
+            raise ValueError(f"ActionChunk needs a Box action space of shape (dim,); got {space}")
+        for name, value in (("chunk_size", chunk_size), ("observation_stride", observation_stride)):
+            optional = name == "observation_stride" and value is None
+            if not optional and (not isinstance(value, (int, np.integer)) or value < 1):
+                raise ValueError(f"{name} must be an int of at least 1; got {value!r}")
+        self.chunk_size = int(chunk_size)
+        self.observation_stride = observation_stride
+        low, high = (np.tile(bound, (self.chunk_size, 1)) for bound in (space.low, space.high))
+        self.action_space = spaces.Box(low, high, dtype=space.dtype.type)  # type: ignore[union-attr, arg-type]
+
+    def step(self, action: np.ndarray) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        """Execute a chunk, (chunk_size, dim).
+
+        :raises ValueError: wrong shape, NaN or infinity; nothing has been executed then
+        """
+        chunk = np.asarray(action)
+        if chunk.shape != self.action_space.shape:
+            raise ValueError(
+                f"a chunk must have shape {self.action_space.shape}; got {chunk.shape}"
+            )
+        if not np.isfinite(chunk).all():
+            raise ValueError("a chunk must be finite; it has NaN or infinity")
+        rewards: list[float] = []
+        dones: list[bool] = []
+        observations: list[tuple[int, Any]] = []
+        for number, single in enumerate(chunk, start=1):
+            last = number == self.chunk_size
+            inside = not last and self._observed(number)
+            self._skip_images(not last and not inside)
+            obs, reward, terminated, truncated, info = self.env.step(single)
+            rewards.append(float(reward))
+            dones.append(terminated or truncated)
+            if dones[-1]:
+                break
+            if inside:
+                observations.append((number, obs))
+        self._skip_images(False)
+        info = info | {
+            "rewards": np.array(rewards),
+            "dones": np.array(dones),
+            "n_steps": len(rewards),
+        }
+        if self.observation_stride is not None:
+            info["observations"] = observations
+        return obs, sum(rewards), terminated, truncated, info
+
+    def _observed(self, number: int) -> bool:
+        return self.observation_stride is not None and number % self.observation_stride == 0
+
+    def _skip_images(self, skip: bool) -> None:
+        if hasattr(self.unwrapped, "skip_images"):
+            self.unwrapped.skip_images = skip

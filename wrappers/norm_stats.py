@@ -1,0 +1,176 @@
+"""Normalisation statistics of states and actions, in openpi's `norm_stats.json` format."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+STATE_DIM = 8  # end-effector position (3), axis-angle (3), gripper fingers (2)
+ACTION_DIM = 7  # OSC_POSE delta (6), gripper (1)
+_FORMAT = '{"norm_stats": {"state": {"mean": [...], "std": [...]}, "actions": {...}}}'
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Statistics of one vector, in its own units; the quantiles may be missing."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    q01: tuple[float, ...] | None = None
+    q99: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("mean", "std", "q01", "q99"):
+            value = getattr(self, name)
+            if value is None and name in ("q01", "q99"):
+                continue
+            vector = tuple(float(x) for x in value)
+            object.__setattr__(self, name, vector)
+            if len(vector) != len(self.mean):
+                raise ValueError(
+                    f"{name} has {len(vector)} numbers and mean has {len(self.mean)}; "
+                    "expected the same length"
+                )
+            if not np.isfinite(vector).all():
+                raise ValueError(f"{name} must be finite numbers; got {list(vector)}")
+        if min(self.std, default=0.0) < 0:
+            raise ValueError(f"std must not be negative; got {list(self.std)}")
+
+
+@dataclass(frozen=True)
+class NormStats:
+    """Statistics of the state (8 numbers) and of the actions as the model sees them (7 numbers).
+
+    "As the model sees them": where the extra delta transform is on, of action - state.
+
+    >>> stats = NormStats.load("norm_stats.json")  # doctest: +SKIP
+    """
+
+    state: Moments
+    actions: Moments
+
+    def __post_init__(self) -> None:
+        for name, size in (("state", STATE_DIM), ("actions", ACTION_DIM)):
+            given = len(getattr(self, name).mean)
+            if given != size:
+                raise ValueError(f"{name} statistics have {given} numbers; expected {size}")
+
+    @classmethod
+    def identity(cls) -> "NormStats":
+        """Mean 0 and standard deviation 1: states and actions reach the model as they are."""
+        return cls(
+            Moments((0.0,) * STATE_DIM, (1.0,) * STATE_DIM),
+            Moments((0.0,) * ACTION_DIM, (1.0,) * ACTION_DIM),
+        )
+
+    @classmethod
+    def compute(cls, states: np.ndarray, actions: np.ndarray, std_floor: float = 0.0) -> "NormStats":
+        """Statistics of demonstrations.
+
+        :param states: (N, 8), not normalised
+        :param actions: (..., 7), as the model sees them (already minus the state, where the extra
+            delta transform is on)
+        :param std_floor: smallest standard deviation given out. A dimension that hardly moves in
+            the demonstrations (an orientation, say) would otherwise blow up the least deviation.
+        """
+        if std_floor < 0:
+            raise ValueError(f"std_floor must not be negative; got {std_floor}")
+        moments = []
+        for name, array, size in (("states", states, STATE_DIM), ("actions", actions, ACTION_DIM)):
+            flat = np.asarray(array, dtype=np.float64)
+            if flat.ndim < 2 or flat.shape[-1] != size or flat.size == 0:
+                raise ValueError(
+                    f"{name} has shape {flat.shape}; expected (N, {size}) with N of at least 1"
+                )
+            flat = flat.reshape(-1, size)
+            if not np.isfinite(flat).all():
+                raise ValueError(f"{name} holds NaN or infinite numbers; drop those samples first")
+            moments.append(
+                Moments(
+                    tuple(flat.mean(0)),
+                    tuple(np.maximum(flat.std(0), std_floor)),
+                    tuple(np.quantile(flat, 0.01, axis=0)),
+                    tuple(np.quantile(flat, 0.99, axis=0)),
+                )
+            )
+        return cls(*moments)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "NormStats":
+        """Read openpi's `norm_stats.json`; longer vectors are cut to the first 8 / 7 numbers.
+
+        :param path: the file, or the folder that holds it
+        :raises FileNotFoundError: no such file
+        :raises ValueError: not JSON, or not in the format, or numbers that can't be statistics
+        """
+        path = Path(path)
+        if path.is_dir():
+            path = path / "norm_stats.json"
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"norm stats file '{path}' does not exist; give the path of openpi's "
+                "norm_stats.json for this checkpoint (in its assets folder), or compute one from "
+                "demonstrations with NormStats.compute(states, actions).save(path)"
+            )
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(
+                f"norm stats file '{path}' is not JSON ({error}); expected {_FORMAT}. "
+                "Is it an unfinished download?"
+            ) from error
+        stats = _member(content, "norm_stats", path, "the file")
+        return cls(
+            _read_moments(_member(stats, "state", path, "norm_stats"), "state", STATE_DIM, path),
+            _read_moments(
+                _member(stats, "actions", path, "norm_stats"), "actions", ACTION_DIM, path
+            ),
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Write openpi's format to a file (or as `norm_stats.json` into a folder)."""
+        path = Path(path)
+        if path.is_dir():
+            path = path / "norm_stats.json"
+        content = {
+            name: {key: vector for key, vector in asdict(moments).items() if vector is not None}
+            for name, moments in (("state", self.state), ("actions", self.actions))
+        }
+        path.write_text(json.dumps({"norm_stats": content}, indent=2) + "\n", encoding="utf-8")
+
+
+def _member(container: Any, key: str, path: Path, where: str) -> Any:
+    if not isinstance(container, dict) or key not in container:
+        has = sorted(container) if isinstance(container, dict) else type(container).__name__
+        raise ValueError(
+            f"norm stats file '{path}': {where} has no '{key}' (it has {has}); expected {_FORMAT}"
+        )
+    return container[key]
+
+
+def _read_moments(entry: Any, name: str, size: int, path: Path) -> Moments:
+    vectors: dict[str, Sequence[float]] = {}
+    for key in ("mean", "std", "q01", "q99"):
+        if key in ("q01", "q99") and (not isinstance(entry, dict) or entry.get(key) is None):
+            continue
+        vector = _member(entry, key, path, name)
+        where = f"norm stats file '{path}': {name}.{key}"
+        if not isinstance(vector, list) or not all(_is_number(x) for x in vector):
+            raise ValueError(f"{where} must be a list of numbers; got {vector!r}")
+        if len(vector) < size:
+            raise ValueError(
+                f"{where} has {len(vector)} numbers; expected at least {size}. "
+                "These are not statistics of LIBERO's state (8) and actions (7)"
+            )
+        vectors[key] = vector[:size]
+    try:
+        return Moments(**{key: tuple(vector) for key, vector in vectors.items()})
+    except ValueError as error:
+        raise ValueError(f"norm stats file '{path}': {name}: {error}; recompute it") from error
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -1,0 +1,86 @@
+"""The observation that PI0's LIBERO checkpoints were trained on, from LIBERO's raw one.
+
+Reference: `2_test_pi0_on_libero.py` of openpi_pytorch. Its `[:, :, ::-1]`, commented as a change
+of colour order, acts on a transposed (C, H, W) image and reverses the width; together with the
+vertical flip before it, the image is turned by 180° and its colours stay as they are. That is also
+what openpi's own LIBERO evaluation does (`examples/libero/main.py`).
+"""
+
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from gymnasium import spaces
+from gymnasium.utils import RecordConstructorArgs
+
+from cfgrl_gym.envs.libero import BOUND
+from cfgrl_gym.wrappers.prompt import PROMPT_BYTES, encode_prompt
+from cfgrl_gym.wrappers.transforms import quat2axisangle
+
+STATE_DIM = 8
+# the model's camera slot: LIBERO's image
+CAMERA_SLOTS = {"base_0_rgb": "agentview_image", "left_wrist_0_rgb": "robot0_eye_in_hand_image"}
+
+
+def rotate_image(raw: np.ndarray) -> np.ndarray:
+    """Turn a raw robosuite image (H, W, RGB) by 180°; the transform is its own inverse."""
+    return np.ascontiguousarray(raw[::-1, ::-1])
+
+
+def robot_state(raw: dict[str, np.ndarray]) -> np.ndarray:
+    """float32 (8,): gripper position (3, m), its axis-angle (3, rad), finger joints (2, m)."""
+    return np.concatenate(
+        [
+            raw["robot0_eef_pos"],
+            quat2axisangle(raw["robot0_eef_quat"]),
+            raw["robot0_gripper_qpos"],
+        ]
+    ).astype(np.float32)
+
+
+class TwoTestObservation(gym.Wrapper[Any, np.ndarray, Any, np.ndarray], RecordConstructorArgs):
+    """Two images, the robot's state and the instruction, as PI0 reads them.
+
+    Keys: `base_0_rgb` and `left_wrist_0_rgb`, uint8 (size, size, 3); `state`, float32 (8,), not
+    normalised; `prompt`, uint8 (256,), see `decode_prompt`.
+
+    :param env: an environment with LIBERO's raw observations and `info["prompt"]`
+    :raises ValueError: the environment lacks a key that is needed
+
+    Example:
+        >>> env = TwoTestObservation(gym.make("Libero-v0"))  # doctest: +SKIP
+    """
+
+    def __init__(self, env: gym.Env) -> None:
+        RecordConstructorArgs.__init__(self)
+        gym.Wrapper.__init__(self, env)
+        raw = env.observation_space
+        needed = {*CAMERA_SLOTS.values(), "robot0_eef_pos", "robot0_eef_quat", "robot0_gripper_qpos"}
+        missing = needed - set(raw) if isinstance(raw, spaces.Dict) else needed
+        if missing:
+            raise ValueError(
+                f"the environment's observations lack {sorted(missing)}; wrap Libero-v0 itself"
+            )
+        self.observation_space = spaces.Dict(
+            {slot: raw[key] for slot, key in CAMERA_SLOTS.items()}  # type: ignore[index]
+            | {
+                "state": spaces.Box(-BOUND, BOUND, (STATE_DIM,), np.float32),
+                "prompt": spaces.Box(0, 255, (PROMPT_BYTES,), np.uint8),
+            }
+        )
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        raw, info = self.env.reset(seed=seed, options=options)
+        return self._observation(raw, info), info
+
+    def step(
+        self, action: np.ndarray
+    ) -> tuple[dict[str, np.ndarray], Any, bool, bool, dict[str, Any]]:
+        raw, reward, terminated, truncated, info = self.env.step(action)
+        return self._observation(raw, info), reward, terminated, truncated, info
+
+    def _observation(self, raw: Any, info: dict[str, Any]) -> dict[str, np.ndarray]:
+        observation = {slot: rotate_image(raw[key]) for slot, key in CAMERA_SLOTS.items()}
+        return observation | {"state": robot_state(raw), "prompt": encode_prompt(info["prompt"])}
