@@ -3,12 +3,12 @@
 import math
 from collections import deque
 from time import perf_counter
-from typing import Any, ClassVar, TypeVar, get_args
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
-from cfgrl_gym.algorithms.collector import Collector, Episode
-from cfgrl_gym.algorithms.flow import NULL, POSITIVE
+from cfgrl_gym.algorithms.checks import check_parameters, check_stride
+from cfgrl_gym.algorithms.collector import Collector
 from cfgrl_gym.algorithms.groups import (
     GroupPlan,
     Selection,
@@ -16,24 +16,20 @@ from cfgrl_gym.algorithms.groups import (
     seed_sequence,
     select_groups,
 )
-from cfgrl_gym.algorithms.labels import LabelSource, Negatives, drop_condition, label_group
+from cfgrl_gym.algorithms.labels import LabelSource, Negatives, drop_condition
+from cfgrl_gym.algorithms.metrics import UpdateMetrics, rollout_metrics
 from cfgrl_gym.algorithms.mlp_policy import MlpPolicy
 from cfgrl_gym.algorithms.policies import FlowPolicy
+from cfgrl_gym.algorithms.samples import labelled_windows
 from cfgrl_gym.algorithms.vec_env import as_vec_env, init_states
-from cfgrl_gym.algorithms.windows import (
-    Window,
-    WindowBatch,
-    batch_windows,
-    check_stride,
-    cut_windows,
-)
-from numpy.typing import NDArray
+from cfgrl_gym.algorithms.windows import WindowBatch
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
+from stable_baselines3.common.utils import safe_mean
 from stable_baselines3.common.vec_env import VecEnv
-from torch import nn
+from torch.nn.utils import clip_grad_norm_
 
 SelfCFGRL = TypeVar("SelfCFGRL", bound="CFGRL")
 
@@ -126,7 +122,7 @@ class CFGRL(OnPolicyAlgorithm):
         self.batch_size = batch_size
         self.gradient_accumulation_steps = gradient_accumulation_steps
         self.window_stride = window_stride
-        self._check_parameters()
+        check_parameters(self)
         super().__init__(
             policy=policy,  # type: ignore[arg-type]
             env=env,  # type: ignore[arg-type]
@@ -152,37 +148,10 @@ class CFGRL(OnPolicyAlgorithm):
         self._entropy = int(np.random.SeedSequence().generate_state(1)[0]) if seed is None else seed
         self._iteration = 0
         self._control_steps = 0
-        self._task_successes: dict[int, deque[bool | None]] = {}
+        self._task_successes: dict[int, deque[bool]] = {}
         self.windows: WindowBatch | None = None
         if _init_setup_model:
             self._setup_model()
-
-    def _check_parameters(self) -> None:
-        if self.rloo_batch_size < 2:
-            raise ValueError(
-                f"rloo_batch_size must be at least 2, because each episode is compared with the "
-                f"others of its group; got {self.rloo_batch_size}"
-            )
-        counts = ("groups_per_iteration", "n_epochs", "batch_size", "gradient_accumulation_steps")
-        for name in counts:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
-        if self.max_groups_tried is not None and self.max_groups_tried < self._groups_needed:
-            raise ValueError(
-                f"max_groups_tried={self.max_groups_tried} can't give the {self._groups_needed} "
-                f"valid groups that are asked for"
-            )
-        if not 0 <= self.dropout_prob <= 1:
-            raise ValueError(f"dropout_prob must be in [0, 1]; got {self.dropout_prob}")
-        if not 0 < self.early_stop_percentage <= 1:
-            raise ValueError(
-                f"early_stop_percentage must be in (0, 1]; got {self.early_stop_percentage}"
-            )
-        for name, kind in (("label_source", LabelSource), ("negatives", Negatives)):
-            if getattr(self, name) not in get_args(kind):
-                raise ValueError(
-                    f"{name} must be one of {get_args(kind)}; got {getattr(self, name)!r}"
-                )
 
     _wrap_env = staticmethod(as_vec_env)
 
@@ -203,12 +172,13 @@ class CFGRL(OnPolicyAlgorithm):
         check_stride(self._stride, self.policy.chunk_size)
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "windows"]
+        return [*super()._excluded_save_params(), "windows", "_last_obs"]
 
     # What an iteration needs ------------------------------------------------------------------
 
     @property
-    def _groups_needed(self) -> int:
+    def groups_needed(self) -> int:
+        """Valid groups with which a collection ends."""
         share = self.early_stop_percentage if self.enable_dynamic_sampling else 1.0
         return math.ceil(round(share * self.groups_per_iteration, 9))
 
@@ -241,91 +211,56 @@ class CFGRL(OnPolicyAlgorithm):
         :return: False if the callback asked to stop
         """
         self.policy.set_training_mode(False)
+        self.windows = None
         plan = self._draw_plan(env)
         collector = Collector(env, self.policy, plan, self._noise, self.cfg_scale)
+        selection = Selection([], [], complete=False)
         callback.on_rollout_start()
         try:
             collector.reset()
-            selection = self._select(plan, collector.finished)
             while not selection.complete:
                 new_obs, rewards, dones, infos = collector.step()
                 self.num_timesteps += env.num_envs
                 callback.update_locals(locals())
                 if not callback.on_step():
                     return False
-                selection = self._select(plan, collector.finished)
+                selection = select_groups(
+                    plan, collector.returns, self.groups_needed, self.enable_dynamic_sampling
+                )
         finally:
             collector.close()
-        self._last_obs = new_obs
-        self.windows = self._label(collector.finished, selection.kept)
-        self._record_rollout(collector, selection)
+
+        self.windows = labelled_windows(
+            [collector.episodes(group) for group in selection.kept],
+            self.policy,
+            stride=self._stride,
+            source=self.label_source,
+            threshold=self.label_threshold,
+            negatives=self.negatives,
+        )
+        self._count_episodes(collector)
+        for name, value in rollout_metrics(collector, selection, self.windows).items():
+            self.logger.record(name, value)
         callback.update_locals(locals())
         callback.on_rollout_end()
         return True
 
-    def _select(self, plan: GroupPlan, finished: list[Episode]) -> Selection:
-        returns: dict[int, list[float]] = {}
-        for episode in finished:
-            returns.setdefault(episode.group, []).append(episode.total_reward)
-        return select_groups(plan, returns, self._groups_needed, self.enable_dynamic_sampling)
-
-    def _label(self, finished: list[Episode], kept: list[int]) -> WindowBatch | None:
-        """The labelled windows of the kept groups, in the order of the plan."""
-        windows: list[Window] = []
-        labels: list[NDArray[np.int64]] = []
-        for group in kept:
-            episodes = sorted((e for e in finished if e.group == group), key=lambda e: e.member)
-            cut = [self._cut(episode) for episode in episodes]
-            labels += label_group(
-                [episode.rewards for episode in episodes],
-                [np.array([window.start for window in ws]) for ws in cut],
-                [bool(episode.success) for episode in episodes],
-                source=self.label_source,
-                horizon=self.policy.horizon,
-                threshold=self.label_threshold,
-                negatives=self.negatives,
-            )
-            windows += [window for ws in cut for window in ws]
-        return batch_windows(windows, np.concatenate(labels)) if windows else None
-
-    def _cut(self, episode: Episode) -> list[Window]:
-        return cut_windows(
-            episode,
-            horizon=self.policy.horizon,
-            chunk_size=self.policy.chunk_size,
-            stride=self._stride,
-            encode=self._encode,
-        )
-
-    @torch.no_grad()
-    def _encode(self, observations: Any, actions: torch.Tensor) -> torch.Tensor:
-        return self.policy.encode_actions(self.policy.encode_observation(observations), actions)
-
-    def _record_rollout(self, collector: Collector, selection: Selection) -> None:
+    def _count_episodes(self, collector: Collector) -> None:
+        """Add all finished episodes to the statistics that SB3 averages over a window."""
         assert self.ep_info_buffer is not None
         assert self.ep_success_buffer is not None
         for episode in collector.finished:
-            info = {"r": episode.total_reward, "l": len(episode.chunks)}
-            self.ep_info_buffer.append(info)
-            self.ep_success_buffer.append(episode.success)
-            if episode.start.task_id is not None:
-                window = deque[bool | None](maxlen=self._stats_window_size)
-                self._task_successes.setdefault(episode.start.task_id, window)
-                self._task_successes[episode.start.task_id].append(episode.success)
+            self.ep_info_buffer.append({"r": episode.total_reward, "l": len(episode.chunks)})
+            if episode.success is not None:
+                self.ep_success_buffer.append(episode.success)
+                task = episode.start.task_id
+                if task is not None:
+                    recent: deque[bool] = deque(maxlen=self._stats_window_size)
+                    self._task_successes.setdefault(task, recent).append(episode.success)
         for task, successes in self._task_successes.items():
-            self.logger.record(f"rollout/success_rate/task_{task}", np.mean(successes))
-        if self.windows is not None:
-            labels = self.windows.labels
-            self.logger.record("rollout/positive_share", (labels == POSITIVE).float().mean().item())
-            self.logger.record("rollout/null_share", (labels == NULL).float().mean().item())
-        self.logger.record("rollout/groups_kept", len(selection.kept))
-        self.logger.record("rollout/groups_discarded", len(selection.discarded))
+            self.logger.record(f"rollout/success_rate/task_{task}", safe_mean(successes))
         self._control_steps += collector.control_steps
         self.logger.record("rollout/control_steps", self._control_steps)
-        seconds = collector.seconds_simulation + collector.seconds_inference
-        self.logger.record("time/control_steps_per_second", collector.control_steps / seconds)
-        self.logger.record("time/seconds_simulation", collector.seconds_simulation)
-        self.logger.record("time/seconds_inference", collector.seconds_inference)
 
     # Update -----------------------------------------------------------------------------------
 
@@ -336,7 +271,7 @@ class CFGRL(OnPolicyAlgorithm):
         self.policy.set_training_mode(True)
         self._update_learning_rate(self.policy.optimizer)
         generator = self._generator(UPDATE, self._iteration)
-        losses, used, grad_norms = [], [], []
+        metrics = UpdateMetrics()
 
         for _ in range(self.n_epochs):
             order = torch.randperm(len(self.windows), generator=generator)
@@ -346,34 +281,25 @@ class CFGRL(OnPolicyAlgorithm):
                     batch = self.windows[indices]
                     labels = drop_condition(batch.labels, self.dropout_prob, generator)
                     with self._autocast():
-                        loss = self.policy.flow_matching_loss(
+                        loss = self.policy.flow_matching_loss(  # (batch,)
                             batch.observations,
                             batch.model_actions,
                             batch.action_is_pad,
                             labels,
                             generator,
-                        )  # (batch,)
-                    # Each sample weighs the same in the step, however the step is split.
+                        )
+                    # Each sample of the step weighs the same, however the step is split.
                     (loss.sum() / len(step)).backward()
-                    losses.append(loss.detach().float().cpu())
-                    used.append(torch.stack([batch.labels, labels]))
-                grad_norms.append(
-                    nn.utils.clip_grad_norm_(self.policy.parameters(), self.max_grad_norm).item()
-                )
+                    metrics.add(loss, batch.labels, labels)
+                norm = clip_grad_norm_(self.policy.parameters(), self.max_grad_norm)
+                metrics.grad_norms.append(norm.item())
                 self.policy.optimizer.step()
                 self._n_updates += 1
 
         probe = self.windows[order[: self.batch_size]]
         gap = self.policy.guidance_gap(probe.observations, probe.model_actions, generator)
-        loss, (before, after) = torch.cat(losses), torch.cat(used, dim=1)
-        self.logger.record("train/loss", loss.mean().item())
-        for name, label in (("positive", POSITIVE), ("null", NULL)):
-            if (after == label).any():
-                self.logger.record(f"train/loss_{name}", loss[after == label].mean().item())
-        if (before != NULL).any():
-            dropped = (after == NULL)[before != NULL]
-            self.logger.record("train/dropout_rate", dropped.float().mean().item())
-        self.logger.record("train/grad_norm", float(np.mean(grad_norms)))
+        for name, value in metrics.summary().items():
+            self.logger.record(name, value)
         self.logger.record("train/guidance_gap", gap.mean().item())
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
         self.logger.record("time/seconds_update", perf_counter() - began)

@@ -29,7 +29,7 @@ class Chunk:
 
 @dataclass(eq=False)
 class Episode:
-    """One of the K episodes of a group. `success` is None until it has ended."""
+    """One of the K episodes of a group. `success` is what the environment says at its end."""
 
     group: int
     member: int
@@ -47,6 +47,11 @@ class Episode:
         """The episode's return, undiscounted."""
         return float(self.rewards.sum())
 
+    @property
+    def succeeded(self) -> bool:
+        """What the environment says, else whether the return is positive."""
+        return self.total_reward > 0 if self.success is None else self.success
+
 
 def stack(rows: list[Row]) -> NDArray[Any] | dict[str, NDArray[Any]]:
     """Batch observations of single environments."""
@@ -61,7 +66,7 @@ def row_of(observation: Any, space: spaces.Space, index: int | None = None) -> R
     if isinstance(space, spaces.Dict):
         return {key: row_of(observation[key], sub, index) for key, sub in space.items()}  # type: ignore[misc]
     value = observation if index is None else observation[index]
-    return np.asarray(value, dtype=space.dtype)
+    return np.array(value, dtype=space.dtype)  # a copy: environments may reuse theirs
 
 
 class Collector:
@@ -106,6 +111,7 @@ class Collector:
         self.actions = np.empty(0)
         self.model_actions: dict[int, NDArray[np.float32]] = {}
         self.finished: list[Episode] = []
+        self.returns: dict[int, list[float]] = {}  # of the finished episodes of each group
         self.control_steps = 0
         self.seconds_simulation = 0.0
         self.seconds_inference = 0.0
@@ -162,11 +168,17 @@ class Collector:
             self.rows[i] = row_of(observations, self.observation_space, i)
             if dones[i]:
                 success = infos[i].get("is_success")
-                episode.success = bool(episode.total_reward > 0 if success is None else success)
+                episode.success = None if success is None else bool(success)
                 self.finished.append(episode)
+                self.returns.setdefault(episode.group, []).append(episode.total_reward)
                 self._begin_episode(i, self.rows[i])
         self.seconds_simulation += perf_counter() - began
         return observations, rewards, dones, infos
+
+    def episodes(self, group: int) -> list[Episode]:
+        """The finished episodes of a group, by member."""
+        finished = [episode for episode in self.finished if episode.group == group]
+        return sorted(finished, key=lambda episode: episode.member)
 
     def close(self) -> None:
         """Leave no planned start behind in an environment."""

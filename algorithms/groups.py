@@ -84,8 +84,7 @@ def draw_plan(
         }
         tasks = _shuffled_forever(list(init_states), rng)
         starts = [
-            Start(task_id=task, init_state_id=next(states[task]))
-            for task in islice(tasks, count)
+            Start(task_id=task, init_state_id=next(states[task])) for task in islice(tasks, count)
         ]
     groups = tuple(Group(index, start) for index, start in enumerate(starts))
     return GroupPlan(groups, group_size)

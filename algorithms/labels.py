@@ -12,7 +12,6 @@ import torch
 from cfgrl_gym.algorithms.flow import NEGATIVE, NULL, POSITIVE
 from numpy.typing import NDArray
 
-LABEL_SOURCES = ("episode_rloo", "window_rloo", "window_return")
 LabelSource = Literal["episode_rloo", "window_rloo", "window_return"]
 Negatives = Literal["null", "zero"]
 FloatArray = NDArray[np.float64]

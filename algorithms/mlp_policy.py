@@ -70,9 +70,7 @@ class MlpPolicy(FlowPolicy):
 
         obs_dim = spaces.flatdim(observation_space)
         widths = [obs_dim + horizon * width + 2 * NUM_PERIODS, *self.net_arch]
-        self.hidden = nn.ModuleList(
-            nn.Linear(i, o) for i, o in pairwise(widths)
-        )
+        self.hidden = nn.ModuleList(nn.Linear(i, o) for i, o in pairwise(widths))
         self.output = nn.Linear(widths[-1], horizon * width)
         self.condition = nn.Parameter(CONDITION_STD * torch.randn(2, widths[1]))  # o = 0, o = 1
         self.optimizer = self.optimizer_class(

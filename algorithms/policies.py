@@ -29,12 +29,13 @@ from torch import Tensor
 
 Observation = np.ndarray | dict[str, np.ndarray] | Tensor | dict[str, Tensor]
 Inputs = dict[str, Tensor]
+CFG_SCALE_VARIABLE = "PI0_CFG_SCALE"
 DETERMINISTIC_SEED = 0  # predict(deterministic=True) starts every chunk from this one noise
 
 
 def default_cfg_scale() -> float:
     """1.0, or what the environment variable PI0_CFG_SCALE says."""
-    text = os.environ.get("PI0_CFG_SCALE", "1.0")
+    text = os.environ.get(CFG_SCALE_VARIABLE, "1.0")
     try:
         return float(text)
     except ValueError:
@@ -179,7 +180,7 @@ class FlowPolicy(BasePolicy):
         cfg_scale: float | None = None,
         generator: torch.Generator | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Sample chunks: (model-space (batch, horizon, width), environment-space (batch, chunk, dim)).
+        """Sample chunks: model-space (batch, horizon, width), environment (batch, chunk, dim).
 
         Environment-space actions are clipped to the action space.
         """
@@ -192,9 +193,10 @@ class FlowPolicy(BasePolicy):
         model_actions = self._sample(inputs, noise.to(self.device), w)
         actions = self.decode_actions(inputs, model_actions)[:, : self.chunk_size]
         space = cast(spaces.Box, self.action_space)
-        shape = (self.chunk_size, self.action_dim)
-        low = torch.as_tensor(space.low, device=self.device).reshape(shape)
-        high = torch.as_tensor(space.high, device=self.device).reshape(shape)
+        low, high = (
+            torch.as_tensor(bound, device=self.device).reshape(self.chunk_size, self.action_dim)
+            for bound in (space.low, space.high)
+        )
         return model_actions, actions.clamp(low, high)
 
     def sample_actions(
@@ -241,6 +243,15 @@ class FlowPolicy(BasePolicy):
         return masked_mse(v, noise - actions, is_pad.to(self.device), self.action_dim)
 
     # SB3 --------------------------------------------------------------------------------------
+
+    def get_extra_state(self) -> Tensor:
+        """`cfg_scale`, which is saved with the weights."""
+        return torch.tensor(self.cfg_scale, dtype=torch.float64)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Restore `cfg_scale`, unless PI0_CFG_SCALE says otherwise."""
+        if CFG_SCALE_VARIABLE not in os.environ:
+            self.cfg_scale = float(state)
 
     def _predict(self, observation: Any, deterministic: bool = False) -> Tensor:
         noise = None

@@ -66,15 +66,6 @@ def batch_windows(windows: list[Window], labels: NDArray[np.int64]) -> WindowBat
     )
 
 
-def check_stride(stride: int, chunk_size: int) -> None:
-    """:raises ValueError: for a stride that does not fit chunks of this size."""
-    if stride < 1 or (stride > chunk_size and stride % chunk_size):
-        raise ValueError(
-            f"window_stride must be between 1 and the chunk size {chunk_size}, or a multiple of "
-            f"it; got {stride}"
-        )
-
-
 def cut_windows(
     episode: Episode, *, horizon: int, chunk_size: int, stride: int, encode: Encode
 ) -> list[Window]:

@@ -67,7 +67,9 @@ class NormStats:
         )
 
     @classmethod
-    def compute(cls, states: np.ndarray, actions: np.ndarray, std_floor: float = 0.0) -> "NormStats":
+    def compute(
+        cls, states: np.ndarray, actions: np.ndarray, std_floor: float = 0.0
+    ) -> "NormStats":
         """Statistics of demonstrations.
 
         :param states: (N, 8), not normalised

@@ -55,7 +55,12 @@ class TwoTestObservation(gym.Wrapper[Any, np.ndarray, Any, np.ndarray], RecordCo
         RecordConstructorArgs.__init__(self)
         gym.Wrapper.__init__(self, env)
         raw = env.observation_space
-        needed = {*CAMERA_SLOTS.values(), "robot0_eef_pos", "robot0_eef_quat", "robot0_gripper_qpos"}
+        needed = {
+            *CAMERA_SLOTS.values(),
+            "robot0_eef_pos",
+            "robot0_eef_quat",
+            "robot0_gripper_qpos",
+        }
         missing = needed - set(raw) if isinstance(raw, spaces.Dict) else needed
         if missing:
             raise ValueError(

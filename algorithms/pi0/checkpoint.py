@@ -5,6 +5,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from cfgrl_gym.algorithms.pi0.condition import Pi0CFGRLConfig, check_condition_mode
 from cfgrl_gym.algorithms.pi0.model import Pi0ForCFGRL
 from cfgrl_gym.algorithms.pi0.presets import (
@@ -89,6 +91,8 @@ def build(
     folder = Path(checkpoint) if checkpoint is not None and Path(checkpoint).is_dir() else None
     saved = {} if folder is None else _read_policy_file(folder, preset)
     if checkpoint is not None:
+        if sizes is not None:
+            raise ValueError("sizes are of a new model; a checkpoint brings its own: pass only one")
         model = _load_model(str(checkpoint), preset, saved, condition_mode, horizon)
     else:
         if model_config is not None:
@@ -98,8 +102,9 @@ def build(
                 sizes or TinySizes(), horizon or chunk_size, condition_mode or "token"
             )
         else:
-            config = Pi0CFGRLConfig(
-                chunk_size=horizon or 50, condition_mode=condition_mode or "token"
+            raise ValueError(
+                "preset 'pi0' needs a checkpoint: pass checkpoint= a PI0 checkpoint folder or hub "
+                "name, such as lerobot/pi0_base (13 GB); for random weights take preset 'tiny'"
             )
         model = new_model(config, seed)
     if preset == "pi0" and tokenizer is None:
@@ -187,7 +192,8 @@ def _load_model(
         config.condition_mode = check_condition_mode(condition_mode)
     if horizon is not None:
         config.chunk_size = horizon  # no weight depends on it
-    model = Pi0ForCFGRL.from_pretrained(checkpoint, config=config)
+    # float32, whatever the file holds: the policy's inputs are float32
+    model = Pi0ForCFGRL.from_pretrained(checkpoint, config=config, dtype=torch.float32)
     model.drop_unused_embeddings()
     return model
 

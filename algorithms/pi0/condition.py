@@ -38,7 +38,10 @@ def as_labels(is_positive: int | bool | Tensor | None, batch: int, device: torch
             )
         if is_positive.is_floating_point():
             raise ValueError(f"is_positive must hold integers; its dtype is {is_positive.dtype}")
-        return is_positive.to(device, torch.int64)
+        labels = is_positive.to(device, torch.int64)
+        if bool(((labels < NULL) | (labels > POSITIVE)).any()):
+            raise ValueError(f"is_positive must hold -1 (∅), 0 and 1; got {labels.tolist()}")
+        return labels
     label = NULL if is_positive is None else int(is_positive)
     if label not in (NULL, NEGATIVE, POSITIVE):
         raise ValueError(f"is_positive must be None, -1 (both ∅), 0 or 1; got {label}")

@@ -42,8 +42,8 @@ def check_spaces(observation_space: spaces.Space, action_space: spaces.Space) ->
             raise ValueError(f"{name} is {box}; expected uint8 (height, width, 3). {_FIX}")
     if observation_space["state"].shape != (STATE_DIM,):
         raise ValueError(
-            f"state has shape {observation_space['state'].shape}; expected ({STATE_DIM},): position "
-            f"(3), axis-angle (3), gripper (2). {_FIX}"
+            f"state has shape {observation_space['state'].shape}; expected ({STATE_DIM},): "
+            f"position (3), axis-angle (3), gripper (2). {_FIX}"
         )
     prompt = observation_space["prompt"]
     if prompt.dtype != np.uint8 or len(prompt.shape or ()) != 1:
@@ -71,7 +71,11 @@ def encode_images(images: Tensor, name: str, size: int) -> Tensor:
     :param images: uint8 (batch, H, W, 3), or (batch, 3, H, W) as SB3's VecTransposeImage makes it
     :return: float32 (batch, 3, size, size)
     """
-    if images.ndim != 4 or images.dtype != torch.uint8 or 3 not in (images.shape[-1], images.shape[1]):
+    if (
+        images.ndim != 4
+        or images.dtype != torch.uint8
+        or 3 not in (images.shape[-1], images.shape[1])
+    ):
         raise ValueError(
             f"{name} has shape {tuple(images.shape)} and dtype {images.dtype}; expected uint8 "
             "(batch, height, width, 3). A single observation needs a batch dimension"

@@ -35,8 +35,8 @@ class Pi0ForCFGRL(PI0ForConditionalGeneration):
 
     config_class = Pi0CFGRLConfig
     # dit.embed_tokens is never read (the expert takes embeddings): see `drop_unused_embeddings`.
-    _keys_to_ignore_on_load_missing = (r"dit\.embed_tokens",)
-    _keys_to_ignore_on_load_unexpected = (r"dit\.embed_tokens",)
+    _keys_to_ignore_on_load_missing = [r"dit\.embed_tokens"]  # noqa: RUF012
+    _keys_to_ignore_on_load_unexpected = [r"dit\.embed_tokens"]  # noqa: RUF012
 
     def __init__(self, config: Pi0CFGRLConfig) -> None:
         super().__init__(config)
@@ -173,7 +173,7 @@ class Pi0ForCFGRL(PI0ForConditionalGeneration):
     def _embed_suffix(
         self, state: Tensor, x_t: Tensor, timestep: Tensor, labels: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Suffix embeddings (batch, suffix, hidden) and which of them exist, int64 (batch, suffix)."""
+        """Suffix embeddings (batch, suffix, hidden); which of them exist, int64 (batch, suffix)."""
         injected = self.condition(labels)  # (batch, hidden)
         if self.condition.mode == "concat":
             embeds = self._embed_action_time_concat(state, x_t, timestep, injected)
@@ -181,7 +181,8 @@ class Pi0ForCFGRL(PI0ForConditionalGeneration):
             embeds = self.embed_action_time(state, x_t, timestep)  # [state, actions...]
         state_token, action_tokens = embeds[:, :1], embeds[:, 1:]
         if self.condition.mode == "bias":
-            embeds = torch.cat([state_token, action_tokens + injected[:, None]], dim=1)
+            bias = injected[:, None].to(embeds.dtype)
+            embeds = torch.cat([state_token, action_tokens + bias], dim=1)
         elif self.condition.mode == "token":
             token = injected[:, None].to(embeds.dtype)
             embeds = torch.cat([state_token, token, action_tokens], dim=1)
@@ -197,7 +198,8 @@ class Pi0ForCFGRL(PI0ForConditionalGeneration):
         embed = self.embed_action_time
         action = embed.action_in_proj(x_t)  # (batch, chunk, hidden)
         time = embed.sinusoid_embeds(timestep)[:, None, :].expand_as(action).to(action.dtype)
-        hidden = embed.action_time_mlp_in(torch.cat([action, time], dim=2)) + injected[:, None]
+        hidden = embed.action_time_mlp_in(torch.cat([action, time], dim=2))
+        hidden = hidden + injected[:, None].to(hidden.dtype)
         action_time = embed.action_time_mlp_out(F.silu(hidden))
         return torch.cat([embed.state_proj(state)[:, None], action_time], dim=1)
 
@@ -212,9 +214,7 @@ class Pi0ForCFGRL(PI0ForConditionalGeneration):
         """transformers' suffix pass, with suffix tokens that may be absent in some rows."""
         batch, prefix_length = embeds.shape[0], past_key_values.get_seq_length()
         if prefix_mask is None:
-            prefix_mask = torch.ones(
-                batch, prefix_length, dtype=torch.int64, device=embeds.device
-            )
+            prefix_mask = torch.ones(batch, prefix_length, dtype=torch.int64, device=embeds.device)
         mask = torch.cat([prefix_mask.to(present.dtype), present], dim=1)
         # An absent token isn't counted, so the tokens after it keep their positions.
         position_ids = (mask.cumsum(dim=1) - 1)[:, -embeds.shape[1] :]
@@ -222,7 +222,7 @@ class Pi0ForCFGRL(PI0ForConditionalGeneration):
         blocks = torch.ones(prefix_length + embeds.shape[1], dtype=torch.int64, device=mask.device)
         blocks[: prefix_length + 1] = 0
         block_mask = create_causal_mask(
-            config=self.config.dit_config,
+            config=self.config.dit_config,  # type: ignore[arg-type]
             inputs_embeds=embeds,
             attention_mask=mask,
             past_key_values=past_key_values,

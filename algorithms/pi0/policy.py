@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from gymnasium import spaces
 from stable_baselines3.common.type_aliases import Schedule
@@ -144,7 +143,11 @@ class Pi0Policy(FlowPolicy):
         if self.config.trainable == "expert":
             self.model.model.vlm.requires_grad_(False)
         trained = [p for p in self.parameters() if p.requires_grad]
-        self.optimizer = optimizer_class(trained, lr=lr_schedule(1), **self.optimizer_kwargs)
+        self.optimizer = optimizer_class(
+            trained,
+            lr=lr_schedule(1),  # type: ignore[call-arg]
+            **self.optimizer_kwargs,
+        )
 
     # Normalisation ----------------------------------------------------------------------------
 
@@ -237,8 +240,10 @@ class Pi0Policy(FlowPolicy):
             chosen = self._prefix(inputs, mask)
         else:
             labelled, null = prefix
-            same = labelled is null or not bool(is_null.any())
-            chosen = labelled if same else select_rows(is_null, null, labelled)
+            if labelled is null or bool(is_null.all()):
+                chosen = null
+            else:
+                chosen = select_rows(is_null, null, labelled)
         output = self.model(
             state=inputs["state"],
             noise=x_t,

@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,10 +39,11 @@ class Prefix:
 
 def select_rows(rows: Tensor, yes: Prefix, no: Prefix) -> Prefix:
     """The prefix whose row i is `yes`' where rows[i] and `no`'s elsewhere; rows bool (batch,)."""
-    cache = fork_cache(yes.cache)
+    cache: Any = fork_cache(yes.cache)
     pick = rows[:, None, None, None]
-    for layer, first, second in zip(cache.layers, yes.cache.layers, no.cache.layers, strict=True):
-        layer.keys = torch.where(pick, first.keys, second.keys)
-        layer.values = torch.where(pick, first.values, second.values)
+    others: Any = no.cache.layers
+    for layer, other in zip(cache.layers, others, strict=True):
+        layer.keys = torch.where(pick, layer.keys, other.keys)
+        layer.values = torch.where(pick, layer.values, other.values)
     mask = torch.where(rows[:, None], yes.attention_mask, no.attention_mask)
     return Prefix(cache, mask)

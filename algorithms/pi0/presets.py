@@ -51,9 +51,7 @@ class TinySizes:
             )
 
 
-def tiny_config(
-    sizes: TinySizes, horizon: int, condition_mode: str = "token"
-) -> Pi0CFGRLConfig:
+def tiny_config(sizes: TinySizes, horizon: int, condition_mode: str = "token") -> Pi0CFGRLConfig:
     """Configuration of a PI0 of these sizes, with the byte-level vocabulary."""
     gemma = {
         "model_type": "gemma",

@@ -1,0 +1,58 @@
+"""The command line, `cfgrl`: demonstrations, warm start, training, evaluation, a check-up.
+
+Each command is a function of one typed configuration, e.g. `cfgrl_gym.cli.train.run(TrainConfig())`.
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+
+from cfgrl_gym.cli.parser import parse
+from cfgrl_gym.envs.installation import LiberoNotInstalledError
+from cfgrl_gym.envs.rendering import RenderingUnavailableError
+
+TRACEBACK_VARIABLE = "CFGRL_TRACEBACK"
+USAGE_ERROR, INTERRUPTED = 2, 130
+
+# What a user can put right, with a message that says how. Anything else keeps its traceback.
+_EXPECTED = (ValueError, OSError, LiberoNotInstalledError, RenderingUnavailableError)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line; returns the exit status.
+
+    :param argv: without the program's name; None takes this process's
+    """
+    run = parse(sys.argv[1:] if argv is None else argv)
+    try:
+        return run()
+    except KeyboardInterrupt:
+        return _interrupted()
+    except (EOFError, ConnectionError) as error:
+        if _follows_interrupt(error):  # Ctrl-C ends the environment processes too
+            return _interrupted()
+        if os.environ.get(TRACEBACK_VARIABLE):
+            raise
+        return _report("an environment process died; its own message is above, if it had one")
+    except _EXPECTED as error:
+        if os.environ.get(TRACEBACK_VARIABLE):
+            raise
+        return _report(str(error) or repr(error))
+
+
+def _follows_interrupt(error: BaseException | None) -> bool:
+    while error is not None:
+        if isinstance(error, KeyboardInterrupt):
+            return True
+        error = error.__context__
+    return False
+
+
+def _interrupted() -> int:
+    print("cfgrl: interrupted", file=sys.stderr)
+    return INTERRUPTED
+
+
+def _report(message: str) -> int:
+    print(f"cfgrl: error: {' '.join(message.split())}", file=sys.stderr)
+    return USAGE_ERROR

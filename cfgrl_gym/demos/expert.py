@@ -5,7 +5,6 @@ of the current state but for the grasp, so a policy that sees only the present c
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -51,16 +50,21 @@ def _rotation_error(target: np.ndarray, current: np.ndarray) -> np.ndarray:
 class PickPlaceExpert:
     """Acts in a `Simulator` whose goal is to put one movable object in or on another.
 
-    :param simulator: after a reset; its pose then gives the orientation that is held
+    :param simulator: after a reset
+    :param orientation: (3, 3) of the hand, to be held; None for the present one
     :raises ExpertUnavailableError: the goal is of another kind
     """
 
-    def __init__(self, simulator: Simulator, config: ExpertConfig | None = None) -> None:
+    def __init__(self, simulator: Simulator, orientation: np.ndarray | None = None) -> None:
         self._simulator = simulator
-        self._config = config or ExpertConfig()
+        self._config = ExpertConfig()
         env = simulator.robosuite_env
         goals = env.parsed_problem["goal_state"]
-        if len(goals) != 1 or goals[0][0] not in ("in", "on") or goals[0][1] not in env.objects_dict:
+        if (
+            len(goals) != 1
+            or goals[0][0] not in ("in", "on")
+            or goals[0][1] not in env.objects_dict
+        ):
             raise ExpertUnavailableError(
                 f"the scripted expert picks and places one object; the goal of "
                 f"{simulator.task.name!r} is {goals}; choose a task such as those of libero_object"
@@ -73,7 +77,7 @@ class PickPlaceExpert:
                 f"the scripted expert can't place on {goals[0][2]!r}; choose a task such as those "
                 "of libero_object"
             )
-        self._orientation = self._hand_orientation()
+        self.orientation = self._hand_orientation() if orientation is None else orientation
         self._closing = 0
         self._carrying = False
         self._released = False
@@ -90,19 +94,25 @@ class PickPlaceExpert:
         env = self._simulator.robosuite_env
         return env.sim.data.site_xmat[env.robots[0].eef_site_id].reshape(3, 3).copy()
 
+    @property
+    def reaching(self) -> bool:
+        """True until the fingers begin to close."""
+        return not self._closing
+
     def act(self) -> np.ndarray:
         """The next action, float64 (7,)."""
         c = self._config
         hand, thing, target = self._hand(), self._body(self._object), self._body(self._target)
         grip = OPEN
         if self._released:
-            goal = hand + [0, 0, 0.05]
+            goal = hand + np.array([0, 0, 0.05])
         elif not self._carrying:
-            goal = thing + [0, 0, c.grasp_offset]
+            grasp = thing + np.array([0, 0, c.grasp_offset])
+            goal = grasp.copy()
             distance = np.linalg.norm((goal - hand)[:2])
             # A funnel: over the object until the hand is above it, then straight down.
             goal[2] += c.approach_height * np.clip((distance - 0.01) / c.funnel_radius, 0, 1)
-            if self._closing or np.abs(thing + [0, 0, c.grasp_offset] - hand).max() < c.grasp_tolerance:
+            if self._closing or np.abs(grasp - hand).max() < c.grasp_tolerance:
                 self._closing += 1
                 grip = CLOSE
                 goal = hand
@@ -119,6 +129,6 @@ class PickPlaceExpert:
             if away <= c.release_radius and hand[2] - goal[2] < 0.02:
                 self._released, grip = True, OPEN
         move = np.clip(c.gain * (goal - hand) / POSITION_SCALE, -c.max_speed, c.max_speed)
-        turn = _rotation_error(self._orientation, self._hand_orientation()) / ROTATION_SCALE
+        turn = _rotation_error(self.orientation, self._hand_orientation()) / ROTATION_SCALE
         turn = np.clip(turn, -c.max_rotation, c.max_rotation)
         return np.concatenate([move, turn, [grip]])

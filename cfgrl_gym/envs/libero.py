@@ -71,7 +71,9 @@ class LiberoEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
         if init_states not in ("benchmark", "random"):
             raise ValueError(f"init_states must be 'benchmark' or 'random'; got {init_states!r}")
         if render_mode not in (None, *RENDER_MODES):
-            raise ValueError(f"render_mode must be None or one of {RENDER_MODES}; got {render_mode!r}")
+            raise ValueError(
+                f"render_mode must be None or one of {RENDER_MODES}; got {render_mode!r}"
+            )
         limit = episode_limit(suite) if max_episode_steps is None else max_episode_steps
         for name, value, least in (
             ("image_size", image_size, 8),
@@ -147,7 +149,9 @@ class LiberoEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
             )
         if init_state_id is None:
             return
-        limits = [self.num_init_states(t) for t in ([task_id] if task_id is not None else self._tasks)]
+        limits = [
+            self.num_init_states(t) for t in ([task_id] if task_id is not None else self._tasks)
+        ]
         limit = SAMPLER_SEEDS if None in limits else min(n for n in limits if n is not None)
         if not 0 <= init_state_id < limit:
             raise ValueError(f"init_state_id must be in 0 to {limit - 1}; got {init_state_id}")
@@ -217,7 +221,7 @@ class LiberoEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
         return observation, float(success), success, truncated, self._info(success)
 
     def render(self) -> Any:
-        """The scene for people: uint8 (256, 256, 3); in list mode, all frames since the last call."""
+        """The scene for people, uint8 (256, 256, 3); in list mode, the frames since last asked."""
         if self.render_mode is None:
             raise ValueError('make the environment with render_mode="rgb_array" to render it')
         if self.render_mode == "rgb_array_list":

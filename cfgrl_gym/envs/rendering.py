@@ -127,9 +127,7 @@ class OffscreenRenderer:
         """
         mujoco = self._mujoco
         self._gl.make_current()
-        self._camera.fixedcamid = mujoco.mj_name2id(
-            self._model, mujoco.mjtObj.mjOBJ_CAMERA, camera
-        )
+        self._camera.fixedcamid = mujoco.mj_name2id(self._model, mujoco.mjtObj.mjOBJ_CAMERA, camera)
         viewport = mujoco.MjrRect(0, 0, size, size)
         mujoco.mjv_updateScene(
             self._model,

@@ -44,10 +44,14 @@ def _remember_pristine_model(environment_class: type) -> type:
 
     def initialize_sim(self: Any, xml_string: str | None = None) -> None:
         environment_class._initialize_sim(self, xml_string)  # type: ignore[attr-defined]
-        self.pristine = {name: getattr(self.sim.model, name).copy() for name in _MUTABLE_MODEL_ARRAYS}
+        self.pristine = {
+            name: getattr(self.sim.model, name).copy() for name in _MUTABLE_MODEL_ARRAYS
+        }
 
     # LIBERO compares the class name with the problem's, so the name stays.
-    return type(environment_class.__name__, (environment_class,), {"_initialize_sim": initialize_sim})
+    return type(
+        environment_class.__name__, (environment_class,), {"_initialize_sim": initialize_sim}
+    )
 
 
 class _SamplingClock:
@@ -225,7 +229,11 @@ class Simulator:
         data = self._image_data
         data.qpos[:] = self._image_qpos
         # What a picture depends on, in the order of mj_fwdPosition.
-        for compute in (self._mujoco.mj_kinematics, self._mujoco.mj_comPos, self._mujoco.mj_camlight):
+        for compute in (
+            self._mujoco.mj_kinematics,
+            self._mujoco.mj_comPos,
+            self._mujoco.mj_camlight,
+        ):
             compute(self.model, data)
         return {
             f"{camera}_image": self._render(data, camera, self.image_size) for camera in CAMERAS

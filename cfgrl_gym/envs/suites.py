@@ -92,7 +92,9 @@ def select_tasks(suite: str, task_id: int | Sequence[int] | str) -> tuple[Task, 
     tasks = load_tasks(suite)
     if isinstance(task_id, str):
         if task_id != "all":
-            raise ValueError(f"task_id must be an int, a sequence of ints or 'all'; got {task_id!r}")
+            raise ValueError(
+                f"task_id must be an int, a sequence of ints or 'all'; got {task_id!r}"
+            )
         return tasks
     ids = [task_id] if isinstance(task_id, (int, np.integer)) else list(task_id)
     if not ids:
@@ -127,7 +129,7 @@ def load_init_states(suite: str, task_id: int) -> np.ndarray:
 
 
 def episode_limit(suite: str) -> int:
-    """Time limit of a suite in control steps; a LIBERO-PRO suite has that of the suite it alters."""
+    """Time limit of a suite in control steps; a LIBERO-PRO suite has its original's."""
     base = [name for name in _LIMITS if suite == name or suite.startswith(name + "_")]
     return _LIMITS[max(base, key=len)] if base else max(_LIMITS.values())
 

@@ -1,0 +1,40 @@
+# `make main-job` and `make test` set up all they need: a virtual environment in .venv, the
+# package with LIBERO, and the system libraries for rendering.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+
+.PHONY: help venv main-job test lint types clean
+
+help:
+	@echo "make main-job  demonstrations, warm start, CFGRL and evaluation on real LIBERO"
+	@echo "make test      install and run the tests"
+	@echo "make lint      ruff;  make types  mypy;  make clean  remove what was made here"
+
+$(VENV)/installed: setup.cfg pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[libero,dev]'
+	sh tools/system_libraries.sh $(BIN)/python
+	touch $@
+
+venv: $(VENV)/installed
+
+main-job: venv
+	$(BIN)/python benchmarks/main_job.py
+
+test: venv
+	$(BIN)/python -m pytest
+
+lint: venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# A type checker can't see through an editable install with mapped folders: check an installed copy.
+types: venv
+	rm -rf build/types
+	$(BIN)/python -m pip install --quiet --no-deps --target build/types .
+	cd build/types && MYPYPATH=. ../../$(BIN)/mypy --config-file ../../pyproject.toml -p cfgrl_gym
+
+clean:
+	rm -rf build $(VENV) *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

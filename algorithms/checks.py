@@ -1,0 +1,43 @@
+"""Values of CFGRL's parameters that can't work, refused with what to do instead."""
+
+from typing import TYPE_CHECKING, get_args
+
+from cfgrl_gym.algorithms.labels import LabelSource, Negatives
+
+if TYPE_CHECKING:
+    from cfgrl_gym.algorithms.cfgrl import CFGRL
+
+
+def check_parameters(algorithm: "CFGRL") -> None:
+    """:raises ValueError: for a parameter of the constructor that is out of its range."""
+    if algorithm.rloo_batch_size < 2:
+        raise ValueError(
+            "rloo_batch_size must be at least 2, because each episode is compared with the others "
+            f"of its group; got {algorithm.rloo_batch_size}"
+        )
+    for name in ("groups_per_iteration", "n_epochs", "batch_size", "gradient_accumulation_steps"):
+        if getattr(algorithm, name) < 1:
+            raise ValueError(f"{name} must be at least 1; got {getattr(algorithm, name)}")
+    if not 0 <= algorithm.dropout_prob <= 1:
+        raise ValueError(f"dropout_prob must be in [0, 1]; got {algorithm.dropout_prob}")
+    share = algorithm.early_stop_percentage
+    if not 0 < share <= 1:
+        raise ValueError(f"early_stop_percentage must be in (0, 1]; got {share}")
+    tried, needed = algorithm.max_groups_tried, algorithm.groups_needed
+    if tried is not None and tried < needed:
+        raise ValueError(f"max_groups_tried={tried} can't give the {needed} valid groups asked for")
+    for name, kind in (("label_source", LabelSource), ("negatives", Negatives)):
+        if getattr(algorithm, name) not in get_args(kind):
+            raise ValueError(
+                f"{name} must be one of {', '.join(get_args(kind))}; "
+                f"got {getattr(algorithm, name)!r}"
+            )
+
+
+def check_stride(stride: int, chunk_size: int) -> None:
+    """:raises ValueError: for a window stride that doesn't fit chunks of this size."""
+    if stride < 1 or (stride > chunk_size and stride % chunk_size):
+        raise ValueError(
+            f"window_stride must be between 1 and the chunk size {chunk_size}, or a multiple of "
+            f"it; got {stride}"
+        )

@@ -1,0 +1,112 @@
+"""Success rate over fixed initial states, with its confidence interval."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from stable_baselines3.common.vec_env import VecEnv
+
+from cfgrl_gym.algorithms.collector import Collector
+from cfgrl_gym.algorithms.groups import Group, GroupPlan, Start, seed_sequence
+from cfgrl_gym.algorithms.policies import FlowPolicy
+
+
+def wilson_interval(
+    successes: int, trials: int, z: float = 1.959963984540054
+) -> tuple[float, float]:
+    """95% score interval of a success rate (Wilson 1927).
+
+    :raises ValueError: counts that can't be
+    """
+    if trials < 1 or not 0 <= successes <= trials:
+        raise ValueError(
+            f"need 0 <= successes <= trials and trials >= 1; got {successes}, {trials}"
+        )
+    rate = successes / trials
+    centre = rate + z * z / (2 * trials)
+    spread = z * math.sqrt(rate * (1 - rate) / trials + z * z / (4 * trials * trials))
+    scale = 1 + z * z / trials
+    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
+
+
+@dataclass(frozen=True)
+class EpisodeOutcome:
+    """How one evaluation episode went."""
+
+    task_id: int | None
+    init_state_id: int | None
+    success: bool
+    episode_return: float
+    control_steps: int
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Outcomes in the order in which the starts were given."""
+
+    episodes: tuple[EpisodeOutcome, ...]
+
+    @property
+    def successes(self) -> int:
+        return sum(episode.success for episode in self.episodes)
+
+    @property
+    def success_rate(self) -> float:
+        return self.successes / len(self.episodes)
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95% Wilson interval of the success rate."""
+        return wilson_interval(self.successes, len(self.episodes))
+
+
+def evaluate(
+    policy: FlowPolicy,
+    env: VecEnv,
+    starts: Sequence[Start],
+    *,
+    cfg_scale: float | None = None,
+    seed: int = 0,
+    on_episode: Callable[[int, int], None] = lambda episodes, successes: None,
+) -> Evaluation:
+    """Run one episode from each start; results don't depend on the number of environments.
+
+    :param cfg_scale: guidance; None: the policy's own
+    :param seed: of the sampling noise
+    :param on_episode: called with (episodes finished, successes so far)
+    """
+    if not starts:
+        raise ValueError("no starts to evaluate from were given")
+
+    def noise(group: int, member: int, chunk: int) -> torch.Tensor:
+        state = seed_sequence(seed, group, chunk).generate_state(1)
+        generator = torch.Generator().manual_seed(int(state[0]))
+        return torch.randn(policy.horizon, policy.action_width, generator=generator)
+
+    plan = GroupPlan(tuple(Group(i, start) for i, start in enumerate(starts)), group_size=1)
+    collector = Collector(env, policy, plan, noise, cfg_scale)
+    policy.set_training_mode(False)
+    try:
+        collector.reset()
+        while len(collector.finished) < len(starts):
+            before = len(collector.finished)
+            collector.step()
+            if len(collector.finished) > before:
+                done = collector.finished
+                on_episode(len(done), sum(episode.succeeded for episode in done))
+    finally:
+        collector.close()
+    ordered = sorted(collector.finished, key=lambda episode: episode.group)
+    return Evaluation(
+        tuple(
+            EpisodeOutcome(
+                task_id=episode.start.task_id,
+                init_state_id=episode.start.init_state_id,
+                success=episode.succeeded,
+                episode_return=episode.total_reward,
+                control_steps=len(episode.rewards),
+            )
+            for episode in ordered
+        )
+    )

@@ -1,0 +1,140 @@
+"""Supervised warm start: flow matching on demonstrations, as o = 1 with condition dropout."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.nn.utils import clip_grad_norm_
+
+from cfgrl_gym.algorithms.flow import POSITIVE
+from cfgrl_gym.algorithms.labels import drop_condition
+from cfgrl_gym.algorithms.pi0.policy import Pi0Policy
+from cfgrl_gym.algorithms.windows import WindowBatch
+from cfgrl_gym.demos.files import Demonstration
+from cfgrl_gym.wrappers.norm_stats import NormStats
+from cfgrl_gym.wrappers.prompt import encode_prompt
+from cfgrl_gym.wrappers.transforms import resize_with_pad, to_delta
+from cfgrl_gym.wrappers.two_test import rotate_image
+
+
+@dataclass(frozen=True)
+class WarmStartConfig:
+    """How a policy is fitted to demonstrations.
+
+    :param window_stride: control steps between the windows that are cut from a demonstration; only
+        steps whose images were drawn are used
+    :param learning_rate: peak; it rises over the first 5% of the steps and falls to a tenth
+    :param dropout_prob: share of the samples whose condition is dropped, so that ∅ is learned too
+    """
+
+    steps: int = 3000
+    batch_size: int = 32
+    learning_rate: float = 1e-3
+    window_stride: int = 1
+    dropout_prob: float = 0.1
+    max_grad_norm: float = 1.0
+    seed: int = 0
+
+
+def demonstration_stats(
+    demonstrations: Sequence[Demonstration], *, delta: bool, std_floor: float
+) -> NormStats:
+    """Normalisation statistics of demonstrations, of the actions as the model sees them.
+
+    :param delta: the model's actions are relative to the state in the first 6 dimensions
+    :param std_floor: least standard deviation, so that a dimension that hardly varies in the
+        demonstrations doesn't explode outside them
+    """
+    states = np.concatenate([demo.state for demo in demonstrations])
+    actions = np.concatenate([demo.actions for demo in demonstrations]).astype(np.float32)
+    if delta:
+        actions = to_delta(actions, states)
+    return NormStats.compute(states, actions, std_floor=std_floor)
+
+
+def demonstration_windows(
+    policy: Pi0Policy, demonstrations: Sequence[Demonstration], stride: int
+) -> WindowBatch:
+    """Windows of `policy.horizon` steps, all labelled o = 1, images at the model's own size."""
+    size = policy.image_size
+    parts: dict[str, list[np.ndarray]] = {}
+    actions, pads = [], []
+    for demo in demonstrations:
+        starts = np.flatnonzero(demo.images_rendered)
+        starts = starts[starts % stride == 0] if stride > 1 else starts
+        steps = starts[:, None] + np.arange(policy.horizon)  # (n, horizon)
+        pads.append(steps >= len(demo.actions))
+        actions.append(demo.actions[np.minimum(steps, len(demo.actions) - 1)])
+        prompt = encode_prompt(demo.prompt)
+        for slot, images in (
+            ("base_0_rgb", demo.agentview_rgb),
+            ("left_wrist_0_rgb", demo.eye_in_hand_rgb),
+        ):
+            drawn = np.stack([rotate_image(image) for image in images[starts]])
+            if drawn.shape[1:3] != (size, size):
+                drawn = resize_with_pad(drawn, size, size)
+            parts.setdefault(slot, []).append(drawn)
+        parts.setdefault("state", []).append(demo.state[starts])
+        parts.setdefault("prompt", []).append(np.tile(prompt, (len(starts), 1)))
+    observations = {key: np.concatenate(values) for key, values in parts.items()}
+    raw_state = torch.from_numpy(observations["state"]).to(policy.device)
+    env_actions = torch.from_numpy(np.concatenate(actions)).float()
+    model_actions = policy.encode_actions({"raw_state": raw_state}, env_actions).cpu()
+    count = len(model_actions)
+    return WindowBatch(
+        observations,
+        model_actions,
+        torch.from_numpy(np.concatenate(pads)),
+        torch.full((count,), POSITIVE, dtype=torch.int64),
+    )
+
+
+def warm_start(
+    policy: Pi0Policy,
+    demonstrations: Sequence[Demonstration],
+    config: WarmStartConfig,
+    on_step: Callable[[int, float], None] = lambda step, loss: None,
+) -> list[float]:
+    """Fit the policy; returns the loss of every step.
+
+    :param on_step: called with (steps done, loss)
+    :raises ValueError: no demonstrations
+    """
+    if not demonstrations:
+        raise ValueError("no demonstrations were given; `cfgrl demos` makes some")
+    windows = demonstration_windows(policy, demonstrations, config.window_stride)
+    generator = torch.Generator().manual_seed(config.seed)
+    optimizer = policy.optimizer
+    policy.set_training_mode(True)
+    order = torch.empty(0, dtype=torch.int64)
+    losses = []
+    for step in range(config.steps):
+        if len(order) < config.batch_size:
+            order = torch.cat([order, torch.randperm(len(windows), generator=generator)])
+        indices, order = order[: config.batch_size], order[config.batch_size :]
+        for group in optimizer.param_groups:
+            group["lr"] = config.learning_rate * _schedule(step, config.steps)
+        batch = windows[indices]
+        labels = drop_condition(batch.labels, config.dropout_prob, generator)
+        loss = policy.flow_matching_loss(
+            batch.observations, batch.model_actions, batch.action_is_pad, labels, generator
+        ).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        clip_grad_norm_(policy.parameters(), config.max_grad_norm)
+        optimizer.step()
+        losses.append(loss.item())
+        on_step(step + 1, losses[-1])
+    policy.set_training_mode(False)
+    return losses
+
+
+def _schedule(step: int, steps: int) -> float:
+    """Linear rise over the first 5%, then a cosine down to a tenth."""
+    warmup = max(1, steps // 20)
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = (step - warmup) / max(1, steps - warmup)
+    return 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress))

@@ -1,0 +1,55 @@
+"""`cfgrl demos`: scripted demonstrations in LIBERO's format."""
+
+from pathlib import Path
+
+from cfgrl_gym.cli.configs import DemosConfig
+from cfgrl_gym.cli.progress import progress_bar
+from cfgrl_gym.cli.run_folder import create_folder
+from cfgrl_gym.demos.recording import RecordingConfig, demonstration_path, record, save
+from cfgrl_gym.envs.suites import select_tasks
+
+
+def recording(config: DemosConfig, task_id: int) -> RecordingConfig:
+    """What to record of one task."""
+    return RecordingConfig(
+        suite=config.suite,
+        task_id=task_id,
+        demos=config.demos,
+        image_size=config.image_size,
+        image_stride=config.image_stride,
+        perturbed=config.perturbed,
+        seed=config.seed,
+        workers=config.workers,
+    )
+
+
+def run(config: DemosConfig) -> list[Path]:
+    """Record; returns the files. Each is complete or not there at all.
+
+    :raises FileExistsError: a file exists already
+    :raises ValueError: tasks that don't exist, or that the expert can't do
+    """
+    out = Path(config.out)
+    tasks = select_tasks(config.suite, config.task_id)
+    paths = [demonstration_path(out, task.suite, task.task_id) for task in tasks]
+    for path in paths:
+        if path.exists():
+            raise FileExistsError(
+                f"'{path}' exists, and nothing is overwritten; choose another folder with --out, "
+                "or delete it"
+            )
+    for task, path in zip(tasks, paths, strict=True):
+        job = recording(config, task.task_id)
+        demonstrations = []
+        with progress_bar(f"task {task.task_id}", config.demos, "demo") as bar:
+            try:
+                for demonstration in record(job):
+                    demonstrations.append(demonstration)
+                    bar.update()
+            except RuntimeError as error:  # the expert fails too often; the message says so
+                raise ValueError(str(error)) from error
+        save(path, demonstrations, job)
+        create_folder(path.with_name(f"{path.stem}.run"), config)
+        steps = sum(len(demonstration.actions) for demonstration in demonstrations)
+        print(f"{path}: {len(demonstrations)} demonstrations, {steps} control steps")
+    return paths

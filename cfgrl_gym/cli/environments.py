@@ -1,0 +1,61 @@
+"""The LIBERO environments of a command, in processes of their own where there are several."""
+
+import contextlib
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from gymnasium import spaces
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv
+
+from cfgrl_gym.cli.configs import LiberoOptions
+from cfgrl_gym.envs.libero import ACTION_DIM, BOUND
+from cfgrl_gym.wrappers.prompt import PROMPT_BYTES
+from cfgrl_gym.wrappers.two_test import CAMERA_SLOTS, STATE_DIM
+
+# With the module's name, so that a fresh worker process registers it.
+ENVIRONMENT = "cfgrl_gym:LiberoChunked-v0"
+
+
+def libero_spaces(image_size: int, chunk_size: int) -> tuple[spaces.Dict, spaces.Box]:
+    """Observation and action space of `LiberoChunked-v0`, without building one."""
+    image = spaces.Box(0, 255, (image_size, image_size, 3), np.uint8)
+    observation = dict.fromkeys(CAMERA_SLOTS, image) | {
+        "state": spaces.Box(-BOUND, BOUND, (STATE_DIM,), np.float32),
+        "prompt": spaces.Box(0, 255, (PROMPT_BYTES,), np.uint8),
+    }
+    return spaces.Dict(observation), spaces.Box(-1.0, 1.0, (chunk_size, ACTION_DIM), np.float32)
+
+
+def environment_arguments(
+    options: LiberoOptions, *, chunk_size: int, image_size: int
+) -> dict[str, Any]:
+    """Arguments of `LiberoChunked-v0`; the two sizes are the policy's where the user gave none."""
+    return {
+        "suite": options.suite,
+        "task_id": options.task_id,
+        "chunk_size": options.chunk_size or chunk_size,
+        "image_size": options.image_size or image_size,
+        "max_episode_steps": options.max_episode_steps,
+    }
+
+
+@contextlib.contextmanager
+def vec_env(arguments: dict[str, Any], n_envs: int) -> Iterator[VecEnv]:
+    """A `VecEnv` of `LiberoChunked-v0`, closed at the end."""
+    makers = [partial(gym.make, ENVIRONMENT, **arguments)] * n_envs
+    env: VecEnv
+    if n_envs == 1:
+        env = DummyVecEnv(makers)
+    else:
+        # Not 'fork': a render context of this process would not survive it.
+        env = SubprocVecEnv(makers, start_method="forkserver")
+    try:
+        yield env
+    except BaseException:
+        with contextlib.suppress(EOFError, OSError):  # the workers may be gone already
+            env.close()
+        raise
+    env.close()

@@ -1,0 +1,157 @@
+"""From a command line to the function to call, with all options checked."""
+
+import argparse
+import importlib
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, NoReturn
+
+import jsonargparse
+
+from cfgrl_gym._version import __version__
+from cfgrl_gym.cli import configs
+
+_CONFIG_HELP = "YAML file with any of the options below; options on the command line go before it"
+
+
+@dataclass(frozen=True)
+class Command:
+    """A subcommand: its module has `run(config)`."""
+
+    name: str
+    summary: str
+    description: str
+    example: str
+    config: type | None
+
+
+COMMANDS = (
+    Command(
+        "demos",
+        "record scripted demonstrations",
+        "Record demonstrations of a scripted pick-and-place expert on real LIBERO, in LIBERO's "
+        "HDF5 format,\none file for each task. The expert knows the tasks of libero_object and "
+        "others of that kind.",
+        "cfgrl demos --suite libero_object --task_id [0,5] --demos 50 --image_size 112 --workers 4",
+        configs.DemosConfig,
+    ),
+    Command(
+        "sft",
+        "fit a policy to demonstrations (warm start)",
+        "Supervised warm start: flow matching on demonstrations, the project's or LIBERO's own.\n"
+        "The policy is saved under <out>/policy, with its normalisation statistics.",
+        "cfgrl sft --demos demos/libero_object --horizon 16 --steps 3000 --out runs/sft",
+        configs.SftConfig,
+    ),
+    Command(
+        "train",
+        "train a policy with CFGRL",
+        "Reinforcement learning by classifier-free guidance, from a policy that succeeds now and "
+        "then.\nWrites <out>/policy, <out>/model.zip (Stable-Baselines3), metrics, TensorBoard "
+        "events and a video.",
+        "cfgrl train --policy runs/sft --task_id 0 --n_envs 8 --total_timesteps 20000",
+        configs.TrainConfig,
+    ),
+    Command(
+        "eval",
+        "measure a policy's success rate",
+        "Success rate over the benchmark's initial states, with its 95% Wilson interval.\n"
+        "Writes every episode to <out>/eval.json, and a video of the first.",
+        "cfgrl eval --policy runs/train --task_id 0 --episodes 20 --cfg_scale [1,1.5,2,3]",
+        configs.EvalConfig,
+    ),
+    Command(
+        "doctor",
+        "check the installation",
+        "Check the installation piece by piece, and say how to put right what is wrong.\n"
+        "The exit status is 1 if something is.",
+        "cfgrl doctor",
+        None,
+    ),
+)
+
+
+class _Formatter(jsonargparse.DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Descriptions and examples keep their line breaks."""
+
+
+class _Parser(jsonargparse.ArgumentParser):
+    """Says in one line what is wrong, and exits with status 2."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        parser = getattr(ex, "subcommand_parser", None) or self
+        prog = parser.prog.replace(" [options]", "")
+        text = " ".join(message.split()).replace("Parser key ", "option ")
+        text = re.sub(r"<class '(\w+)'>", r"\1", text)
+        print(f"cfgrl: error: {text} (see {prog} --help)", file=sys.stderr)
+        sys.exit(2)
+
+
+def build_parser() -> jsonargparse.ArgumentParser:
+    """The parser of `cfgrl` with all its subcommands."""
+    parser = _Parser(
+        prog="cfgrl",
+        formatter_class=_Formatter,
+        version=__version__,
+        description="CFGRL for PI0 on LIBERO: demonstrations, warm start, training, evaluation.",
+        epilog="The environment variable CFGRL_TRACEBACK=1 shows tracebacks of errors.",
+    )
+    commands = parser.add_subcommands(required=True, dest="command", metavar="command")
+    for command in COMMANDS:
+        sub = _Parser(
+            formatter_class=_Formatter,
+            description=command.description,
+            epilog=f"example:\n  {command.example}",
+        )
+        if command.config is None:
+            sub.add_argument("--json", action="store_true", help="print JSON instead of lines")
+        else:
+            sub.add_argument("--config", action="config", metavar="FILE", help=_CONFIG_HELP)
+            sub.add_class_arguments(command.config, None)
+        commands.add_subcommand(command.name, sub, help=command.summary)
+    return parser
+
+
+def parse(argv: Sequence[str]) -> Callable[[], int]:
+    """The checked command, ready to run; it returns the exit status.
+
+    :raises SystemExit: with status 2 for a command line that is wrong, 0 after --help
+    """
+    parser = build_parser()
+    arguments = parser.parse_args(_arrange(argv))
+    command = next(c for c in COMMANDS if c.name == arguments.command)
+    values = arguments[command.name]
+    config: Any = None
+    if command.config is not None:
+        try:
+            config = command.config(**{f.name: values[f.name] for f in fields(command.config)})
+        except ValueError as error:
+            parser.error(str(error))
+
+    def run() -> int:
+        module = importlib.import_module(f"cfgrl_gym.cli.{command.name}")
+        if config is None:
+            status: int = module.run(as_json=values.json)
+            return status
+        module.run(config)
+        return 0
+
+    return run
+
+
+def _arrange(argv: Sequence[str]) -> list[str]:
+    """Configuration files first, so that options override them; --n-envs is --n_envs."""
+    files: list[str] = []
+    rest: list[str] = []
+    words = iter(argv)
+    for word in words:
+        if word.startswith("--"):
+            name, equals, value = word.partition("=")
+            word = "--" + name[2:].replace("-", "_") + equals + value
+            if name == "--config":
+                files += [word] if equals else [word, *[w for w in [next(words, None)] if w]]
+                continue
+        rest.append(word)
+    return rest[:1] + files + rest[1:]

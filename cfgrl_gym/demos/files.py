@@ -1,0 +1,175 @@
+"""LIBERO's demonstration files: HDF5 with `data/demo_*/{actions, states, obs/...}`."""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+# obs/ key: width, or None for images
+_OBS_KEYS = {"ee_pos": 3, "ee_ori": 3, "gripper_states": 2}
+_IMAGE_KEYS = ("agentview_rgb", "eye_in_hand_rgb")
+# Which rows of the images were drawn; written only where not all were (see `record`).
+RENDERED_KEY = "images_rendered"
+
+
+class DemonstrationFileError(ValueError):
+    """A file that is not a readable demonstration file in LIBERO's format."""
+
+
+@dataclass(frozen=True)
+class Demonstration:
+    """One episode of T control steps; observations are those on which the action was chosen."""
+
+    actions: np.ndarray  # (T, 7) in [-1, 1]
+    states: np.ndarray  # (T, 1 + nq + nv) before each action
+    agentview_rgb: np.ndarray  # uint8 (T, H, W, 3) as robosuite gives it
+    eye_in_hand_rgb: np.ndarray  # uint8 (T, H, W, 3)
+    ee_pos: np.ndarray  # (T, 3) m
+    ee_ori: np.ndarray  # (T, 3) axis-angle
+    gripper_states: np.ndarray  # (T, 2)
+    joint_states: np.ndarray  # (T, 7)
+    images_rendered: np.ndarray  # bool (T,)
+    prompt: str
+
+    @property
+    def state(self) -> np.ndarray:
+        """float32 (T, 8): the policy's state vector."""
+        return np.concatenate([self.ee_pos, self.ee_ori, self.gripper_states], 1).astype(np.float32)
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A temporary neighbour of `path` that takes its place only if all went well."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_demonstrations(
+    path: Path, demonstrations: list[Demonstration], *, problem: str, bddl_file: Path
+) -> None:
+    """Write a file in LIBERO's layout; an existing file is replaced only when all is written."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _replacing(path) as temporary, h5py.File(temporary, "w") as file:
+        data = file.create_group("data")
+        instruction = demonstrations[0].prompt
+        data.attrs["env_name"] = problem
+        data.attrs["bddl_file_name"] = bddl_file.name
+        data.attrs["problem_info"] = json.dumps(
+            {"problem_name": problem.lower(), "language_instruction": instruction}
+        )
+        data.attrs["num_demos"] = len(demonstrations)
+        data.attrs["total"] = sum(len(demo.actions) for demo in demonstrations)
+        for number, demo in enumerate(demonstrations):
+            group = data.create_group(f"demo_{number}")
+            length = len(demo.actions)
+            group.attrs["num_samples"] = length
+            group.attrs["init_state"] = demo.states[0]
+            last = np.arange(length) == length - 1
+            group["actions"], group["states"] = demo.actions, demo.states
+            group["rewards"] = group["dones"] = last.astype(np.uint8)
+            obs = group.create_group("obs")
+            for key in (*_OBS_KEYS, "joint_states"):
+                obs[key] = getattr(demo, key)
+            obs["ee_states"] = np.concatenate([demo.ee_pos, demo.ee_ori], 1)
+            for key in _IMAGE_KEYS:
+                images = getattr(demo, key)
+                chunks = (1, *images.shape[1:])
+                obs.create_dataset(
+                    key, data=images, chunks=chunks, compression="gzip", compression_opts=1
+                )
+            if not demo.images_rendered.all():
+                obs[RENDERED_KEY] = demo.images_rendered
+
+
+def _instruction(data: Any, path: Path) -> str:
+    try:
+        info = json.loads(data.attrs["problem_info"])
+        text = info["language_instruction"]
+    except (KeyError, ValueError, TypeError) as error:
+        raise DemonstrationFileError(
+            f"{path}: the attribute problem_info of 'data' must be JSON with a "
+            f"'language_instruction' ({error!r})"
+        ) from error
+    # Some of LIBERO's own files hold a list of characters.
+    return "".join(text).strip().strip('"')
+
+
+def _read_one(group: Any, name: str, path: Path, prompt: str) -> Demonstration:
+    missing = [key for key in ("actions", "obs") if key not in group]
+    obs = group.get("obs", {})
+    missing += [f"obs/{key}" for key in (*_OBS_KEYS, *_IMAGE_KEYS) if key not in obs]
+    if missing:
+        raise DemonstrationFileError(
+            f"{path}: data/{name} lacks {', '.join(missing)}; LIBERO's files have actions and "
+            f"obs/{{{', '.join((*_OBS_KEYS, *_IMAGE_KEYS))}}}"
+        )
+    actions = np.asarray(group["actions"], dtype=np.float64)
+    length = len(actions)
+    shapes = {"actions": (actions.shape, (length, 7))}
+    arrays: dict[str, np.ndarray] = {}
+    for key, width in _OBS_KEYS.items():
+        arrays[key] = np.asarray(obs[key], dtype=np.float64)
+        shapes[f"obs/{key}"] = (arrays[key].shape, (length, width))
+    for key in _IMAGE_KEYS:
+        arrays[key] = np.asarray(obs[key])
+        shape = arrays[key].shape
+        expected = (length, *shape[1:3], 3) if len(shape) == 4 else (length, -1, -1, 3)
+        shapes[f"obs/{key}"] = (shape, expected)
+        if arrays[key].dtype != np.uint8:
+            raise DemonstrationFileError(f"{path}: data/{name}/obs/{key} must be uint8 images")
+    wrong = [
+        f"{key} {given}, expected {want}" for key, (given, want) in shapes.items() if given != want
+    ]
+    if wrong or length == 0:
+        raise DemonstrationFileError(
+            f"{path}: data/{name}: wrong shape: {'; '.join(wrong) or 'empty'}"
+        )
+    if not np.isfinite(actions).all() or not all(np.isfinite(arrays[k]).all() for k in _OBS_KEYS):
+        raise DemonstrationFileError(f"{path}: data/{name} holds NaN or infinity")
+    return Demonstration(
+        actions=actions,
+        states=np.asarray(group["states"]) if "states" in group else np.empty((length, 0)),
+        joint_states=np.asarray(obs["joint_states"])
+        if "joint_states" in obs
+        else np.empty((length, 0)),
+        images_rendered=np.asarray(obs[RENDERED_KEY], dtype=bool)
+        if RENDERED_KEY in obs
+        else np.ones(length, dtype=bool),
+        prompt=prompt,
+        **arrays,
+    )
+
+
+def read_demonstrations(path: str | Path) -> list[Demonstration]:
+    """All demonstrations of a file, the project's or LIBERO's own.
+
+    :raises DemonstrationFileError: missing, truncated, or lacking what the format needs
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise DemonstrationFileError(
+            f"{path}: no such file; `cfgrl demos` makes demonstrations, LIBERO's own are named "
+            "<task>_demo.hdf5"
+        )
+    try:
+        with h5py.File(path, "r") as file:
+            if "data" not in file or not any(n.startswith("demo_") for n in file["data"]):
+                raise DemonstrationFileError(f"{path}: no data/demo_* group; is it a LIBERO file?")
+            data = file["data"]
+            prompt = _instruction(data, path)
+            names = sorted((n for n in data if n.startswith("demo_")), key=lambda n: int(n[5:]))
+            return [_read_one(data[name], name, path, prompt) for name in names]
+    except OSError as error:
+        raise DemonstrationFileError(
+            f"{path}: not a readable HDF5 file ({error}); truncated? make or copy it again"
+        ) from error

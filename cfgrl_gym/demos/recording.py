@@ -1,0 +1,160 @@
+"""Recording scripted demonstrations on real LIBERO, several processes at a time."""
+
+import multiprocessing
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from cfgrl_gym.demos.expert import OPEN, PickPlaceExpert
+from cfgrl_gym.demos.files import Demonstration, write_demonstrations
+from cfgrl_gym.envs.libero import SETTLE_ACTION
+from cfgrl_gym.envs.simulator import IMAGE_KEYS, LIBERO_SEED, Simulator
+from cfgrl_gym.envs.suites import episode_limit, select_tasks
+from cfgrl_gym.wrappers.transforms import quat2axisangle
+
+SETTLE_STEPS = 20
+MAX_TRIES_PER_DEMO = 10
+
+
+@dataclass(frozen=True)
+class RecordingConfig:
+    """What to record.
+
+    :param perturbed: share of the demonstrations that start from a disturbed pose: the expert
+        first moves for a while, is pushed and turned at random, and only then recorded
+    :param image_stride: images are drawn at every so manieth step; rows between repeat the last
+        one, and `obs/images_rendered` tells which are which. 1 draws all, as LIBERO's files have
+    :param seed: of LIBERO's placement sampler and of the disturbances
+    """
+
+    suite: str = "libero_object"
+    task_id: int = 0
+    demos: int = 50
+    image_size: int = 128
+    image_stride: int = 1
+    perturbed: float = 0.8
+    seed: int = 0
+    workers: int = 2
+
+
+def _disturb(simulator: Simulator, expert: PickPlaceExpert, rng: np.random.Generator) -> None:
+    """Reach for a while, then be pushed (up to about 8 cm) and turned (up to about 0.4 rad)."""
+    for _ in range(int(rng.integers(0, 40))):
+        action = expert.act()
+        if not expert.reaching:
+            break
+        simulator.advance(action)
+    push = np.concatenate([rng.uniform(-0.6, 0.6, 3), rng.uniform(-0.25, 0.25, 3), [OPEN]])
+    push[2] = abs(push[2])  # never down into the table
+    for _ in range(int(rng.integers(3, 9))):
+        simulator.advance(push)
+    for _ in range(3):
+        simulator.advance(SETTLE_ACTION)
+
+
+def record_one(config: RecordingConfig, simulator: Simulator, seed: int) -> Demonstration | None:
+    """One episode with the placement of `seed`; None where the expert fails."""
+    rng = np.random.default_rng([config.seed, seed])
+    simulator.reset(seed, None)
+    for _ in range(SETTLE_STEPS):
+        simulator.advance(SETTLE_ACTION)
+    expert = PickPlaceExpert(simulator)
+    if rng.random() < config.perturbed:
+        _disturb(simulator, expert, rng)
+    # Start again from exactly here: so the file replays from states[0] in LIBERO's environment.
+    simulator.reset(LIBERO_SEED, simulator.state())
+    expert = PickPlaceExpert(simulator, expert.orientation)
+
+    rows: dict[str, list[np.ndarray]] = {}
+    rendered: list[bool] = []
+    for step in range(episode_limit(config.suite)):
+        rendered.append(step % config.image_stride == 0)
+        if rendered[-1]:
+            images = simulator.images()
+        raw = simulator.observe()
+        action = expert.act()
+        row = {
+            "actions": action,
+            "states": simulator.state(),
+            "agentview_rgb": images[IMAGE_KEYS[0]],
+            "eye_in_hand_rgb": images[IMAGE_KEYS[1]],
+            "ee_pos": raw["robot0_eef_pos"],
+            "ee_ori": quat2axisangle(raw["robot0_eef_quat"]),
+            "gripper_states": raw["robot0_gripper_qpos"],
+            "joint_states": raw["robot0_joint_pos"],
+        }
+        for key, value in row.items():
+            rows.setdefault(key, []).append(value)
+        if simulator.advance(action):
+            arrays = {key: np.stack(values) for key, values in rows.items()}
+            return Demonstration(
+                **arrays, images_rendered=np.array(rendered), prompt=simulator.task.prompt
+            )
+    return None
+
+
+_worker: tuple[RecordingConfig, Simulator] | None = None
+
+
+def _start_worker(config: RecordingConfig) -> None:
+    global _worker
+    _worker = (config, Simulator(select_tasks(config.suite, config.task_id)[0], config.image_size))
+
+
+def _work(seed: int) -> Demonstration | None:
+    assert _worker is not None
+    return record_one(*_worker, seed)
+
+
+def record(config: RecordingConfig) -> Iterator[Demonstration]:
+    """Successful demonstrations as they come, `config.demos` of them, the same for equal seeds.
+
+    :raises ExpertUnavailableError: the task is not a pick-and-place
+    :raises RuntimeError: the expert fails too often on this task
+    """
+    if config.demos < 1 or config.image_stride < 1 or not 0 <= config.perturbed <= 1:
+        raise ValueError(
+            f"demos and image_stride must be at least 1 and perturbed in [0, 1]; got {config}"
+        )
+    first_seed = 1_000_000 * config.seed
+    seeds = range(first_seed, first_seed + config.demos * MAX_TRIES_PER_DEMO)
+    if config.workers <= 1:
+        _start_worker(config)
+        yield from _take(map(_work, seeds), config)
+        return
+    # 'spawn': a render context must not be inherited
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(config.workers, _start_worker, (config,)) as pool:
+        yield from _take(pool.imap(_work, seeds), config)
+
+
+def _take(
+    results: Iterator[Demonstration | None], config: RecordingConfig
+) -> Iterator[Demonstration]:
+    found = 0
+    for result in results:
+        if result is not None:
+            yield result
+            found += 1
+            if found == config.demos:
+                return
+    raise RuntimeError(
+        f"the expert solved only {found} of {config.demos * MAX_TRIES_PER_DEMO} placements of "
+        f"{config.suite} task {config.task_id}; ask for fewer demos or another task"
+    )
+
+
+def demonstration_path(folder: Path, suite: str, task_id: int) -> Path:
+    """Where LIBERO's datasets keep a task: `<folder>/<suite>/<task>_demo.hdf5`."""
+    return folder / suite / f"{select_tasks(suite, task_id)[0].name}_demo.hdf5"
+
+
+def save(path: Path, demonstrations: list[Demonstration], config: RecordingConfig) -> None:
+    """Write recorded demonstrations of one task in LIBERO's format."""
+    from cfgrl_gym.envs.installation import import_libero
+
+    task = select_tasks(config.suite, config.task_id)[0]
+    problem = import_libero("envs.bddl_utils").get_problem_info(str(task.bddl_file))["problem_name"]
+    write_demonstrations(path, demonstrations, problem=problem, bddl_file=task.bddl_file)

@@ -1,0 +1,214 @@
+"""Which episodes run where, and from which start."""
+
+from collections import Counter
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from cfgrl_envs import QueueEnv, SeedEnv, vec
+from cfgrl_gym.algorithms import MlpPolicy
+from cfgrl_gym.algorithms.collector import Collector
+from cfgrl_gym.algorithms.groups import (
+    Group,
+    GroupPlan,
+    Start,
+    draw_plan,
+    seed_sequence,
+    select_groups,
+)
+from stable_baselines3.common.monitor import Monitor
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecMonitor
+
+SEEDS = GroupPlan(tuple(Group(i, Start(seed=10 + i)) for i in range(3)), 4)
+TASKS = GroupPlan(
+    tuple(Group(i, Start(task_id=t, init_state_id=s)) for i, (t, s) in enumerate([(0, 3), (2, 7)])),
+    4,
+)
+
+
+def noise_for(policy):
+    def noise(group, member, chunk):
+        seed = int(seed_sequence(0, group, member, chunk).generate_state(1)[0])
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randn(policy.horizon, policy.action_width, generator=generator)
+
+    return noise
+
+
+def collect(env, plan, cfg_scale=None):
+    torch.manual_seed(0)
+    policy = MlpPolicy(env.observation_space, env.action_space, lambda _: 1e-3, net_arch=[16])
+    collector = Collector(env, policy, plan, noise_for(policy), cfg_scale)
+    collector.reset()
+    while len(collector.finished) < len(plan.groups) * plan.group_size:
+        collector.step()
+    collector.close()
+    return collector
+
+
+def test_all_episodes_of_a_group_start_from_its_seed():
+    collector = collect(vec(SeedEnv, 2), SEEDS)
+    for group in SEEDS.groups:
+        expected, _ = SeedEnv().reset(seed=group.start.seed)
+        episodes = collector.episodes(group.index)
+        assert [episode.member for episode in episodes] == [0, 1, 2, 3]
+        for episode in episodes:
+            np.testing.assert_array_equal(episode.chunks[0].observation, expected)
+        # The same start, but not the same episode.
+        assert len({episode.total_reward for episode in episodes}) == 4
+
+
+@pytest.mark.parametrize("n_envs", [1, 3, 5, 11])
+def test_all_episodes_of_a_group_start_from_its_task_and_state(n_envs):
+    plan = draw_plan(np.random.default_rng(0), 6, 4, {0: 5, 2: None})
+    # Episodes differ in length, so that what is queued has to change while they run.
+    collector = collect(vec(QueueEnv, n_envs, chunk=1, goal=1.0), plan)
+    for group in plan.groups:
+        episodes = collector.episodes(group.index)
+        assert len(episodes) == 4
+        for episode in episodes:
+            task, start, _, time = episode.chunks[0].observation
+            assert (task, time) == (group.start.task_id, 0)
+            assert start == group.start.init_state_id % 10
+
+
+@pytest.mark.parametrize("n_envs", [1, 3])
+def test_the_autoreset_starts_the_planned_episode(n_envs):
+    env = vec(QueueEnv, n_envs, goal=1.5)
+    collect(env, TASKS)
+    log = [entry for entries in env.env_method("reset_log") for entry in entries]
+    planned = Counter((t, s) for t, s, how in log if how in ("queue", "options"))
+    # Four of each; the last start may be queued once more than it is needed, never reset twice.
+    assert planned[0, 3] == 4
+    assert planned[2, 7] >= 4
+    assert sum(how == "options" for *_, how in log) == n_envs
+
+
+def test_no_planned_start_is_left_behind():
+    env = vec(QueueEnv, 3)
+    policy = MlpPolicy(env.observation_space, env.action_space, lambda _: 1e-3)
+    collector = Collector(env, policy, TASKS, noise_for(policy))
+    collector.reset()
+    collector.step()
+    collector.close()
+    env.reset()
+    assert [log[-1][2] for log in env.env_method("reset_log")] == ["default"] * 3
+
+
+@pytest.mark.parametrize(
+    ("env_class", "plan", "arguments"),
+    [(SeedEnv, SEEDS, {}), (QueueEnv, TASKS, {"goal": 1.2})],
+)
+def test_episodes_do_not_depend_on_how_many_environments_run_them(env_class, plan, arguments):
+    reference = collect(vec(env_class, 1, **arguments), plan)
+    for n_envs in (2, 3, 9):
+        other = collect(vec(env_class, n_envs, **arguments), plan)
+        for group in plan.groups:
+            pairs = zip(reference.episodes(group.index), other.episodes(group.index), strict=True)
+            for one, two in pairs:
+                assert len(one.chunks) == len(two.chunks)
+                for a, b in zip(one.chunks, two.chunks, strict=True):
+                    # A matrix product rounds differently for another batch size.
+                    np.testing.assert_allclose(a.actions, b.actions, atol=1e-5)
+                    np.testing.assert_allclose(a.observation, b.observation, atol=1e-5)
+                    np.testing.assert_allclose(a.rewards, b.rewards, atol=1e-5)
+
+
+def test_every_environment_is_busy_until_the_plan_runs_out():
+    env = vec(SeedEnv, 5)  # all its episodes have 4 steps, and the plan has 12 of them
+    collector = collect(env, SEEDS)
+    assert collector.control_steps == 12 * 4
+    assert sum(monitor.get_total_steps() for monitor in env.envs) == 3 * 4 * 5
+
+
+def test_what_is_recorded_is_what_the_environment_did():
+    env = vec(QueueEnv, 2, goal=1.0)
+    collector = collect(env, TASKS)
+    for episode in collector.finished:
+        actions = np.concatenate([chunk.actions for chunk in episode.chunks])
+        position = episode.start.init_state_id / 10 + np.cumsum(actions)
+        reached = position > 1.0
+        steps = int(np.argmax(reached)) + 1 if reached.any() else 8
+        assert len(actions) == steps  # executed, up to success or the limit of 8
+        assert episode.success == episode.succeeded == bool(reached.any())
+        np.testing.assert_array_equal(episode.rewards, reached[:steps])
+
+
+def test_guidance_while_collecting_is_the_one_asked_for():
+    env = vec(SeedEnv, 2)
+    policy_s, high = (collect(env, SEEDS, w).episodes(0)[0].chunks[0] for w in (None, 50.0))
+    assert not np.allclose(policy_s.model_actions, high.model_actions)
+
+
+def test_subprocesses_and_a_monitor_of_the_vector_change_nothing():
+    reference = collect(vec(QueueEnv, 2, observation_stride=1), TASKS)
+    env = VecMonitor(SubprocVecEnv([lambda: QueueEnv(observation_stride=1)] * 2))
+    try:
+        other = collect(env, TASKS)
+    finally:
+        env.close()
+    for group in TASKS.groups:
+        pairs = zip(reference.episodes(group.index), other.episodes(group.index), strict=True)
+        for one, two in pairs:
+            np.testing.assert_array_equal(one.rewards, two.rewards)
+            assert [sorted(c.observations) for c in one.chunks] == [
+                sorted(c.observations) for c in two.chunks
+            ]
+
+
+def test_chunked_actions_need_the_chunks_rewards():
+    class Silent(gym.Wrapper):
+        def step(self, action):
+            *rest, info = self.env.step(action)
+            del info["rewards"]
+            return *rest, info
+
+    env = DummyVecEnv([lambda: Monitor(Silent(QueueEnv()))])
+    with pytest.raises(ValueError, match="'rewards'"):
+        collect(env, TASKS)
+
+
+# The plan ---------------------------------------------------------------------------------------
+
+
+def test_a_plan_follows_from_its_generator_and_visits_all_before_any_twice():
+    def draw(seed):
+        rng = np.random.default_rng(seed)
+        return draw_plan(rng, 12, 4, {0: 3, 5: None, 7: 2})
+
+    plan = draw(1)
+    assert plan == draw(1)
+    assert plan != draw(2)
+    assert [group.index for group in plan.groups] == list(range(12))
+    starts = [group.start for group in plan.groups]
+    for i in range(0, 12, 3):
+        assert {start.task_id for start in starts[i : i + 3]} == {0, 5, 7}
+    assert {s.init_state_id for s in starts if s.task_id == 0} == {0, 1, 2}
+    assert {s.init_state_id for s in starts if s.task_id == 7} == {0, 1}
+    assert len({s.init_state_id for s in starts if s.task_id == 5}) == 4
+
+
+def test_a_plan_without_tasks_draws_reset_seeds():
+    plan = draw_plan(np.random.default_rng(0), 5, 2, None)
+    assert len({group.start.seed for group in plan.groups}) == 5
+    assert plan.groups[0].start.reset_arguments() == {"seed": plan.groups[0].start.seed}
+
+
+@pytest.mark.parametrize(
+    ("finished", "dynamic", "expected"),
+    [
+        ({}, True, ([], [], False)),
+        ({0: [1, 0], 1: [1]}, True, ([0], [], False)),
+        ({0: [1, 1], 1: [1, 0]}, True, ([1], [0], False)),
+        # The third group is ready, but the second comes first.
+        ({0: [0, 1], 1: [1], 2: [1, 0]}, True, ([0], [], False)),
+        ({0: [0, 1], 1: [0, 1], 2: [1, 0], 3: [1, 1]}, True, ([0, 1], [], True)),
+        ({0: [0, 1], 1: [0, 0], 2: [1, 1], 3: [1, 1]}, True, ([0], [1, 2, 3], True)),
+        ({0: [0, 0], 1: [1, 1]}, False, ([0, 1], [], True)),
+    ],
+)
+def test_groups_are_kept_in_the_order_of_the_plan(finished, dynamic, expected):
+    plan = GroupPlan(tuple(Group(i, Start(seed=i)) for i in range(4)), 2)
+    selection = select_groups(plan, finished, needed=2, dynamic_sampling=dynamic)
+    assert (selection.kept, selection.discarded, selection.complete) == expected

@@ -1,0 +1,131 @@
+"""Advantages and labels against closed forms worked out by hand."""
+
+import numpy as np
+import pytest
+import torch
+from cfgrl_gym.algorithms import rloo_advantages
+from cfgrl_gym.algorithms.labels import drop_condition, label_group, window_advantages
+from hypothesis import given
+from hypothesis import strategies as st
+
+SOURCES = ("episode_rloo", "window_rloo", "window_return")
+# Two episodes of 4 and 5 control steps, windows every 2.
+REWARDS = [np.array([1.0, 2.0, 4.0, 0.5]), np.array([0.0, 1.0, 0.0, 3.0, 5.0])]
+STARTS = [np.array([0, 2]), np.array([0, 2, 4])]
+
+
+def test_rloo_by_hand():
+    advantages = rloo_advantages(np.array([[1.0, 0.0, 0.0, 1.0], [4.0, 1.0, 1.0, 0.0]]))
+    expected = [[2 / 3, -2 / 3, -2 / 3, 2 / 3], [10 / 3, -2 / 3, -2 / 3, -2]]
+    np.testing.assert_allclose(advantages, expected)
+
+
+@given(
+    st.integers(2, 6).flatmap(
+        lambda k: st.lists(
+            st.lists(st.floats(-1e3, 1e3), min_size=k, max_size=k), min_size=1, max_size=4
+        )
+    )
+)
+def test_rloo_is_the_return_minus_the_mean_of_the_others(returns):
+    advantages = rloo_advantages(returns)
+    for group, row in zip(returns, advantages, strict=True):
+        for i, advantage in enumerate(row):
+            others = group[:i] + group[i + 1 :]
+            assert advantage == pytest.approx(group[i] - np.mean(others), abs=1e-9)
+
+
+@given(st.lists(st.booleans(), min_size=2, max_size=8).filter(lambda s: any(s) and not all(s)))
+def test_in_a_mixed_group_successes_are_above_zero_and_failures_below(successes):
+    advantages = rloo_advantages(np.array([successes], dtype=float))[0]
+    np.testing.assert_array_equal(advantages > 0, successes)
+    np.testing.assert_array_equal(advantages < 0, np.logical_not(successes))
+
+
+def test_rloo_keeps_tensors_tensors():
+    advantages = rloo_advantages(torch.tensor([[1.0, 0.0]]))
+    assert torch.equal(advantages, torch.tensor([[1.0, -1.0]]))
+
+
+@pytest.mark.parametrize("returns", [[[1.0], [2.0]], [1.0, 0.0], 1.0])
+def test_rloo_needs_groups_of_two(returns):
+    with pytest.raises(ValueError, match="K >= 2"):
+        rloo_advantages(np.array(returns))
+
+
+def test_window_rloo_compares_reward_to_go_at_the_same_step():
+    # To go: (7.5, 6.5, 4.5, 0.5) and (9, 9, 8, 8, 5). At step 4 the first episode has ended and
+    # counts with its last window's value, that of step 2.
+    first, second = window_advantages(REWARDS, STARTS, "window_rloo", horizon=2)
+    np.testing.assert_allclose(first, [7.5 - 9, 4.5 - 8])
+    np.testing.assert_allclose(second, [9 - 7.5, 8 - 4.5, 5 - 4.5])
+
+
+def test_window_return_compares_the_reward_inside_windows():
+    first, second = window_advantages(REWARDS, STARTS, "window_return", horizon=2)
+    mean = (3 + 4.5 + 1 + 3 + 5) / 5
+    np.testing.assert_allclose(first, np.array([3, 4.5]) - mean)
+    np.testing.assert_allclose(second, np.array([1, 3, 5]) - mean)
+
+
+def test_episode_rloo_gives_every_window_its_episodes_advantage():
+    first, second = window_advantages(REWARDS, STARTS, "episode_rloo", horizon=2)
+    np.testing.assert_allclose(first, [-1.5, -1.5])
+    np.testing.assert_allclose(second, [1.5, 1.5, 1.5])
+
+
+@pytest.mark.parametrize(("negatives", "other"), [("null", -1), ("zero", 0)])
+def test_windows_below_the_threshold_get_the_other_label(negatives, other):
+    def label(threshold):
+        labels = label_group(
+            REWARDS,
+            STARTS,
+            [True, True],
+            source="window_rloo",
+            horizon=2,
+            threshold=threshold,
+            negatives=negatives,
+        )
+        return [row.tolist() for row in labels]
+
+    assert label(0.0) == [[other, other], [1, 1, 1]]
+    assert label(1.5) == [[other, other], [1, 1, other]]  # 1.5 itself reaches the threshold
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("negatives", ["null", "zero"])
+def test_a_uniform_group_is_optimal_if_it_succeeded_and_null_if_it_failed(source, negatives):
+    starts = [np.array([0, 2]), np.array([0])]
+
+    def labels(reward, success):
+        rewards = [np.array([0.0, 0.0, 0.0, reward]), np.array([0.0, reward])]
+        return np.concatenate(
+            label_group(
+                rewards, starts, [success] * 2, source=source, horizon=2, negatives=negatives
+            )
+        ).tolist()
+
+    assert labels(1.0, True) == [1, 1, 1]
+    assert labels(0.0, False) == [-1, -1, -1]
+
+
+@pytest.mark.parametrize("probability", [0.0, 0.1, 0.5, 1.0])
+def test_conditions_become_null_at_the_stated_rate(probability):
+    n = 20_000
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(3).repeat(n) - 1  # ∅, 0 and 1
+    dropped = drop_condition(labels, probability, generator)
+    assert (dropped[labels == -1] == -1).all()
+    interval = 4 * np.sqrt(probability * (1 - probability) / n)
+    for label in (0, 1):
+        kept = dropped[labels == label]
+        assert set(kept.tolist()) <= {-1, label}
+        share = (kept == -1).float().mean().item()
+        assert share == pytest.approx(probability, abs=interval + 1e-12)
+
+
+def test_each_use_of_a_sample_drops_afresh():
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.ones(1000, dtype=torch.int64)
+    first, second = (drop_condition(labels, 0.5, generator) for _ in range(2))
+    assert 400 < (first != second).sum() < 600

@@ -1,0 +1,149 @@
+"""Saving and loading of Pi0Policy, and the errors of wrong checkpoints."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from pi0_support import (
+    HORIZON,
+    MODES,
+    SIZES,
+    make_model,
+    make_observation,
+    make_policy,
+    make_spaces,
+    plain_pi0,
+)
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import PreTrainedTokenizerFast
+
+from cfgrl_gym.algorithms.pi0 import NormStats, Pi0Policy
+from cfgrl_gym.algorithms.pi0.tokenizer import ByteTokenizer, PaliGemmaTokenizer, tokenize
+from cfgrl_gym.wrappers.norm_stats import Moments
+
+STATS = NormStats(Moments((0.1,) * 8, (0.7,) * 8), Moments((-0.2,) * 7, (0.3,) * 7))
+
+
+def predictions(policy: Pi0Policy) -> np.ndarray:
+    actions: np.ndarray = policy.predict(make_observation(), deterministic=True)[0]
+    return actions
+
+
+def restore(checkpoint: Path | str, **kwargs: Any) -> Pi0Policy:
+    return Pi0Policy(*make_spaces(), lambda _: 1e-3, checkpoint=checkpoint, **kwargs)
+
+
+def save_word_tokenizer(folder: Path) -> None:
+    words = {"<pad>": 0, "<eos>": 1, "<bos>": 2, "<unk>": 3, "pick": 4, "up": 5, "can": 6}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<bos>", pad_token="<pad>", unk_token="<unk>"
+    ).save_pretrained(folder)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_sb3_save_and_load_predict_bit_equal(mode: str, tmp_path: Path) -> None:
+    policy = make_policy(
+        mode, norm_stats=STATS, cfg_scale=1.7, delta_actions=True, num_inference_steps=4
+    )
+    policy.save(str(tmp_path / "policy"))
+    again = Pi0Policy.load(str(tmp_path / "policy"), device="cpu")
+    assert np.array_equal(predictions(again), predictions(policy))
+    assert (again.cfg_scale, again.norm_stats) == (1.7, policy.norm_stats)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_pretrained_folder_restores_the_policy_bit_equal(mode: str, tmp_path: Path) -> None:
+    policy = make_policy(mode, norm_stats=STATS, delta_actions=True, use_prefix_dropout=True)
+    policy.save_pretrained(tmp_path)
+    again = restore(tmp_path, cfg_scale=policy.cfg_scale)
+    assert again.config == policy.config
+    assert again.horizon == HORIZON
+    assert np.array_equal(predictions(again), predictions(policy))
+
+
+def test_statistics_travel_with_the_state_dict() -> None:
+    policy, other = make_policy(norm_stats=STATS), make_policy()
+    other.load_state_dict(policy.state_dict())
+    assert other.norm_stats == policy.norm_stats
+
+
+def test_plain_pi0_checkpoint_serves_the_full_preset(tmp_path: Path) -> None:
+    """The full preset's path, small: a plain PI0 folder with its tokenizer and statistics."""
+    model = make_model("token")
+    plain_pi0(model).save_pretrained(tmp_path)
+    save_word_tokenizer(tmp_path)
+    with pytest.raises(ValueError, match="'pi0' needs normalisation statistics"):
+        restore(tmp_path, preset="pi0")
+    STATS.save(tmp_path)
+    policy = restore(tmp_path, preset="pi0", condition_mode="bias")
+    assert policy.config.trainable == "expert"
+    assert policy.config.delta_actions
+    ids = policy.encode_observation(make_observation())["input_ids"]
+    assert ids.shape == (3, policy.image_tokens + 48)
+    assert ids[0, policy.image_tokens :][:5].tolist() == [2, 4, 5, 3, 6]  # <bos> pick up ? can
+    null, positive = (
+        policy.sample_actions(make_observation(), torch.zeros(3, HORIZON, 32), w)
+        for w in (0.0, 1.0)
+    )
+    torch.testing.assert_close(null, positive, atol=1e-6, rtol=0)  # bias starts as a no-op
+    again_folder = tmp_path / "again"
+    policy.save_pretrained(again_folder)
+    again = restore(again_folder, preset="pi0")
+    assert again.config.condition_mode == "bias"
+    assert np.array_equal(predictions(again), predictions(policy))
+    policy.save(str(tmp_path / "sb3"))
+    loaded = Pi0Policy.load(str(tmp_path / "sb3"), device="cpu")
+    assert np.array_equal(predictions(loaded), predictions(policy))
+
+
+def test_wrong_checkpoints_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        restore(tmp_path / "nothing")
+    plain = tmp_path / "plain"
+    make_model("token").save_pretrained(plain)
+    with pytest.raises(ValueError, match="pass preset='pi0'"):
+        restore(plain)
+    saved = tmp_path / "saved"
+    make_policy("token").save_pretrained(saved)
+    with pytest.raises(ValueError, match="is of preset 'tiny', not 'pi0'"):
+        restore(saved, preset="pi0", norm_stats=STATS)
+    with pytest.raises(ValueError, match="trained with condition_mode='token'"):
+        restore(saved, condition_mode="bias")
+    with pytest.raises(ValueError, match="a checkpoint brings its own"):
+        restore(saved, sizes=SIZES)
+    config = json.loads((saved / "config.json").read_text())
+    (saved / "config.json").write_text(json.dumps({**config, "model_type": "gemma"}))
+    with pytest.raises(ValueError, match="type 'gemma', not 'pi0'"):
+        restore(saved)
+    (saved / "pi0_policy.json").write_text("{")
+    with pytest.raises(ValueError, match="is not JSON"):
+        restore(saved)
+
+
+def test_byte_tokenizer_pads_to_the_longest_and_marks_the_instruction() -> None:
+    ids, mask, instruction = tokenize(["ab", "é"], ByteTokenizer(), torch.device("cpu"))
+    a, b, newline = (3 + ord(c) for c in "ab\n")
+    assert ids.tolist() == [[2, a, b, newline], [2, 3 + 0xC3, 3 + 0xA9, newline]]
+    ids, mask, instruction = tokenize(["ab", ""], ByteTokenizer(), torch.device("cpu"))
+    assert ids[1].tolist() == [2, newline, 0, 0]
+    assert mask.tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
+    assert instruction.tolist() == [[0, 1, 1, 0], [0, 0, 0, 0]]
+
+
+def test_too_long_prompts_are_cut_with_a_warning_and_keep_their_newline() -> None:
+    with pytest.warns(UserWarning, match="cut to 256"):
+        ids, _, _ = tokenize(["x" * 300], ByteTokenizer(), torch.device("cpu"))
+    assert ids.shape == (1, 256)
+    assert ids[0, -1] == 3 + ord("\n")
+
+
+def test_missing_tokenizer_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no tokenizer could be loaded"):
+        PaliGemmaTokenizer(str(tmp_path))
