@@ -7,6 +7,14 @@ from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
+from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
+from stable_baselines3.common.utils import safe_mean
+from stable_baselines3.common.vec_env import VecEnv
+from torch.nn.utils import clip_grad_norm_
+
 from cfgrl_gym.algorithms.checks import check_parameters, check_stride
 from cfgrl_gym.algorithms.collector import Collector
 from cfgrl_gym.algorithms.groups import (
@@ -23,13 +31,6 @@ from cfgrl_gym.algorithms.policies import FlowPolicy
 from cfgrl_gym.algorithms.samples import labelled_windows
 from cfgrl_gym.algorithms.vec_env import as_vec_env, init_states
 from cfgrl_gym.algorithms.windows import WindowBatch
-from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
-from stable_baselines3.common.policies import BasePolicy
-from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
-from stable_baselines3.common.utils import safe_mean
-from stable_baselines3.common.vec_env import VecEnv
-from torch.nn.utils import clip_grad_norm_
 
 SelfCFGRL = TypeVar("SelfCFGRL", bound="CFGRL")
 
@@ -344,8 +345,9 @@ class CFGRL(OnPolicyAlgorithm):
                 self.train()
             self._iteration += 1
             iteration += 1
-            last = self.num_timesteps >= total_timesteps
-            if log_interval is not None and (last or iteration % log_interval == 0):
+            if log_interval is not None and iteration % log_interval == 0:
                 self.dump_logs(iteration)
+        if log_interval is not None and iteration % log_interval != 0:
+            self.dump_logs(iteration)
         callback.on_training_end()
         return self

@@ -7,11 +7,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from cfgrl_gym.algorithms.groups import GroupPlan, Start
-from cfgrl_gym.algorithms.policies import FlowPolicy
 from gymnasium import spaces
 from numpy.typing import NDArray
 from stable_baselines3.common.vec_env import VecEnv
+
+from cfgrl_gym.algorithms.groups import GroupPlan, Start
+from cfgrl_gym.algorithms.policies import FlowPolicy
 
 Row = NDArray[Any] | dict[str, NDArray[Any]]  # one environment's observation, no batch dimension
 

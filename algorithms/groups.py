@@ -10,6 +10,7 @@ from itertools import islice
 from typing import Any
 
 import numpy as np
+
 from cfgrl_gym.algorithms.labels import is_uniform
 
 UNBOUNDED = 2**31  # exclusive upper bound of reset seeds

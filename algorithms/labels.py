@@ -9,8 +9,9 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from cfgrl_gym.algorithms.flow import NEGATIVE, NULL, POSITIVE
 from numpy.typing import NDArray
+
+from cfgrl_gym.algorithms.flow import NEGATIVE, NULL, POSITIVE
 
 LabelSource = Literal["episode_rloo", "window_rloo", "window_return"]
 Negatives = Literal["null", "zero"]

@@ -1,11 +1,12 @@
 """What an iteration reports, under SB3's names."""
 
 import torch
+from torch import Tensor
+
 from cfgrl_gym.algorithms.collector import Collector
 from cfgrl_gym.algorithms.flow import NULL, POSITIVE
 from cfgrl_gym.algorithms.groups import Selection
 from cfgrl_gym.algorithms.windows import WindowBatch
-from torch import Tensor
 
 
 def rollout_metrics(

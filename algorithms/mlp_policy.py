@@ -6,12 +6,13 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from cfgrl_gym.algorithms.flow import NULL
-from cfgrl_gym.algorithms.policies import FlowPolicy, Inputs, Observation
 from gymnasium import spaces
 from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.type_aliases import Schedule
 from torch import Tensor, nn
+
+from cfgrl_gym.algorithms.flow import NULL
+from cfgrl_gym.algorithms.policies import FlowPolicy, Inputs, Observation
 
 # Periods of the time features, log-spaced as openpi's posemb_sincos has them.
 MIN_PERIOD, MAX_PERIOD, NUM_PERIODS = 4e-3, 4.0, 16

@@ -11,6 +11,11 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from gymnasium import spaces
+from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.type_aliases import Schedule
+from torch import Tensor
+
 from cfgrl_gym.algorithms.flow import (
     NEGATIVE,
     NULL,
@@ -22,10 +27,6 @@ from cfgrl_gym.algorithms.flow import (
     sample_noise,
     sample_time,
 )
-from gymnasium import spaces
-from stable_baselines3.common.policies import BasePolicy
-from stable_baselines3.common.type_aliases import Schedule
-from torch import Tensor
 
 Observation = np.ndarray | dict[str, np.ndarray] | Tensor | dict[str, Tensor]
 Inputs = dict[str, Tensor]

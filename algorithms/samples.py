@@ -5,11 +5,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+
 from cfgrl_gym.algorithms.collector import Episode
 from cfgrl_gym.algorithms.labels import LabelSource, Negatives, label_group
 from cfgrl_gym.algorithms.policies import FlowPolicy
 from cfgrl_gym.algorithms.windows import Window, WindowBatch, batch_windows, cut_windows
-from numpy.typing import NDArray
 
 
 def labelled_windows(

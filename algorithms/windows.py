@@ -6,9 +6,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from cfgrl_gym.algorithms.collector import Chunk, Episode, Row, stack
 from numpy.typing import NDArray
 from torch import Tensor
+
+from cfgrl_gym.algorithms.collector import Chunk, Episode, Row, stack
 
 # Batched observations and environment actions (n, H, action_dim) to model space (n, H, width).
 Encode = Callable[[Any, Tensor], Tensor]

@@ -6,7 +6,7 @@ torch, transformers and robosuite are imported when first needed.
 
 from typing import TYPE_CHECKING, Any
 
-from gymnasium.envs.registration import register
+from gymnasium.envs.registration import WrapperSpec, register
 
 from cfgrl_gym._version import __version__
 
@@ -17,8 +17,17 @@ __all__ = ["CFGRL", "MlpPolicy", "Pi0Policy", "__version__"]
 
 # The environments count their own steps (their limit is in control steps, a chunk is many),
 # so Gymnasium's TimeLimit stays out.
-register(id="Libero-v0", entry_point="cfgrl_gym.envs.libero:LiberoEnv")
-register(id="LiberoChunked-v0", entry_point="cfgrl_gym.wrappers.libero_chunked:make_libero_chunked")
+_LIMIT = WrapperSpec("limit_control_steps", "cfgrl_gym.envs.libero:limit_control_steps", {})
+register(
+    id="Libero-v0",
+    entry_point="cfgrl_gym.envs.libero:LiberoEnv",
+    additional_wrappers=(_LIMIT,),
+)
+register(
+    id="LiberoChunked-v0",
+    entry_point="cfgrl_gym.wrappers.libero_chunked:make_libero_chunked",
+    additional_wrappers=(_LIMIT,),
+)
 
 
 def __getattr__(name: str) -> Any:

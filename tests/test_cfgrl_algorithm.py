@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from cfgrl_envs import QueueEnv, SeedEnv, vec
-from cfgrl_gym.algorithms import CFGRL, MlpPolicy
 from gymnasium import spaces
 from stable_baselines3.common.callbacks import BaseCallback, CheckpointCallback, EvalCallback
 from stable_baselines3.common.logger import KVWriter, Logger, SeqWriter
@@ -20,6 +19,8 @@ from stable_baselines3.common.vec_env import (
     VecNormalize,
 )
 from torch import Tensor
+
+from cfgrl_gym.algorithms import CFGRL, MlpPolicy
 
 SMALL = {
     "rloo_batch_size": 3,

@@ -17,9 +17,10 @@ import numpy as np
 import pytest
 import torch
 from cfgrl_envs import BanditEnv, reward_probability
-from cfgrl_gym.algorithms import CFGRL
 from stable_baselines3.common.vec_env import DummyVecEnv
 from torch import nn
+
+from cfgrl_gym.algorithms import CFGRL
 
 K, DROPOUT = 4, 0.1
 # Of the mean reward: 1,600 episodes (0.01), ten Euler steps (0.01) and an imperfect fit.

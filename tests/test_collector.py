@@ -7,6 +7,9 @@ import numpy as np
 import pytest
 import torch
 from cfgrl_envs import QueueEnv, SeedEnv, vec
+from stable_baselines3.common.monitor import Monitor
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecMonitor
+
 from cfgrl_gym.algorithms import MlpPolicy
 from cfgrl_gym.algorithms.collector import Collector
 from cfgrl_gym.algorithms.groups import (
@@ -17,8 +20,6 @@ from cfgrl_gym.algorithms.groups import (
     seed_sequence,
     select_groups,
 )
-from stable_baselines3.common.monitor import Monitor
-from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecMonitor
 
 SEEDS = GroupPlan(tuple(Group(i, Start(seed=10 + i)) for i in range(3)), 4)
 TASKS = GroupPlan(

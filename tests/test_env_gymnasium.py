@@ -114,7 +114,9 @@ def test_make_vec_gives_the_same_episodes_sync_and_async(
 
 
 def two_envs(kind: type[VecEnv]) -> VecEnv:
-    return make_vec_env("LiberoChunked-v0", n_envs=2, vec_env_cls=kind, env_kwargs=CHUNKED)
+    # "module:id", so that a worker process, which imports nothing of ours, finds the id
+    name = "cfgrl_gym:LiberoChunked-v0"
+    return make_vec_env(name, n_envs=2, vec_env_cls=kind, env_kwargs=CHUNKED)
 
 
 @pytest.fixture(scope="module")

@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from cfgrl_gym.algorithms import rloo_advantages
-from cfgrl_gym.algorithms.labels import drop_condition, label_group, window_advantages
 from hypothesis import given
 from hypothesis import strategies as st
+
+from cfgrl_gym.algorithms import rloo_advantages
+from cfgrl_gym.algorithms.labels import drop_condition, label_group, window_advantages
 
 SOURCES = ("episode_rloo", "window_rloo", "window_return")
 # Two episodes of 4 and 5 control steps, windows every 2.

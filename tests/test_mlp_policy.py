@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from cfgrl_gym.algorithms import MlpPolicy
 from gymnasium import spaces
+
+from cfgrl_gym.algorithms import MlpPolicy
 
 OBS = spaces.Box(-1, 1, (3,), np.float32)
 CHUNK = spaces.Box(

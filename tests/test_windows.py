@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+
 from cfgrl_gym.algorithms.checks import check_stride
 from cfgrl_gym.algorithms.collector import Chunk, Episode
 from cfgrl_gym.algorithms.groups import Start

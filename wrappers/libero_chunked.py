@@ -3,10 +3,20 @@
 from typing import Any
 
 import gymnasium as gym
+from gymnasium.envs.registration import EnvSpec
 
 from cfgrl_gym.envs.libero import LiberoEnv
 from cfgrl_gym.wrappers.action_chunk import ActionChunk
 from cfgrl_gym.wrappers.two_test import TwoTestObservation
+
+
+class LiberoChunked(ActionChunk):
+    """The outermost wrapper of `LiberoChunked-v0`."""
+
+    @property
+    def spec(self) -> EnvSpec | None:
+        """The entry point applies the wrappers inside, so they are not listed for `gym.make`."""
+        return self.unwrapped.spec
 
 
 def make_libero_chunked(
@@ -18,4 +28,4 @@ def make_libero_chunked(
     :param observation_stride: see `ActionChunk`
     :param libero: the arguments of `LiberoEnv`
     """
-    return ActionChunk(TwoTestObservation(LiberoEnv(**libero)), chunk_size, observation_stride)
+    return LiberoChunked(TwoTestObservation(LiberoEnv(**libero)), chunk_size, observation_stride)

@@ -1,6 +1,6 @@
 """The command line, `cfgrl`: demonstrations, warm start, training, evaluation, a check-up.
 
-Each command is a function of one typed configuration, e.g. `cfgrl_gym.cli.train.run(TrainConfig())`.
+Each command is a function of one typed configuration: `cfgrl_gym.cli.train.run(TrainConfig(...))`.
 """
 
 import os

@@ -1,7 +1,7 @@
 """The LIBERO environments of a command, in processes of their own where there are several."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -22,7 +22,8 @@ ENVIRONMENT = "cfgrl_gym:LiberoChunked-v0"
 def libero_spaces(image_size: int, chunk_size: int) -> tuple[spaces.Dict, spaces.Box]:
     """Observation and action space of `LiberoChunked-v0`, without building one."""
     image = spaces.Box(0, 255, (image_size, image_size, 3), np.uint8)
-    observation = dict.fromkeys(CAMERA_SLOTS, image) | {
+    observation: dict[str, spaces.Space[Any]] = {
+        **dict.fromkeys(CAMERA_SLOTS, image),
         "state": spaces.Box(-BOUND, BOUND, (STATE_DIM,), np.float32),
         "prompt": spaces.Box(0, 255, (PROMPT_BYTES,), np.uint8),
     }
@@ -45,13 +46,10 @@ def environment_arguments(
 @contextlib.contextmanager
 def vec_env(arguments: dict[str, Any], n_envs: int) -> Iterator[VecEnv]:
     """A `VecEnv` of `LiberoChunked-v0`, closed at the end."""
-    makers = [partial(gym.make, ENVIRONMENT, **arguments)] * n_envs
-    env: VecEnv
-    if n_envs == 1:
-        env = DummyVecEnv(makers)
-    else:
-        # Not 'fork': a render context of this process would not survive it.
-        env = SubprocVecEnv(makers, start_method="forkserver")
+    make: Callable[[], gym.Env[Any, Any]] = partial(gym.make, ENVIRONMENT, **arguments)
+    # Not 'fork': a render context of this process would not survive it.
+    several = partial(SubprocVecEnv, start_method="forkserver")
+    env: VecEnv = DummyVecEnv([make]) if n_envs == 1 else several([make] * n_envs)
     try:
         yield env
     except BaseException:

@@ -5,6 +5,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from stable_baselines3.common.logger import configure
+
 from cfgrl_gym.algorithms.evaluation import Evaluation, evaluate, wilson_interval
 from cfgrl_gym.algorithms.groups import Start
 from cfgrl_gym.cli.configs import EvalConfig
@@ -14,7 +16,6 @@ from cfgrl_gym.cli.progress import progress_bar
 from cfgrl_gym.cli.run_folder import VIDEO_FILE, choose_folder, create_folder
 from cfgrl_gym.cli.video import record_episode
 from cfgrl_gym.envs.suites import load_init_states, select_tasks
-from stable_baselines3.common.logger import configure
 
 RESULT_FILE = "eval.json"
 
@@ -98,8 +99,8 @@ def run(config: EvalConfig) -> Path:
     results: list[dict[str, Any]] = []
     with vec_env(arguments, config.n_envs) as env:
         create_folder(out, config)
-        print(f"chunks of {policy.chunk_size} actions, {env.num_envs} environment(s), "
-              f"{policy.device}; results in {out}")  # fmt: skip
+        about = f"chunks of {policy.chunk_size} actions, {env.num_envs} environment(s)"
+        print(f"{about}, {policy.device}; results in {out}")
         logger = configure(str(out), ["csv", "json", "tensorboard"])
         for number, scale in enumerate(scales):
             with progress_bar(f"cfg_scale {scale:g}", len(starts), "episode") as bar:

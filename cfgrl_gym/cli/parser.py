@@ -5,8 +5,8 @@ import importlib
 import re
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
-from typing import Any, NoReturn
+from dataclasses import dataclass
+from typing import Any, NoReturn, get_args, get_type_hints
 
 import jsonargparse
 
@@ -14,6 +14,18 @@ from cfgrl_gym._version import __version__
 from cfgrl_gym.cli import configs
 
 _CONFIG_HELP = "YAML file with any of the options below; options on the command line go before it"
+
+# jsonargparse's messages in one line, without Python's names for types.
+_PLAINER = (
+    (
+        r"Does not validate against any of the Union subtypes Subtypes: \[(.*)\] Errors: .*"
+        r"Given value: ",
+        r"Expected one of \1. Got value: ",
+    ),
+    (r"<class '(\w+)'>", r"\1"),
+    (r"typing\.Literal", "Literal"),
+    (r"NoneType", "null"),
+)
 
 
 @dataclass(frozen=True)
@@ -84,7 +96,8 @@ class _Parser(jsonargparse.ArgumentParser):
         parser = getattr(ex, "subcommand_parser", None) or self
         prog = parser.prog.replace(" [options]", "")
         text = " ".join(message.split()).replace("Parser key ", "option ")
-        text = re.sub(r"<class '(\w+)'>", r"\1", text)
+        for pattern, replacement in _PLAINER:
+            text = re.sub(pattern, replacement, text)
         print(f"cfgrl: error: {text} (see {prog} --help)", file=sys.stderr)
         sys.exit(2)
 
@@ -94,6 +107,7 @@ def build_parser() -> jsonargparse.ArgumentParser:
     parser = _Parser(
         prog="cfgrl",
         formatter_class=_Formatter,
+        allow_abbrev=False,
         version=__version__,
         description="CFGRL for PI0 on LIBERO: demonstrations, warm start, training, evaluation.",
         epilog="The environment variable CFGRL_TRACEBACK=1 shows tracebacks of errors.",
@@ -102,6 +116,8 @@ def build_parser() -> jsonargparse.ArgumentParser:
     for command in COMMANDS:
         sub = _Parser(
             formatter_class=_Formatter,
+            allow_abbrev=False,
+            usage=f"cfgrl {command.name} [options]",
             description=command.description,
             epilog=f"example:\n  {command.example}",
         )
@@ -126,9 +142,11 @@ def parse(argv: Sequence[str]) -> Callable[[], int]:
     config: Any = None
     if command.config is not None:
         try:
-            config = command.config(**{f.name: values[f.name] for f in fields(command.config)})
+            config = _configuration(command.config, values)
         except ValueError as error:
-            parser.error(str(error))
+            text = f"cfgrl: error: {error} (see cfgrl {command.name} --help)"
+            print(text, file=sys.stderr)
+            sys.exit(2)
 
     def run() -> int:
         module = importlib.import_module(f"cfgrl_gym.cli.{command.name}")
@@ -139,6 +157,18 @@ def parse(argv: Sequence[str]) -> Callable[[], int]:
         return 0
 
     return run
+
+
+def _configuration(kind: type, values: Any) -> Any:
+    given = {}
+    for name, hint in get_type_hints(kind).items():
+        given[name], allowed = values[name], get_args(hint)
+        # jsonargparse lets null through for any type
+        if given[name] is None and type(None) not in allowed:
+            if "null" not in allowed:
+                raise ValueError(f"{name} must not be null")
+            given[name] = "null"  # a word that YAML reads as nothing, such as negatives: null
+    return kind(**given)
 
 
 def _arrange(argv: Sequence[str]) -> list[str]:

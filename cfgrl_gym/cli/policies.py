@@ -1,11 +1,13 @@
 """Finding and building the policy that a command starts from."""
 
 import json
-from collections.abc import Callable
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from stable_baselines3.common.utils import get_device
 
 from cfgrl_gym.algorithms import CFGRL
 from cfgrl_gym.algorithms.pi0 import Pi0CFGRLConfig, Pi0Policy
@@ -13,7 +15,6 @@ from cfgrl_gym.algorithms.pi0.checkpoint import POLICY_FILE
 from cfgrl_gym.cli.configs import EvalConfig, TrainConfig
 from cfgrl_gym.cli.environments import libero_spaces
 from cfgrl_gym.cli.run_folder import POLICY_FOLDER
-from stable_baselines3.common.utils import get_device
 
 
 @dataclass(frozen=True)
@@ -119,15 +120,11 @@ def constructor_arguments(policy: Pi0Policy) -> dict[str, Any]:
     return arguments
 
 
-def saving_when_stopped(save: Callable[[], None]) -> AbstractContextManager[None]:
+@contextmanager
+def saving_when_stopped(save: Callable[[], None]) -> Iterator[None]:
     """Save what has been learned when Ctrl-C or a lost worker ends a training."""
-
-    @contextmanager
-    def manager() -> Any:
-        try:
-            yield
-        except (KeyboardInterrupt, EOFError, ConnectionError):
-            save()
-            raise
-
-    return manager()
+    try:
+        yield
+    except (KeyboardInterrupt, EOFError, ConnectionError):
+        save()
+        raise

@@ -9,6 +9,4 @@ from tqdm import tqdm
 def progress_bar(description: str, total: int, unit: str) -> "tqdm[Any]":
     """A bar on stderr; in a log file it writes now and then instead of all the time."""
     interval = 0.1 if sys.stderr.isatty() else 10.0
-    return tqdm(
-        desc=description, total=total, unit=unit, dynamic_ncols=True, mininterval=interval
-    )
+    return tqdm(desc=description, total=total, unit=unit, dynamic_ncols=True, mininterval=interval)

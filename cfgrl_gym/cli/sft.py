@@ -4,6 +4,9 @@ import glob
 from pathlib import Path
 from typing import Any
 
+from stable_baselines3.common.logger import configure
+from stable_baselines3.common.utils import get_device
+
 from cfgrl_gym.algorithms.pi0 import NormStats, Pi0Policy, TinySizes
 from cfgrl_gym.algorithms.pi0.checkpoint import STATS_FILE
 from cfgrl_gym.algorithms.warm_start import WarmStartConfig, demonstration_stats, warm_start
@@ -13,8 +16,6 @@ from cfgrl_gym.cli.policies import find_checkpoint, saving_when_stopped
 from cfgrl_gym.cli.progress import progress_bar
 from cfgrl_gym.cli.run_folder import POLICY_FOLDER, choose_folder, create_folder
 from cfgrl_gym.demos.files import Demonstration, read_demonstrations
-from stable_baselines3.common.logger import configure
-from stable_baselines3.common.utils import get_device
 
 DEFAULT_HORIZON = 50
 

@@ -3,6 +3,11 @@
 from pathlib import Path
 from typing import Any
 
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.logger import KVWriter, Logger, make_output_format
+from stable_baselines3.common.vec_env import VecEnv
+from tqdm import tqdm
+
 from cfgrl_gym.algorithms import CFGRL
 from cfgrl_gym.algorithms.groups import Start
 from cfgrl_gym.algorithms.pi0 import Pi0Policy
@@ -24,10 +29,6 @@ from cfgrl_gym.cli.run_folder import (
 )
 from cfgrl_gym.cli.video import record_episode
 from cfgrl_gym.envs.suites import select_tasks
-from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.logger import KVWriter, Logger, make_output_format
-from stable_baselines3.common.vec_env import VecEnv
-from tqdm import tqdm
 
 # What is worth a line on the terminal; the files have all of it.
 _LINE = {
@@ -42,7 +43,9 @@ _LINE = {
 class _IterationLine(KVWriter):
     """A line for every iteration, above the progress bar."""
 
-    def write(self, key_values: dict[str, Any], key_excluded: dict[str, Any], step: int = 0) -> None:
+    def write(
+        self, key_values: dict[str, Any], key_excluded: dict[str, Any], step: int = 0
+    ) -> None:
         shown = [f"{n} {key_values[key]:.4g}" for n, key in _LINE.items() if key in key_values]
         tqdm.write(f"step {step}: " + ", ".join(shown))
 
@@ -130,8 +133,8 @@ def run(config: TrainConfig) -> Path:
     with vec_env(arguments, config.n_envs) as env:
         model = _model(config, env, policy_arguments(config, checkpoint))
         create_folder(out, config)
-        print(f"chunks of {arguments['chunk_size']} actions, {env.num_envs} environment(s), "
-              f"{model.device}; results in {out}")  # fmt: skip
+        about = f"chunks of {arguments['chunk_size']} actions, {env.num_envs} environment(s)"
+        print(f"{about}, {model.device}; results in {out}")
         formats = [make_output_format(name, str(out)) for name in ("csv", "json", "tensorboard")]
         model.set_logger(Logger(str(out), [*formats, _IterationLine()]))
         progress = _Progress(config.total_timesteps, out, config.save_every)

@@ -7,11 +7,12 @@ from typing import Any
 import gymnasium as gym
 import imageio
 import numpy as np
+from stable_baselines3.common.vec_env import DummyVecEnv
+
 from cfgrl_gym.algorithms.evaluation import evaluate
 from cfgrl_gym.algorithms.groups import Start
 from cfgrl_gym.algorithms.policies import FlowPolicy
 from cfgrl_gym.cli.environments import ENVIRONMENT
-from stable_baselines3.common.vec_env import DummyVecEnv
 
 
 class _KeepFrames(gym.Wrapper[Any, Any, Any, Any]):
@@ -53,7 +54,6 @@ def record_episode(
     :param path: ends in .mp4
     """
     frames: list[np.ndarray] = []
-    # Where seeds are placements, 0 is as good as any.
     arguments = arguments | {"render_mode": "rgb_array_list"}
     make = partial(gym.make, ENVIRONMENT, **arguments)
     env = DummyVecEnv([lambda: _KeepFrames(make(), frames)])

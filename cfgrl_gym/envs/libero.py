@@ -9,6 +9,7 @@ import numpy as np
 from gymnasium import spaces
 from gymnasium.error import ResetNeeded
 from gymnasium.vector import AutoresetMode
+from gymnasium.wrappers import TimeLimit
 
 from cfgrl_gym.envs.simulator import IMAGE_KEYS, LIBERO_SEED, Simulator
 from cfgrl_gym.envs.suites import Task, episode_limit, load_init_states, object_names, select_tasks
@@ -284,6 +285,21 @@ class LiberoEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
             "init_state_id": self._init_state_id,
             "prompt": self._task.prompt,
         }
+
+
+def limit_control_steps(env: gym.Env) -> gym.Env:
+    """Give the limit that `gym.make` took for itself to the environment it is meant for.
+
+    `gym.make(..., max_episode_steps=n)` doesn't hand `n` on. It adds a `TimeLimit` instead, which
+    would count chunks; this function is applied after that and puts its work where it belongs.
+    """
+    if not isinstance(env, TimeLimit):
+        return env
+    inner = env.unwrapped
+    assert isinstance(inner, LiberoEnv)
+    assert inner.spec is not None
+    inner.max_episode_steps = inner.spec.kwargs["max_episode_steps"] = env._max_episode_steps
+    return env.env
 
 
 def check_action(action: Any, shape: tuple[int, ...]) -> np.ndarray:

