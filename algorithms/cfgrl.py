@@ -175,6 +175,11 @@ class CFGRL(OnPolicyAlgorithm):
     def _excluded_save_params(self) -> list[str]:
         return [*super()._excluded_save_params(), "windows", "_last_obs"]
 
+    def save(self, path: Any, exclude: Any = None, include: Any = None) -> None:
+        """SB3's .zip; it needs no other file to be loaded, such as a checkpoint of the start."""
+        self.policy_kwargs = self.policy.constructor_arguments()
+        super().save(path, exclude, include)
+
     # What an iteration needs ------------------------------------------------------------------
 
     @property

@@ -254,6 +254,13 @@ class FlowPolicy(BasePolicy):
         if CFG_SCALE_VARIABLE not in os.environ:
             self.cfg_scale = float(state)
 
+    def constructor_arguments(self) -> dict[str, Any]:
+        """What rebuilds this policy, beside spaces and learning rate, without any file."""
+        arguments = self._get_constructor_parameters()
+        for name in ("observation_space", "action_space", "lr_schedule"):
+            arguments.pop(name, None)
+        return arguments
+
     def _predict(self, observation: Any, deterministic: bool = False) -> Tensor:
         noise = None
         if deterministic:

@@ -23,7 +23,7 @@ from cfgrl_gym.cli.configs import DemosConfig, EvalConfig, SftConfig, TrainConfi
 from cfgrl_gym.cli.run_folder import versions
 
 matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib import pyplot as plt
 
 IMAGE_SIZE = 112
 HORIZON = 16  # control steps that the policy predicts and that are executed before it looks again

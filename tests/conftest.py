@@ -16,6 +16,8 @@ from cfgrl_gym.envs.installation import import_libero
 from cfgrl_gym.envs.libero import LiberoEnv
 
 SETTLE = np.array([0, 0, 0, 0, 0, 0, -1.0])
+# The recorded episode: benchmark state, settle steps, actions.
+INIT_STATE, SETTLE_STEPS, STEPS = 3, 3, 40
 
 
 class Reference:
@@ -64,6 +66,32 @@ def assert_same_arrays(one: dict[str, Any], two: dict[str, Any]) -> None:
     assert set(one) == set(two)
     for key, value in one.items():
         np.testing.assert_array_equal(value, two[key], err_msg=key)
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """What LIBERO gave after the settle steps and after every action."""
+
+    observations: list[dict[str, np.ndarray]]
+    states: list[np.ndarray]
+    successes: list[bool]
+    contacts: list[int]
+
+
+@pytest.fixture(scope="session")
+def recorded() -> Recorded:
+    """An episode of libero_object task 0 in LIBERO's own environment, 128-px images."""
+    record = Recorded([], [], [], [])
+    with libero_reference("libero_object", 0) as libero:
+        libero.start(init_state=libero.init_states[INIT_STATE])
+        for step, action in enumerate([SETTLE] * SETTLE_STEPS + list(downward_actions(STEPS))):
+            observation, _, done, _ = libero.env.step(action)
+            if step >= SETTLE_STEPS - 1:
+                record.observations.append({k: np.array(v) for k, v in observation.items()})
+                record.states.append(libero.env.get_sim_state())
+                record.successes.append(bool(done))
+                record.contacts.append(libero.env.sim.data.ncon)
+    return record
 
 
 @pytest.fixture(scope="session")

@@ -2,41 +2,21 @@
 
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import dataclass
 
 import numpy as np
 import pytest
-from conftest import SETTLE, downward_actions, libero_reference
+from conftest import (
+    INIT_STATE,
+    SETTLE_STEPS,
+    STEPS,
+    Recorded,
+    downward_actions,
+    libero_reference,
+)
 
 from cfgrl_gym.envs.libero import LiberoEnv
 
-INIT_STATE, SETTLE_STEPS, STEPS = 3, 3, 40
 CAMERAS = ("agentview_image", "robot0_eye_in_hand_image")
-
-
-@dataclass(frozen=True)
-class Recorded:
-    """What LIBERO gave after the settle steps and after every action."""
-
-    observations: list[dict[str, np.ndarray]]
-    states: list[np.ndarray]
-    successes: list[bool]
-    contacts: list[int]
-
-
-@pytest.fixture(scope="module")
-def recorded() -> Recorded:
-    record = Recorded([], [], [], [])
-    with libero_reference("libero_object", 0) as libero:
-        libero.start(init_state=libero.init_states[INIT_STATE])
-        for step, action in enumerate([SETTLE] * SETTLE_STEPS + list(downward_actions(STEPS))):
-            observation, _, done, _ = libero.env.step(action)
-            if step >= SETTLE_STEPS - 1:
-                record.observations.append({k: np.array(v) for k, v in observation.items()})
-                record.states.append(libero.env.get_sim_state())
-                record.successes.append(bool(done))
-                record.contacts.append(libero.env.sim.data.ncon)
-    return record
 
 
 @pytest.fixture(scope="module")

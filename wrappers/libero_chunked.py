@@ -14,7 +14,7 @@ class LiberoChunked(ActionChunk):
     """The outermost wrapper of `LiberoChunked-v0`."""
 
     @property
-    def spec(self) -> EnvSpec | None:
+    def spec(self) -> EnvSpec | None:  # type: ignore[override]
         """The entry point applies the wrappers inside, so they are not listed for `gym.make`."""
         return self.unwrapped.spec
 

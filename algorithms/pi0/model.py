@@ -41,7 +41,7 @@ class Pi0ForCFGRL(PI0ForConditionalGeneration):
     def __init__(self, config: Pi0CFGRLConfig) -> None:
         super().__init__(config)
         mode = getattr(config, "condition_mode", "token")  # a plain PI0Config will do
-        self.condition = OptimalityCondition(mode, config.dit_config.hidden_size)
+        self.condition = OptimalityCondition(mode, self.expert_hidden_size)
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)

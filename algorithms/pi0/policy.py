@@ -133,8 +133,10 @@ class Pi0Policy(FlowPolicy):
         self.cameras = cameras
         self.tokenizer = built.tokenizer
         self.model = built.model
-        vision = config.vlm_config.vision_config
+        vlm: Any = config.vlm_config
+        vision = vlm.vision_config
         self.image_size = vision.image_size
+        self.image_token_id: int = vlm.image_token_id
         self.image_tokens = len(cameras) * (vision.image_size // vision.patch_size) ** 2
         for part in ("state", "actions"):
             for name in ("mean", "std"):
@@ -199,7 +201,7 @@ class Pi0Policy(FlowPolicy):
             **encode_text(
                 parts["prompt"],
                 self.tokenizer,
-                self.model.config.vlm_config.image_token_id,
+                self.image_token_id,
                 self.image_tokens,
             ),
             # A missing camera's slot is dropped, which equals masking it.

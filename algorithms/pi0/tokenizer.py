@@ -34,7 +34,7 @@ class ByteTokenizer:
     """One token for each UTF-8 byte: 260 ids and nothing to download."""
 
     max_tokens = 256
-    pad_to = None
+    pad_to: int | None = None
 
     def encode(self, text: str) -> list[int]:
         return [BOS_ID, *(FIRST_BYTE_ID + byte for byte in f"{text}\n".encode())]

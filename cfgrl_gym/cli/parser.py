@@ -13,7 +13,7 @@ import jsonargparse
 from cfgrl_gym._version import __version__
 from cfgrl_gym.cli import configs
 
-_CONFIG_HELP = "YAML file with any of the options below; options on the command line go before it"
+_CONFIG_HELP = "YAML file with any of the options below; the command line overrides it"
 
 # jsonargparse's messages in one line, without Python's names for types.
 _PLAINER = (

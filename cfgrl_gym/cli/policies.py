@@ -1,6 +1,7 @@
 """Finding and building the policy that a command starts from."""
 
 import json
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -112,14 +113,6 @@ def load_policy(config: EvalConfig) -> Pi0Policy:
     return policy.to(get_device(config.device))
 
 
-def constructor_arguments(policy: Pi0Policy) -> dict[str, Any]:
-    """What rebuilds the policy's network without the checkpoint that it came from."""
-    arguments = policy._get_constructor_parameters()
-    for name in ("observation_space", "action_space", "lr_schedule"):
-        del arguments[name]
-    return arguments
-
-
 @contextmanager
 def saving_when_stopped(save: Callable[[], None]) -> Iterator[None]:
     """Save what has been learned when Ctrl-C or a lost worker ends a training."""
@@ -127,4 +120,5 @@ def saving_when_stopped(save: Callable[[], None]) -> Iterator[None]:
         yield
     except (KeyboardInterrupt, EOFError, ConnectionError):
         save()
+        print("stopped; what has been learned so far is saved", file=sys.stderr)
         raise

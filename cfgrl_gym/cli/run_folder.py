@@ -4,7 +4,9 @@ import importlib.metadata
 import json
 import os
 import platform
+import shutil
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
@@ -66,6 +68,18 @@ def write_config(path: Path, config: Any) -> None:
     """Every option with its value, as a file for --config."""
     text = yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True)
     path.write_text(text, encoding="utf-8")
+
+
+def replace_folder(path: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a folder that takes the place of `path` only when it is complete."""
+    new, old = (path.with_name(f".{path.name}.{word}") for word in ("new", "old"))
+    for folder in (new, old):
+        shutil.rmtree(folder, ignore_errors=True)
+    write(new)
+    if path.exists():
+        path.rename(old)
+    new.rename(path)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def versions() -> dict[str, Any]:

@@ -14,7 +14,7 @@ from cfgrl_gym.cli.configs import SftConfig
 from cfgrl_gym.cli.environments import libero_spaces
 from cfgrl_gym.cli.policies import find_checkpoint, saving_when_stopped
 from cfgrl_gym.cli.progress import progress_bar
-from cfgrl_gym.cli.run_folder import POLICY_FOLDER, choose_folder, create_folder
+from cfgrl_gym.cli.run_folder import POLICY_FOLDER, choose_folder, create_folder, replace_folder
 from cfgrl_gym.demos.files import Demonstration, read_demonstrations
 
 DEFAULT_HORIZON = 50
@@ -126,7 +126,7 @@ def run(config: SftConfig) -> Path:
     logger = configure(str(out), ["csv", "json", "tensorboard"])
 
     def save() -> None:
-        policy.save_pretrained(out / POLICY_FOLDER)
+        replace_folder(out / POLICY_FOLDER, policy.save_pretrained)
 
     print(f"{len(demonstrations)} demonstrations of {len(files)} file(s); results in {out}")
     with progress_bar("sft", config.steps, "step") as bar, saving_when_stopped(save):

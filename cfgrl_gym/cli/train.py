@@ -14,7 +14,6 @@ from cfgrl_gym.algorithms.pi0 import Pi0Policy
 from cfgrl_gym.cli.configs import TrainConfig
 from cfgrl_gym.cli.environments import environment_arguments, vec_env
 from cfgrl_gym.cli.policies import (
-    constructor_arguments,
     find_checkpoint,
     policy_arguments,
     saving_when_stopped,
@@ -26,6 +25,7 @@ from cfgrl_gym.cli.run_folder import (
     VIDEO_FILE,
     choose_folder,
     create_folder,
+    replace_folder,
 )
 from cfgrl_gym.cli.video import record_episode
 from cfgrl_gym.envs.suites import select_tasks
@@ -82,9 +82,10 @@ def save(model: CFGRL, folder: Path) -> None:
     """Write the policy folder and SB3's model.zip, which needs no other file to be loaded."""
     policy = model.policy
     assert isinstance(policy, Pi0Policy)
-    policy.save_pretrained(folder / POLICY_FOLDER)
-    model.policy_kwargs = constructor_arguments(policy)
-    model.save(folder / MODEL_FILE)
+    replace_folder(folder / POLICY_FOLDER, policy.save_pretrained)
+    new = folder / f".new-{MODEL_FILE}"
+    model.save(new)
+    new.replace(folder / MODEL_FILE)
 
 
 def _model(config: TrainConfig, env: VecEnv, policy_kwargs: dict[str, Any]) -> CFGRL:

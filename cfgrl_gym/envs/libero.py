@@ -94,12 +94,15 @@ class LiberoEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
         self.skip_images = False  # True: steps that don't end the episode repeat the last images
 
         shape = (self.image_size, self.image_size, 3)
-        keys = {key: spaces.Box(0, 255, shape, np.uint8) for key in IMAGE_KEYS}
+        keys: dict[str, spaces.Space[Any]] = {
+            key: spaces.Box(0, 255, shape, np.uint8) for key in IMAGE_KEYS
+        }
         sizes = dict(_ROBOT_KEYS)
         for name in object_names(tuple(self._tasks.values())):
             sizes |= {f"{name}_{key}": size for key, size in _OBJECT_KEYS.items()}
-        keys |= {key: spaces.Box(-BOUND, BOUND, (n,), np.float64) for key, n in sizes.items()}
-        self.observation_space = spaces.Dict(keys)
+        for key, size in sizes.items():
+            keys[key] = spaces.Box(-BOUND, BOUND, (size,), np.float64)  # type: ignore[arg-type]
+        self.observation_space: spaces.Dict = spaces.Dict(keys)
         self.action_space = spaces.Box(-1.0, 1.0, (ACTION_DIM,), np.float32)
 
         self._simulators: OrderedDict[int, Simulator] = OrderedDict()

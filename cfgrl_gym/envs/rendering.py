@@ -2,6 +2,7 @@
 
 import atexit
 import ctypes
+import importlib
 import os
 import weakref
 from typing import Any
@@ -62,6 +63,14 @@ def choose_backend() -> str:
     return os.environ["MUJOCO_GL"]
 
 
+def _context_class() -> Any:
+    # mujoco.gl_context settles on a back end when mujoco is imported, which may have been before
+    # one was chosen here.
+    backend = choose_backend().lower()
+    module = f"mujoco.{backend}" if backend in ("egl", "osmesa") else "mujoco.gl_context"
+    return importlib.import_module(module).GLContext
+
+
 # A GL display that was initialised before a fork hangs or crashes in the child, so remember who
 # initialised it.
 _context_owner: int | None = None
@@ -69,6 +78,8 @@ _live: "weakref.WeakSet[OffscreenRenderer]" = weakref.WeakSet()
 
 
 def _close_all() -> None:
+    if os.getpid() != _context_owner:  # a fork inherits exit handlers; its contexts are dead
+        return
     for renderer in list(_live):
         renderer.close()
 
@@ -84,7 +95,6 @@ class OffscreenRenderer:
     def __init__(self, model: Any, max_size: int) -> None:
         global _context_owner
         import mujoco
-        from mujoco.gl_context import GLContext
 
         if _context_owner not in (None, os.getpid()):
             raise RenderingUnavailableError(
@@ -105,7 +115,7 @@ class OffscreenRenderer:
         self._options.geomgroup[0], self._options.geomgroup[1] = 0, 1
         self._perturbation = mujoco.MjvPerturb()
         try:
-            self._gl: Any = GLContext(max_size, max_size)
+            self._gl: Any = _context_class()(max_size, max_size)
             self._gl.make_current()
             self._context: Any = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_150)
         except Exception as error:

@@ -1,0 +1,64 @@
+"""What importing and installing the package does, and doesn't."""
+
+import json
+from collections.abc import Callable
+
+import pytest
+from conftest import Finished
+
+import cfgrl_gym
+
+
+def test_importing_the_package_is_light_and_registers_the_environments(
+    run_python: Callable[..., Finished],
+) -> None:
+    done = run_python(
+        """
+import json, sys
+import cfgrl_gym
+import gymnasium
+heavy = ["torch", "transformers", "robosuite", "libero", "mujoco", "stable_baselines3", "h5py"]
+print(json.dumps({
+    "heavy": [name for name in heavy if name in sys.modules],
+    "ids": [name for name in gymnasium.registry if name.startswith("Libero")],
+}))
+"""
+    )
+    assert done.code == 0, done.stderr
+    assert json.loads(done.stdout) == {"heavy": [], "ids": ["Libero-v0", "LiberoChunked-v0"]}
+
+
+def test_no_general_names_are_put_into_anyones_way(run_python: Callable[..., Finished]) -> None:
+    done = run_python(
+        """
+import json
+from importlib.util import find_spec
+general = ["algorithms", "wrappers", "benchmarks", "envs", "demos", "cli"]
+inside = ["algorithms", "algorithms.pi0", "wrappers", "envs", "demos", "cli"]
+print(json.dumps({
+    "general": [name for name in general if find_spec(name)],
+    "inside": [name for name in inside if find_spec("cfgrl_gym." + name) is None],
+}))
+"""
+    )
+    assert done.code == 0, done.stderr
+    assert json.loads(done.stdout) == {"general": [], "inside": []}
+
+
+def test_the_users_own_wrappers_module_is_not_shadowed(
+    tmp_path, run_python: Callable[..., Finished]
+) -> None:
+    (tmp_path / "wrappers.py").write_text("MINE = True\n", encoding="utf-8")
+    done = run_python("import cfgrl_gym.wrappers, wrappers; print(wrappers.MINE)")
+    assert done.stdout.strip() == "True", done.stderr
+
+
+def test_algorithm_and_policies_are_reached_from_the_package() -> None:
+    from cfgrl_gym import CFGRL, MlpPolicy, Pi0Policy, algorithms
+    from cfgrl_gym.algorithms.pi0 import Pi0Policy as from_its_module
+
+    assert algorithms.CFGRL is CFGRL
+    assert algorithms.MlpPolicy is MlpPolicy
+    assert Pi0Policy is from_its_module
+    with pytest.raises(AttributeError, match="'cfgrl_gym' has no attribute 'PPO'"):
+        _ = cfgrl_gym.PPO
