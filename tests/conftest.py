@@ -1,4 +1,4 @@
-"""What the tests of environments and demonstrations share: LIBERO itself, and built environments."""
+"""What the tests of environments and demonstrations share: LIBERO and built environments."""
 
 import os
 import subprocess

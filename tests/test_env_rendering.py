@@ -47,6 +47,7 @@ def test_this_machine_has_a_back_end(monkeypatch: pytest.MonkeyPatch) -> None:
 
 FORK_SCRIPT = """
 import os, sys
+import mujoco  # before a back end is chosen: nothing may depend on who comes first
 from cfgrl_gym.envs.libero import LiberoEnv
 from cfgrl_gym.envs.rendering import RenderingUnavailableError
 
@@ -70,7 +71,7 @@ env.reset()
 def test_a_fork_after_rendering_is_refused_and_an_unclosed_environment_exits_quietly(
     run_python: Callable[..., Finished],
 ) -> None:
-    done = run_python(FORK_SCRIPT)
+    done = run_python(FORK_SCRIPT, MUJOCO_GL="")
     refused, child, *_ = done.stdout.split("\n")
     assert refused.startswith("refused: ")
     for remedy in ("forked", "forkserver", "spawn"):

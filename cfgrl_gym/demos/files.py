@@ -115,7 +115,9 @@ def _read_one(group: Any, name: str, path: Path, prompt: str) -> Demonstration:
         )
     actions = np.asarray(group["actions"], dtype=np.float64)
     length = len(actions)
-    shapes = {"actions": (actions.shape, (length, 7))}
+    shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
+        "actions": (actions.shape, (length, 7))
+    }
     arrays: dict[str, np.ndarray] = {}
     for key, width in _OBS_KEYS.items():
         arrays[key] = np.asarray(obs[key], dtype=np.float64)
@@ -127,6 +129,8 @@ def _read_one(group: Any, name: str, path: Path, prompt: str) -> Demonstration:
         shapes[f"obs/{key}"] = (shape, expected)
         if arrays[key].dtype != np.uint8:
             raise DemonstrationFileError(f"{path}: data/{name}/obs/{key} must be uint8 images")
+    if RENDERED_KEY in obs:
+        shapes[f"obs/{RENDERED_KEY}"] = (obs[RENDERED_KEY].shape, (length,))
     wrong = [
         f"{key} {given}, expected {want}" for key, (given, want) in shapes.items() if given != want
     ]
@@ -167,7 +171,11 @@ def read_demonstrations(path: str | Path) -> list[Demonstration]:
                 raise DemonstrationFileError(f"{path}: no data/demo_* group; is it a LIBERO file?")
             data = file["data"]
             prompt = _instruction(data, path)
-            names = sorted((n for n in data if n.startswith("demo_")), key=lambda n: int(n[5:]))
+            names = [n for n in data if n.startswith("demo_")]
+            odd = [n for n in names if not n[5:].isdecimal()]
+            if odd:
+                raise DemonstrationFileError(f"{path}: data/{odd[0]} is not named demo_<number>")
+            names.sort(key=lambda n: int(n[5:]))
             return [_read_one(data[name], name, path, prompt) for name in names]
     except OSError as error:
         raise DemonstrationFileError(

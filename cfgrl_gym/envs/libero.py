@@ -102,7 +102,8 @@ class LiberoEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
             sizes |= {f"{name}_{key}": size for key, size in _OBJECT_KEYS.items()}
         for key, size in sizes.items():
             keys[key] = spaces.Box(-BOUND, BOUND, (size,), np.float64)  # type: ignore[arg-type]
-        self.observation_space: spaces.Dict = spaces.Dict(keys)
+        self._spaces = keys
+        self.observation_space = spaces.Dict(keys)
         self.action_space = spaces.Box(-1.0, 1.0, (ACTION_DIM,), np.float32)
 
         self._simulators: OrderedDict[int, Simulator] = OrderedDict()
@@ -276,8 +277,7 @@ class LiberoEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
             self._images = self.simulator.images()
         values = self.simulator.observe() | self._images
         return {
-            key: np.asarray(values[key], dtype=space.dtype)
-            for key, space in self.observation_space.items()  # type: ignore[attr-defined]
+            key: np.asarray(values[key], dtype=space.dtype) for key, space in self._spaces.items()
         }
 
     def _info(self, success: bool) -> dict[str, Any]:

@@ -78,10 +78,17 @@ _live: "weakref.WeakSet[OffscreenRenderer]" = weakref.WeakSet()
 
 
 def _close_all() -> None:
-    if os.getpid() != _context_owner:  # a fork inherits exit handlers; its contexts are dead
-        return
     for renderer in list(_live):
         renderer.close()
+
+
+def _abandon_all() -> None:
+    # In a forked child: to free a context there waits forever for threads that only the parent
+    # has, so none is ever freed.
+    for renderer in list(_live):
+        for part in (renderer._gl, renderer._context):
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(part))
+    _live.clear()
 
 
 class OffscreenRenderer:
@@ -127,6 +134,7 @@ class OffscreenRenderer:
         if _context_owner is None:
             # Registered after mujoco's own handler, so it runs before the display goes away.
             atexit.register(_close_all)
+            os.register_at_fork(after_in_child=_abandon_all)
             _context_owner = os.getpid()
         _live.add(self)
 

@@ -38,7 +38,7 @@ class Task:
 def suggest(given: str, known: Sequence[str]) -> str:
     """'; did you mean ...? Known: ...' for an error message about a name."""
     near = difflib.get_close_matches(given, known, n=3)
-    hint = f"; did you mean {' or '.join(repr(n) for n in near)}?" if near else ""
+    hint = f"; did you mean {' or '.join(repr(n) for n in near)}?" if near else "."
     return f"{hint} Known: {', '.join(known)}"
 
 
