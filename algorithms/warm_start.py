@@ -39,19 +39,26 @@ class WarmStartConfig:
 
 
 def demonstration_stats(
-    demonstrations: Sequence[Demonstration], *, delta: bool, std_floor: float
+    demonstrations: Sequence[Demonstration], *, horizon: int, delta: bool, std_floor: float
 ) -> NormStats:
     """Normalisation statistics of demonstrations, of the actions as the model sees them.
 
-    :param delta: the model's actions are relative to the state in the first 6 dimensions
+    As openpi computes them (`scripts/compute_norm_stats.py`), actions are those of all windows,
+    one starting at every step; steps beyond the end of a demonstration don't count.
+
+    :param horizon: steps of a window
+    :param delta: actions are relative to the window's first state in the first 6 dimensions
     :param std_floor: least standard deviation, so that a dimension that hardly varies in the
         demonstrations doesn't explode outside them
     """
     states = np.concatenate([demo.state for demo in demonstrations])
-    actions = np.concatenate([demo.actions for demo in demonstrations]).astype(np.float32)
-    if delta:
-        actions = to_delta(actions, states)
-    return NormStats.compute(states, actions, std_floor=std_floor)
+    actions = []
+    for demo in demonstrations:
+        length = len(demo.actions)
+        steps = np.arange(length)[:, None] + np.arange(horizon)  # (T, horizon)
+        windows = demo.actions[np.minimum(steps, length - 1)]
+        actions.append((to_delta(windows, demo.state) if delta else windows)[steps < length])
+    return NormStats.compute(states, np.concatenate(actions), std_floor=std_floor)
 
 
 def demonstration_windows(

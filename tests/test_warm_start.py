@@ -48,14 +48,20 @@ def demos() -> list[Demonstration]:
 
 
 @pytest.mark.parametrize("delta", [False, True])
-def test_statistics_equal_numpys(demos: list[Demonstration], delta: bool) -> None:
-    stats = demonstration_stats(demos, delta=delta, std_floor=0.0)
+def test_statistics_are_those_of_all_windows(demos: list[Demonstration], delta: bool) -> None:
+    horizon = 5
+    stats = demonstration_stats(demos, horizon=horizon, delta=delta, std_floor=0.0)
     states = np.vstack(
         [np.hstack([demo.ee_pos, demo.ee_ori, demo.gripper_states]) for demo in demos]
     )
-    actions = np.vstack([demo.actions for demo in demos])
-    if delta:
-        actions[:, :6] -= states[:, :6]
+    rows = []
+    for demo in demos:
+        state = np.hstack([demo.ee_pos, demo.ee_ori])
+        for start in range(len(demo.actions)):
+            for action in demo.actions[start : start + horizon]:
+                offset = np.append(state[start], 0.0) if delta else np.zeros(7)
+                rows.append(action - offset)
+    actions = np.array(rows)
     for moments, values in ((stats.state, states), (stats.actions, actions)):
         np.testing.assert_allclose(moments.mean, values.mean(0), atol=1e-6)
         np.testing.assert_allclose(moments.std, values.std(0), atol=1e-6)
@@ -65,7 +71,7 @@ def test_statistics_equal_numpys(demos: list[Demonstration], delta: bool) -> Non
 
 def test_a_dimension_that_hardly_moves_gets_the_floor(demos: list[Demonstration]) -> None:
     still = [dataclasses.replace(demo, ee_ori=0 * demo.ee_ori + 1) for demo in demos]
-    std = np.array(demonstration_stats(still, delta=False, std_floor=0.05).state.std)
+    std = np.array(demonstration_stats(still, horizon=1, delta=False, std_floor=0.05).state.std)
     np.testing.assert_array_equal(std[3:6], 0.05)
     assert (std[:3] > 0.05).all()
 
@@ -132,7 +138,7 @@ def test_images_of_another_size_are_resized_to_the_models(demos: list[Demonstrat
 
 
 def test_the_loss_falls_and_equal_seeds_give_equal_losses(demos: list[Demonstration]) -> None:
-    stats = demonstration_stats(demos, delta=False, std_floor=0.05)
+    stats = demonstration_stats(demos, horizon=8, delta=False, std_floor=0.05)
     config = WarmStartConfig(steps=60, batch_size=16, learning_rate=3e-3, seed=1)
     reported: list[tuple[int, float]] = []
     policy = make_policy(norm_stats=stats, randomise=False)

