@@ -20,7 +20,7 @@ import matplotlib
 
 from cfgrl_gym.cli import demos, eval, sft, train
 from cfgrl_gym.cli.configs import DemosConfig, EvalConfig, SftConfig, TrainConfig
-from cfgrl_gym.cli.run_folder import versions
+from cfgrl_gym.cli.run_folder import choose_folder, versions
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -46,9 +46,11 @@ def parse() -> argparse.Namespace:
     add("--episodes", type=int, default=20, help="evaluated each time (default: %(default)s)")
     add("--cfg_scale", type=float, nargs="+", default=[1.0, 1.5, 2.0], help="evaluated after")
     add("--n_envs", type=int, default=2, help="environments (default: %(default)s)")
-    add("--out", type=Path, default=Path("runs/main_job"), help="run folder, must be empty")
+    add("--out", help="run folder, must be empty (default: runs/main_job-<date-time>)")
     add("--results", type=Path, default=Path("benchmarks/results"), help="for JSON and plot")
-    return parser.parse_args()
+    args = parser.parse_args()
+    args.out = choose_folder("main_job", args.out)
+    return args
 
 
 def evaluation(args: argparse.Namespace, policy: Path, scales: list[float], name: str) -> Any:
