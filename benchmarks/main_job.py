@@ -42,7 +42,7 @@ def parse() -> argparse.Namespace:
     add("--seed", type=int, default=0)
     add("--demos", type=int, default=40, help="demonstrations (default: %(default)s)")
     add("--sft_steps", type=int, default=600, help="warm start (default: %(default)s)")
-    add("--timesteps", type=int, default=2800, help="chunks of CFGRL (default: %(default)s)")
+    add("--timesteps", type=int, default=1800, help="chunks of CFGRL (default: %(default)s)")
     add("--episodes", type=int, default=20, help="evaluated each time (default: %(default)s)")
     add("--cfg_scale", type=float, nargs="+", default=[1.0, 1.5, 2.0], help="evaluated after")
     add("--n_envs", type=int, default=2, help="environments (default: %(default)s)")
@@ -139,7 +139,7 @@ def main() -> None:
         max_episode_steps=TRAINING_LIMIT,
         groups_per_iteration=10,
         learning_rate=1e-4,
-        n_epochs=8,
+        n_epochs=16,
         gradient_accumulation_steps=2,
         cfg_scale=1.0,
         seed=args.seed,
