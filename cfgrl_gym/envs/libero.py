@@ -103,7 +103,7 @@ class LiberoEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
         for key, size in sizes.items():
             keys[key] = spaces.Box(-BOUND, BOUND, (size,), np.float64)  # type: ignore[arg-type]
         self._spaces = keys
-        self.observation_space = spaces.Dict(keys)
+        self.observation_space = spaces.Dict(keys)  # type: ignore[assignment]
         self.action_space = spaces.Box(-1.0, 1.0, (ACTION_DIM,), np.float32)
 
         self._simulators: OrderedDict[int, Simulator] = OrderedDict()
