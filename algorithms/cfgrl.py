@@ -23,6 +23,7 @@ from cfgrl_gym.algorithms.groups import (
     draw_plan,
     seed_sequence,
     select_groups,
+    torch_generator,
 )
 from cfgrl_gym.algorithms.labels import LabelSource, Negatives, drop_condition
 from cfgrl_gym.algorithms.metrics import UpdateMetrics, rollout_metrics
@@ -193,8 +194,7 @@ class CFGRL(OnPolicyAlgorithm):
         return self.policy.chunk_size if self.window_stride is None else self.window_stride
 
     def _generator(self, *key: int) -> torch.Generator:
-        state = seed_sequence(self._entropy, *key).generate_state(1)
-        return torch.Generator().manual_seed(int(state[0]))
+        return torch_generator(self._entropy, *key)
 
     def _noise(self, group: int, member: int, chunk: int) -> torch.Tensor:
         """Noise of one chunk, (horizon, action_width): the same wherever and whenever it runs."""

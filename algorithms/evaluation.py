@@ -8,7 +8,7 @@ import torch
 from stable_baselines3.common.vec_env import VecEnv
 
 from cfgrl_gym.algorithms.collector import Collector
-from cfgrl_gym.algorithms.groups import Group, GroupPlan, Start, seed_sequence
+from cfgrl_gym.algorithms.groups import Group, GroupPlan, Start, torch_generator
 from cfgrl_gym.algorithms.policies import FlowPolicy
 
 
@@ -80,8 +80,7 @@ def evaluate(
         raise ValueError("no starts to evaluate from were given")
 
     def noise(group: int, member: int, chunk: int) -> torch.Tensor:
-        state = seed_sequence(seed, group, chunk).generate_state(1)
-        generator = torch.Generator().manual_seed(int(state[0]))
+        generator = torch_generator(seed, group, chunk)
         return torch.randn(policy.horizon, policy.action_width, generator=generator)
 
     plan = GroupPlan(tuple(Group(i, start) for i, start in enumerate(starts)), group_size=1)

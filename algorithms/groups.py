@@ -10,6 +10,7 @@ from itertools import islice
 from typing import Any
 
 import numpy as np
+import torch
 
 from cfgrl_gym.algorithms.labels import is_uniform
 
@@ -50,6 +51,12 @@ class GroupPlan:
 def seed_sequence(seed: int, *key: int) -> np.random.SeedSequence:
     """Entropy for one purpose: equal seed and key give equal numbers, in any order of calls."""
     return np.random.SeedSequence((seed, *key))
+
+
+def torch_generator(seed: int, *key: int) -> torch.Generator:
+    """A CPU generator for one purpose, from `seed_sequence`."""
+    state = seed_sequence(seed, *key).generate_state(1)
+    return torch.Generator().manual_seed(int(state[0]))
 
 
 def _shuffled_forever(items: Sequence[int], rng: np.random.Generator) -> Iterator[int]:

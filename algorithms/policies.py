@@ -266,6 +266,6 @@ class FlowPolicy(BasePolicy):
         if deterministic:
             generator = torch.Generator().manual_seed(DETERMINISTIC_SEED)
             one = sample_noise((1, self.horizon, self.action_width), generator, self.device)
-            batch = next(iter(self.encode_observation(observation).values())).shape[0]
-            noise = one.expand(batch, -1, -1)
+            parts = observation.values() if isinstance(observation, dict) else [observation]
+            noise = one.expand(next(iter(parts)).shape[0], -1, -1)
         return self.act(observation, noise=noise)[1]

@@ -9,12 +9,10 @@ import numpy as np
 
 from cfgrl_gym.demos.expert import OPEN, PickPlaceExpert
 from cfgrl_gym.demos.files import Demonstration, write_demonstrations
-from cfgrl_gym.envs.libero import SETTLE_ACTION
-from cfgrl_gym.envs.simulator import IMAGE_KEYS, LIBERO_SEED, Simulator
+from cfgrl_gym.envs.simulator import IMAGE_KEYS, LIBERO_SEED, SETTLE_STEPS, Simulator
 from cfgrl_gym.envs.suites import episode_limit, select_tasks
 from cfgrl_gym.wrappers.transforms import quat2axisangle
 
-SETTLE_STEPS = 20
 MAX_TRIES_PER_DEMO = 10
 
 
@@ -50,16 +48,14 @@ def _disturb(simulator: Simulator, expert: PickPlaceExpert, rng: np.random.Gener
     push[2] = abs(push[2])  # never down into the table
     for _ in range(int(rng.integers(3, 9))):
         simulator.advance(push)
-    for _ in range(3):
-        simulator.advance(SETTLE_ACTION)
+    simulator.settle(3)
 
 
 def record_one(config: RecordingConfig, simulator: Simulator, seed: int) -> Demonstration | None:
     """One episode with the placement of `seed`; None where the expert fails."""
     rng = np.random.default_rng([config.seed, seed])
     simulator.reset(seed, None)
-    for _ in range(SETTLE_STEPS):
-        simulator.advance(SETTLE_ACTION)
+    simulator.settle(SETTLE_STEPS)
     expert = PickPlaceExpert(simulator)
     if rng.random() < config.perturbed:
         _disturb(simulator, expert, rng)

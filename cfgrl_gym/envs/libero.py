@@ -11,11 +11,10 @@ from gymnasium.error import ResetNeeded
 from gymnasium.vector import AutoresetMode
 from gymnasium.wrappers import TimeLimit
 
-from cfgrl_gym.envs.simulator import IMAGE_KEYS, LIBERO_SEED, Simulator
+from cfgrl_gym.envs.simulator import IMAGE_KEYS, LIBERO_SEED, SETTLE_STEPS, Simulator
 from cfgrl_gym.envs.suites import Task, episode_limit, load_init_states, object_names, select_tasks
 
 ACTION_DIM = 7
-SETTLE_ACTION = np.array([0, 0, 0, 0, 0, 0, -1], dtype=np.float64)
 RENDER_MODES = ("rgb_array", "rgb_array_list")
 MAX_BUILT_TASKS = 4  # compiled tasks that one environment keeps, so that switching is quick
 BOUND = 1e6  # of metres, radians and their rates: beyond anything real, but finite
@@ -65,7 +64,7 @@ class LiberoEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
         task_id: int | Sequence[int] | str = 0,
         image_size: int = 224,
         max_episode_steps: int | None = None,
-        settle_steps: int = 20,
+        settle_steps: int = SETTLE_STEPS,
         init_states: str = "benchmark",
         render_mode: str | None = None,
     ) -> None:
@@ -197,8 +196,7 @@ class LiberoEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
             simulator.reset(LIBERO_SEED, states[self._init_state_id])
         else:
             simulator.reset(self._init_state_id, None)
-        for _ in range(self.settle_steps):
-            simulator.advance(SETTLE_ACTION)
+        simulator.settle(self.settle_steps)
         self._steps = 0
         self._over = False
         self._frames.clear()

@@ -20,6 +20,8 @@ from cfgrl_gym.envs.suites import Task
 CAMERAS = ("agentview", "robot0_eye_in_hand")
 IMAGE_KEYS = tuple(f"{camera}_image" for camera in CAMERAS)
 FRAME_SIZE = 256  # side of the images that render() gives, in pixels
+SETTLE_ACTION = np.array([0, 0, 0, 0, 0, 0, -1], dtype=np.float64)
+SETTLE_STEPS = 20  # 2_test_pi0_on_libero.py of openpi_pytorch
 LIBERO_SEED = 0  # LIBERO's evaluation seeds its environments so before it sets a benchmark state
 MAX_PLACEMENT_TRIES = 100
 
@@ -208,6 +210,11 @@ class Simulator:
         env.cur_time += env.control_timestep
         env._post_action(action)
         return bool(env._check_success())
+
+    def settle(self, steps: int) -> None:
+        """Let things come to rest: so many control steps without a motion, the gripper open."""
+        for _ in range(steps):
+            self.advance(SETTLE_ACTION)
 
     # Observation ------------------------------------------------------------------------------
 
