@@ -6,8 +6,8 @@ from collections.abc import Callable
 import pytest
 from conftest import Finished
 
-from cfgrl_gym.envs import rendering
-from cfgrl_gym.envs.rendering import RenderingUnavailableError, choose_backend
+from cfgrl_gym.envs import render_backend
+from cfgrl_gym.envs.render_backend import RenderingUnavailableError, choose_backend
 
 
 @pytest.mark.parametrize("name", ["egl", "osmesa", "glfw"])
@@ -24,8 +24,8 @@ def test_egl_is_preferred_and_osmesa_is_the_fallback(
     monkeypatch: pytest.MonkeyPatch, devices: int, osmesa: bool, chosen: str
 ) -> None:
     monkeypatch.setenv("MUJOCO_GL", "")
-    monkeypatch.setattr(rendering, "_egl_device_count", lambda: devices)
-    monkeypatch.setattr(rendering, "_has_osmesa", lambda: osmesa)
+    monkeypatch.setattr(render_backend, "_egl_device_count", lambda: devices)
+    monkeypatch.setattr(render_backend, "_has_osmesa", lambda: osmesa)
     assert choose_backend() == chosen
     assert os.environ["MUJOCO_GL"] == chosen
 
@@ -34,8 +34,8 @@ def test_without_any_back_end_the_error_names_the_packages(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("MUJOCO_GL", "")
-    monkeypatch.setattr(rendering, "_egl_device_count", lambda: 0)
-    monkeypatch.setattr(rendering, "_has_osmesa", lambda: False)
+    monkeypatch.setattr(render_backend, "_egl_device_count", lambda: 0)
+    monkeypatch.setattr(render_backend, "_has_osmesa", lambda: False)
     with pytest.raises(RenderingUnavailableError, match=r"apt-get install .*libegl1.*libosmesa6"):
         choose_backend()
 
@@ -49,7 +49,7 @@ FORK_SCRIPT = """
 import os, sys
 import mujoco  # before a back end is chosen: nothing may depend on who comes first
 from cfgrl_gym.envs.libero import LiberoEnv
-from cfgrl_gym.envs.rendering import RenderingUnavailableError
+from cfgrl_gym.envs.render_backend import RenderingUnavailableError
 
 env = LiberoEnv(image_size=16, settle_steps=0)
 env.reset()

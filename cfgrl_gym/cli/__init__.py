@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from cfgrl_gym.cli.parser import parse
 from cfgrl_gym.envs.installation import LiberoNotInstalledError
-from cfgrl_gym.envs.rendering import RenderingUnavailableError
+from cfgrl_gym.envs.render_backend import RenderingUnavailableError
 
 TRACEBACK_VARIABLE = "CFGRL_TRACEBACK"
 USAGE_ERROR, INTERRUPTED = 2, 130

@@ -68,7 +68,9 @@ def check_packages() -> Finding:
 
 def check_rendering() -> Finding:
     """An image of a small scene comes out of the back end that LIBERO would use."""
-    from cfgrl_gym.envs.rendering import APT_PACKAGES, OffscreenRenderer, choose_backend
+    from cfgrl_gym.envs.compiled_models import CompiledModel
+    from cfgrl_gym.envs.render_backend import APT_PACKAGES, choose_backend
+    from cfgrl_gym.envs.rendering import render
 
     fix = (
         f"on Debian or Ubuntu: apt-get install -y {APT_PACKAGES}; or set MUJOCO_GL to egl or osmesa"
@@ -76,15 +78,13 @@ def check_rendering() -> Finding:
     backend = choose_backend()
     import mujoco
 
-    model = mujoco.MjModel.from_xml_string(_SCENE)
-    data = mujoco.MjData(model)
-    mujoco.mj_forward(model, data)
-    renderer = OffscreenRenderer(model, 128)
-    renderer.render(data, "camera", 128)
+    model = CompiledModel(mujoco.MjModel.from_xml_string(_SCENE))
+    data = mujoco.MjData(model.mj)
+    mujoco.mj_forward(model.mj, data)
+    render(model, data, {}, ["camera"], 128)
     began = time.perf_counter()
-    image = renderer.render(data, "camera", 128)
+    (image,) = render(model, data, {}, ["camera"], 128)
     took = time.perf_counter() - began
-    renderer.close()
     if image.min() == image.max():
         return Finding(False, f"{backend} renders an empty image", fix)
     return Finding(True, f"{backend}, MuJoCo {mujoco.__version__}, {took * 1000:.0f} ms an image")

@@ -9,6 +9,7 @@ import numpy as np
 
 from cfgrl_gym.demos.expert import OPEN, PickPlaceExpert
 from cfgrl_gym.demos.files import Demonstration, write_demonstrations
+from cfgrl_gym.envs.fast_simulator import build_simulator
 from cfgrl_gym.envs.simulator import IMAGE_KEYS, LIBERO_SEED, SETTLE_STEPS, Simulator
 from cfgrl_gym.envs.suites import episode_limit, select_tasks
 from cfgrl_gym.wrappers.transforms import quat2axisangle

@@ -21,7 +21,7 @@ from types import ModuleType
 
 import yaml
 
-from cfgrl_gym.envs.rendering import choose_backend
+from cfgrl_gym.envs.render_backend import choose_backend
 
 INSTALL_HINT = "install it with: pip install 'cfgrl-gym[libero]'"
 

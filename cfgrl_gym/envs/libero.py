@@ -11,6 +11,7 @@ from gymnasium.error import ResetNeeded
 from gymnasium.vector import AutoresetMode
 from gymnasium.wrappers import TimeLimit
 
+from cfgrl_gym.envs.fast_simulator import build_simulator
 from cfgrl_gym.envs.simulator import IMAGE_KEYS, LIBERO_SEED, SETTLE_STEPS, Simulator
 from cfgrl_gym.envs.suites import Task, episode_limit, load_init_states, object_names, select_tasks
 
@@ -262,7 +263,7 @@ class LiberoEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
         if task.task_id not in self._simulators:
             if len(self._simulators) >= MAX_BUILT_TASKS:
                 self._simulators.popitem(last=False)[1].close()
-            self._simulators[task.task_id] = Simulator(task, self.image_size)
+            self._simulators[task.task_id] = build_simulator(task, self.image_size)
         self._simulators.move_to_end(task.task_id)
         return self._simulators[task.task_id]
 

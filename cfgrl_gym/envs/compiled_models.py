@@ -1,0 +1,188 @@
+"""Compiled MuJoCo models: compiled once a machine, held once a process.
+
+A LIBERO model takes seconds to compile and 250 MB to hold, nearly all of it meshes and textures
+that never change. So the environments of a process share it, and a copy in MuJoCo's binary format
+(MJB) on disk saves the next process the compiling.
+"""
+
+import contextlib
+import copy
+import functools
+import hashlib
+import os
+import platform
+import re
+import tempfile
+import threading
+import time
+import warnings
+import weakref
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+CACHE_VARIABLE = "CFGRL_GYM_CACHE"  # another folder for the models on disk; "off" for none
+CACHE_LIMIT = 6 * 2**30  # bytes, about 24 tasks; those not used for longest go first
+_CHECKSUM_BYTES = 4
+
+
+# The model arrays that robosuite and LIBERO write to: fixtures are placed by moving their bodies;
+# markers, stove flames and the like are shown and hidden by colour.
+PLACES = ("body_pos", "body_quat")
+COLOURS = ("site_rgba", "geom_rgba")
+
+
+class CompiledModel:
+    """A `mujoco.MjModel` that several environments use.
+
+    Nobody writes to a model that is stepped, with one exception: the colours of what is drawn are
+    each environment's own, and in the model only while `lock` is held. Where fixtures stand is
+    part of a model too, and LIBERO moves them at a reset. So resets are made on the model as
+    compiled, `base`, one at a time, and what is stepped afterwards is a copy with these places.
+
+    :param mj: the compiled model
+    :param base: the model that this one is a copy of; None if it was compiled itself
+    """
+
+    def __init__(self, mj: Any, base: "CompiledModel | None" = None) -> None:
+        self.mj = mj
+        self.base = self if base is None else base
+        self.lock = threading.Lock()
+        self._places = [getattr(mj, name).copy() for name in PLACES]
+        self.colours = {name: getattr(mj, name).copy() for name in COLOURS}  # as compiled
+        self._copies: dict[bytes, weakref.ref[CompiledModel]] = {}
+
+    def restore(self) -> None:
+        """Put all bodies back to where they were compiled."""
+        for name, places in zip(PLACES, self._places, strict=True):
+            getattr(self.mj, name)[:] = places
+
+    def as_placed(self) -> "CompiledModel":
+        """A model to step with the places that this one has now, the same for all who ask.
+
+        It is this model itself where nothing has moved: then nothing ever does, for LIBERO places
+        the same fixtures of a task at every reset.
+        """
+        places = [getattr(self.mj, name) for name in PLACES]
+        if all(map(np.array_equal, places, self._places)):
+            return self
+        key = b"".join(array.tobytes() for array in places)
+        reference = self._copies.get(key)
+        model = reference() if reference is not None else None
+        if model is None:
+            model = CompiledModel(copy.copy(self.mj), self)
+            self._copies = {k: r for k, r in self._copies.items() if r() is not None}
+            self._copies[key] = weakref.ref(model)
+        return model
+
+
+_in_process: "weakref.WeakValueDictionary[str, CompiledModel]" = weakref.WeakValueDictionary()
+
+
+def compiled(xml: str) -> CompiledModel:
+    """The model of an MJCF document: this process's, else the one on disk, else compiled now."""
+    key = _key(xml)
+    model = _in_process.get(key)
+    if model is None:
+        model = _in_process[key] = CompiledModel(_from_disk(key) or _compile(key, xml))
+    return model
+
+
+def cache_folder() -> Path | None:
+    """Where compiled models are kept on disk; None where that is switched off."""
+    chosen = os.environ.get(CACHE_VARIABLE)
+    if chosen:
+        return None if chosen.lower() == "off" else Path(chosen).expanduser()
+    caches = os.environ.get("XDG_CACHE_HOME")
+    return (Path(caches) if caches else Path.home() / ".cache") / "cfgrl-gym" / "models"
+
+
+def _key(xml: str) -> str:
+    """Digest of all that a compiled model depends on: MuJoCo, the document, every file it names."""
+    import mujoco
+
+    digest = hashlib.sha256(f"{mujoco.__version__} {platform.machine()}\n{xml}".encode())
+    for name in sorted(set(re.findall(r'\bfile="([^"]+)"', xml))):
+        status = os.stat(name)
+        digest.update(_file_digest(name, status.st_size, status.st_mtime_ns))
+    return digest.hexdigest()
+
+
+@functools.cache
+def _file_digest(name: str, size: int, mtime_ns: int) -> bytes:
+    return hashlib.sha256(Path(name).read_bytes()).digest()
+
+
+def _from_disk(key: str) -> Any | None:
+    """The model saved under `key`, or None where there is none or it is damaged."""
+    import mujoco
+
+    folder = cache_folder()
+    if folder is None:
+        return None
+    path, checksum = folder / f"{key}.mjb", folder / f"{key}.crc32"
+    try:
+        if zlib.crc32(path.read_bytes()) != int.from_bytes(checksum.read_bytes(), "big"):
+            raise ValueError("the checksum is another one")
+        model = mujoco.MjModel.from_binary_path(str(path))
+        path.touch()  # used: the last to be evicted
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        warnings.warn(f"{path} can't be used ({error}): compiling again", stacklevel=2)
+        return None
+    return model
+
+
+def _compile(key: str, xml: str) -> Any:
+    import mujoco
+
+    model = mujoco.MjModel.from_xml_string(xml)
+    folder = cache_folder()
+    if folder is not None:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            _save(model, folder, key)
+            _evict(folder)
+        except OSError as error:
+            warnings.warn(
+                f"the compiled model can't be kept in {folder} ({error}), so the next process will "
+                f"compile it again; set {CACHE_VARIABLE} to a folder with room, or to 'off'",
+                stacklevel=2,
+            )
+    return model
+
+
+def _save(model: Any, folder: Path, key: str) -> None:
+    """Written under another name first, so that no process ever meets half a file."""
+    import mujoco
+
+    buffer = np.empty(mujoco.mj_sizeModel(model), np.uint8)
+    mujoco.mj_saveModel(model, None, buffer)
+    checksum = zlib.crc32(buffer.data).to_bytes(_CHECKSUM_BYTES, "big")
+    for suffix, content in (("mjb", buffer.data), ("crc32", checksum)):
+        handle, temporary = tempfile.mkstemp(dir=folder, prefix="writing-")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(content)
+            os.replace(temporary, folder / f"{key}.{suffix}")
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+            raise
+
+
+def _evict(folder: Path) -> None:
+    """Delete the models that were used longest ago, until the rest keeps to the limit."""
+    kept = 0
+    for left_over in folder.glob("writing-*"):  # by a process that was killed
+        if time.time() - left_over.stat().st_mtime > 3600:
+            left_over.unlink(missing_ok=True)
+    models = [(path.stat(), path) for path in folder.glob("*.mjb")]
+    for status, path in sorted(models, key=lambda m: m[0].st_mtime, reverse=True):
+        kept += status.st_size
+        if kept > CACHE_LIMIT:
+            path.unlink(missing_ok=True)
+            path.with_suffix(".crc32").unlink(missing_ok=True)

