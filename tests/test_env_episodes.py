@@ -130,7 +130,7 @@ def test_settle_steps_take_no_part_in_the_time_limit(can_env: LiberoEnv) -> None
 
 def test_success_terminates_with_reward_1(can_env: LiberoEnv) -> None:
     can_env.reset(options={"init_state_id": 0})
-    can_env.skip_images = True
+    can_env.skip_observations = True
     try:
         expert = PickPlaceExpert(can_env.simulator)
         terminated = truncated = False
@@ -141,7 +141,7 @@ def test_success_terminates_with_reward_1(can_env: LiberoEnv) -> None:
             assert info["success"] is info["is_success"] is terminated
             assert reward == float(terminated)
     finally:
-        can_env.skip_images = False
+        can_env.skip_observations = False
     assert terminated
     assert not truncated
     assert 60 < steps < 280

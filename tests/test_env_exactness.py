@@ -58,10 +58,10 @@ def test_an_episode_after_three_others_still_equals_liberos_fresh_environment(
 ) -> None:
     for episode in range(3):
         env.reset(options={"init_state_id": 10 + episode})
-        env.skip_images = True
+        env.skip_observations = True
         for action in downward_actions(30, seed=episode + 1):
             env.step(action)
-        env.skip_images = False
+        env.skip_observations = False
     assert_equals_recorded(env, recorded)
 
 
@@ -82,7 +82,7 @@ def test_physics_placement_and_fixtures_equal_liberos(suite: str, task_id: int) 
         closing(LiberoEnv(suite, task_id, image_size=16, settle_steps=0)) as env,
     ):
         env.reset(options={"init_state_id": 1})  # an episode before, which must leave no trace
-        env.skip_images = True
+        env.skip_observations = True
         for action in -actions[:10]:
             env.step(action)
 

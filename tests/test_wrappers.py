@@ -167,7 +167,7 @@ def test_libero_in_chunks_equals_libero_step_by_step(
             assert [begun + n for n, _ in info["observations"]] == list(inside)
             for number, between in info["observations"]:
                 assert_same_arrays(between, singles[begun + number - 1])
-    assert can_env.skip_images is False
+    assert can_env.skip_observations is False
 
 
 # The 2-test observation -------------------------------------------------------------------------

@@ -13,8 +13,8 @@ class ActionChunk(gym.Wrapper[Any, np.ndarray, Any, np.ndarray], RecordConstruct
 
     The reward is the sum over the executed steps. `info` is the last step's, with `rewards`
     (float64) and `dones` (bool), one entry for each executed step, and `n_steps`, their number.
-    An environment with an attribute `skip_images` (such as `Libero-v0`) is told not to draw the
-    observations that nobody will see.
+    An environment with an attribute `skip_observations` (such as `Libero-v0`) is told not to make
+    the observations that nobody will see.
 
     :param env: environment with a Box action of shape (dim,)
     :param chunk_size: actions in a chunk
@@ -70,7 +70,7 @@ class ActionChunk(gym.Wrapper[Any, np.ndarray, Any, np.ndarray], RecordConstruct
         for number, single in enumerate(chunk, start=1):
             last = number == self.chunk_size
             inside = not last and self._observed(number)
-            self._skip_images(not last and not inside)
+            self._skip_observations(not last and not inside)
             obs, reward, terminated, truncated, info = self.env.step(single)
             rewards.append(float(reward))
             dones.append(terminated or truncated)
@@ -78,7 +78,7 @@ class ActionChunk(gym.Wrapper[Any, np.ndarray, Any, np.ndarray], RecordConstruct
                 break
             if inside:
                 observations.append((number, obs))
-        self._skip_images(False)
+        self._skip_observations(False)
         info = info | {
             "rewards": np.array(rewards),
             "dones": np.array(dones),
@@ -91,6 +91,6 @@ class ActionChunk(gym.Wrapper[Any, np.ndarray, Any, np.ndarray], RecordConstruct
     def _observed(self, number: int) -> bool:
         return self.observation_stride is not None and number % self.observation_stride == 0
 
-    def _skip_images(self, skip: bool) -> None:
-        if hasattr(self.unwrapped, "skip_images"):
-            self.unwrapped.skip_images = skip
+    def _skip_observations(self, skip: bool) -> None:
+        if hasattr(self.unwrapped, "skip_observations"):
+            self.unwrapped.skip_observations = skip

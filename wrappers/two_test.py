@@ -54,6 +54,8 @@ class TwoTestObservation(gym.Wrapper[Any, np.ndarray, Any, np.ndarray], RecordCo
     def __init__(self, env: gym.Env) -> None:
         RecordConstructorArgs.__init__(self)
         gym.Wrapper.__init__(self, env)
+        self._raw: Any = None
+        self._seen: dict[str, np.ndarray] = {}
         raw = env.observation_space
         needed = {
             *CAMERA_SLOTS.values(),
@@ -87,5 +89,9 @@ class TwoTestObservation(gym.Wrapper[Any, np.ndarray, Any, np.ndarray], RecordCo
         return self._observation(raw, info), reward, terminated, truncated, info
 
     def _observation(self, raw: Any, info: dict[str, Any]) -> dict[str, np.ndarray]:
-        observation = {slot: rotate_image(raw[key]) for slot, key in CAMERA_SLOTS.items()}
-        return observation | {"state": robot_state(raw), "prompt": encode_prompt(info["prompt"])}
+        if raw is not self._raw:  # inside a chunk the environment repeats itself
+            self._raw = raw
+            self._seen = {slot: rotate_image(raw[key]) for slot, key in CAMERA_SLOTS.items()}
+            self._seen["state"] = robot_state(raw)
+            self._seen["prompt"] = encode_prompt(info["prompt"])
+        return self._seen

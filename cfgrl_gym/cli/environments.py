@@ -1,4 +1,4 @@
-"""The LIBERO environments of a command, in processes of their own where there are several."""
+"""The LIBERO environments of a command, in threads where there are several."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -8,8 +8,9 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
-from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
+from cfgrl_gym.algorithms.thread_vec_env import ThreadVecEnv
 from cfgrl_gym.cli.configs import LiberoOptions
 from cfgrl_gym.envs.libero import ACTION_DIM, BOUND
 from cfgrl_gym.wrappers.prompt import PROMPT_BYTES
@@ -47,9 +48,7 @@ def environment_arguments(
 def vec_env(arguments: dict[str, Any], n_envs: int) -> Iterator[VecEnv]:
     """A `VecEnv` of `LiberoChunked-v0`, closed at the end."""
     make: Callable[[], gym.Env[Any, Any]] = partial(gym.make, ENVIRONMENT, **arguments)
-    # Not 'fork': a render context of this process would not survive it.
-    several = partial(SubprocVecEnv, start_method="forkserver")
-    env: VecEnv = DummyVecEnv([make]) if n_envs == 1 else several([make] * n_envs)
+    env: VecEnv = (DummyVecEnv if n_envs == 1 else ThreadVecEnv)([make] * n_envs)
     try:
         yield env
     except BaseException:

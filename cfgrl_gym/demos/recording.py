@@ -97,7 +97,7 @@ _worker: tuple[RecordingConfig, Simulator] | None = None
 
 def _start_worker(config: RecordingConfig) -> None:
     global _worker
-    _worker = (config, Simulator(select_tasks(config.suite, config.task_id)[0], config.image_size))
+    _worker = (config, build_simulator(select_tasks(config.suite, config.task_id)[0], config.image_size))
 
 
 def _work(seed: int) -> Demonstration | None:

@@ -211,7 +211,7 @@ class FastSimulator(Simulator):
         return rendering.render(self._compiled, data, colours, cameras, size)
 
     def close(self) -> None:
-        """The compiled model and its render contexts go with the last environment that uses them."""
+        """Models and render contexts go with the last environment that uses them."""
         if self.robosuite_env is not None:
             # LIBERO's objects refer to one another in circles: let go of what is large by hand.
             self.robosuite_env.compiled_model = None

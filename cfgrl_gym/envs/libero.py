@@ -91,7 +91,8 @@ class LiberoEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
         self.settle_steps = int(settle_steps)
         self.init_states = init_states
         self.render_mode = render_mode
-        self.skip_images = False  # True: steps that don't end the episode repeat the last images
+        # True: steps that don't end the episode repeat the last observation.
+        self.skip_observations = False
 
         shape = (self.image_size, self.image_size, 3)
         keys: dict[str, spaces.Space[Any]] = {
@@ -109,7 +110,7 @@ class LiberoEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
         self._simulators: OrderedDict[int, Simulator] = OrderedDict()
         self._queue: deque[tuple[int | None, int | None]] = deque()
         self._frames: list[np.ndarray] = []
-        self._images: dict[str, np.ndarray] = {}
+        self._last_observation: dict[str, np.ndarray] = {}
         self._simulator: Simulator | None = None
         self._task = next(iter(self._tasks.values()))
         self._init_state_id = 0
@@ -202,7 +203,8 @@ class LiberoEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
         self._over = False
         self._frames.clear()
         self._record_frame()
-        return self._observation(images=True), self._info(success=False)
+        self._last_observation = self._observation()
+        return self._last_observation, self._info(success=False)
 
     def step(
         self, action: np.ndarray
@@ -221,8 +223,9 @@ class LiberoEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
         truncated = not success and self._steps >= self.max_episode_steps
         self._over = success or truncated
         self._record_frame()
-        observation = self._observation(images=self._over or not self.skip_images)
-        return observation, float(success), success, truncated, self._info(success)
+        if self._over or not self.skip_observations:
+            self._last_observation = self._observation()
+        return self._last_observation, float(success), success, truncated, self._info(success)
 
     def render(self) -> Any:
         """The scene for people, uint8 (256, 256, 3); in list mode, the frames since last asked."""
@@ -271,10 +274,8 @@ class LiberoEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
         if self.render_mode == "rgb_array_list":
             self._frames.append(self.simulator.frame())
 
-    def _observation(self, images: bool) -> dict[str, np.ndarray]:
-        if images:
-            self._images = self.simulator.images()
-        values = self.simulator.observe() | self._images
+    def _observation(self) -> dict[str, np.ndarray]:
+        values = self.simulator.observe() | self.simulator.images()
         return {
             key: np.asarray(values[key], dtype=space.dtype) for key, space in self._spaces.items()
         }

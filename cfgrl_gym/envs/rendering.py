@@ -178,7 +178,7 @@ class _Pool:
                 roomy = [easel for easel in free if len(easel.painters) < MAX_MODELS]
                 if prepared or roomy:
                     easel = (prepared or roomy)[0]
-                elif len(self._easels) < _processors():
+                elif len(self._easels) < processors():
                     easel = self._set_up(size)
                 elif free:
                     easel = free[0]
@@ -236,7 +236,8 @@ class _Pool:
         self._easels = []
 
 
-def _processors() -> int:
+def processors() -> int:
+    """Processor cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

@@ -1,0 +1,72 @@
+"""Environments of one process, stepped in threads."""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import gymnasium as gym
+from stable_baselines3.common.vec_env import DummyVecEnv
+from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs, VecEnvStepReturn
+
+from cfgrl_gym.envs.rendering import processors
+
+
+class ThreadVecEnv(DummyVecEnv):
+    """SB3's `DummyVecEnv` with all environments stepping at once, as many as there are cores.
+
+    For environments that leave the interpreter to others while they work, as LIBERO's do here:
+    physics and rendering hold no lock, and what is large, compiled models and render contexts, is
+    there once for all of them. Processes (`SubprocVecEnv`) have it each for themselves.
+
+    :param env_fns: functions that make the environments, called one after another
+    :raises ValueError: as `DummyVecEnv` raises it
+    """
+
+    def __init__(self, env_fns: list[Callable[[], gym.Env]]) -> None:
+        super().__init__(env_fns)
+        self._pool = ThreadPoolExecutor(
+            min(self.num_envs, processors()), thread_name_prefix="ThreadVecEnv"
+        )
+
+    def step_wait(self) -> VecEnvStepReturn:
+        self._each(self._step_one)
+        return (
+            self._obs_from_buf(),
+            self.buf_rews.copy(),
+            self.buf_dones.copy(),
+            [dict(info) for info in self.buf_infos],
+        )
+
+    def _step_one(self, index: int) -> None:
+        env = self.envs[index]
+        obs, self.buf_rews[index], terminated, truncated, info = env.step(self.actions[index])
+        done = self.buf_dones[index] = terminated or truncated
+        info["TimeLimit.truncated"] = truncated and not terminated
+        if done:
+            info["terminal_observation"] = obs
+            obs, self.reset_infos[index] = env.reset()
+        self.buf_infos[index] = info
+        self._save_obs(index, obs)
+
+    def reset(self) -> VecEnvObs:
+        self._each(self._reset_one)
+        self._reset_seeds()
+        self._reset_options()
+        return self._obs_from_buf()
+
+    def _reset_one(self, index: int) -> None:
+        options = {"options": self._options[index]} if self._options[index] else {}
+        obs, self.reset_infos[index] = self.envs[index].reset(seed=self._seeds[index], **options)
+        self._save_obs(index, obs)
+
+    def _each(self, work: Callable[[int], None]) -> None:
+        """All to their end, then the first one's error, so that none is left in the middle."""
+        futures = [self._pool.submit(work, index) for index in range(self.num_envs)]
+        errors = [future.exception() for future in futures]
+        for error in errors:
+            if error is not None:
+                raise error
+
+    def close(self) -> None:
+        self._pool.shutdown()
+        super().close()
+
