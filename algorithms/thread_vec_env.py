@@ -69,4 +69,3 @@ class ThreadVecEnv(DummyVecEnv):
     def close(self) -> None:
         self._pool.shutdown()
         super().close()
-

@@ -1,12 +1,17 @@
 """Choosing a rendering back end, and render contexts at forks and at the interpreter's exit."""
 
+import gc
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
+import numpy as np
 import pytest
 from conftest import Finished
 
-from cfgrl_gym.envs import render_backend
+from cfgrl_gym.envs import render_backend, rendering
+from cfgrl_gym.envs.compiled_models import CompiledModel
 from cfgrl_gym.envs.render_backend import RenderingUnavailableError, choose_backend
 
 
@@ -80,3 +85,98 @@ def test_a_fork_after_rendering_is_refused_and_an_unclosed_environment_exits_qui
     assert done.code == 0
     for word in ("Traceback", "Exception ignored", "Error"):
         assert word not in done.stderr
+
+
+# Contexts in turns ------------------------------------------------------------------------------
+
+SCENE = """
+<mujoco>
+  <visual><global offwidth="16" offheight="16"/></visual>
+  <worldbody>
+    <light pos="0 0 3"/>
+    <camera name="camera" pos="0 -2 1" xyaxes="1 0 0 0 0.45 0.9"/>
+    <geom name="box" type="box" size="{size} 0.3 0.3" rgba="1 0 0 1" group="1"/>
+  </worldbody>
+</mujoco>
+"""
+
+
+@pytest.fixture
+def pool(monkeypatch: pytest.MonkeyPatch) -> Iterator[rendering._Pool]:
+    """Contexts of this test's own."""
+    pool = rendering._Pool()
+    monkeypatch.setattr(rendering, "_pool", pool)
+    yield pool
+    pool.close()
+
+
+def scene(size: float = 0.3) -> tuple[CompiledModel, Any]:
+    import mujoco
+
+    model = CompiledModel(mujoco.MjModel.from_xml_string(SCENE.format(size=size)))
+    data = mujoco.MjData(model.mj)
+    mujoco.mj_forward(model.mj, data)
+    return model, data
+
+
+def picture(model: CompiledModel, data: Any, pixels: int = 32, **colours: Any) -> np.ndarray:
+    (image,) = rendering.render(model, data, colours, ["camera"], pixels)
+    return image
+
+
+@pytest.mark.parametrize("cores", [1, 2])
+def test_threads_take_turns_at_few_contexts_and_see_what_one_thread_sees(
+    pool: rendering._Pool, monkeypatch: pytest.MonkeyPatch, cores: int
+) -> None:
+    monkeypatch.setattr(rendering, "processors", lambda: cores)
+    scenes = [scene(0.1 * (number + 1)) for number in range(3)]
+    alone = [picture(*s) for s in scenes]
+    assert not np.array_equal(alone[0], alone[1])
+    with ThreadPoolExecutor(4) as threads:
+        numbers = [number % 3 for number in range(60)]
+        for number, image in zip(
+            numbers, threads.map(lambda n: picture(*scenes[n]), numbers), strict=True
+        ):
+            np.testing.assert_array_equal(image, alone[number])
+    for number, (model, _) in enumerate(scenes):
+        kept = sum(painter.serves(model, "benchmark") for painter in pool._idle)
+        assert 1 <= kept <= cores, number
+
+
+def test_colours_are_each_environments_own(pool: rendering._Pool) -> None:
+    model, data = scene()
+    green = np.array([[0, 1, 0, 1]], np.float32)
+    red = picture(model, data, geom_rgba=model.colours["geom_rgba"])
+    other = picture(model, data, geom_rgba=green)
+    assert red[..., 0].max() > 100 > other[..., 0].max()
+    np.testing.assert_array_equal(picture(model, data, geom_rgba=model.colours["geom_rgba"]), red)
+
+
+def test_more_models_than_are_kept_and_larger_images(pool: rendering._Pool) -> None:
+    scenes = [scene(0.03 * (number + 1)) for number in range(rendering.MAX_CONTEXTS + 2)]
+    first = [picture(*s) for s in scenes]
+    assert len(pool._idle) == rendering.MAX_CONTEXTS
+    np.testing.assert_array_equal(first, [picture(*s) for s in scenes])
+    assert picture(*scenes[-1], pixels=200).shape == (200, 200, 3)
+    np.testing.assert_array_equal(picture(*scenes[-1]), first[-1])
+    assert len(pool._idle) == rendering.MAX_CONTEXTS
+
+
+def test_what_is_kept_for_a_model_goes_with_it(pool: rendering._Pool) -> None:
+    model, data = scene()
+    picture(model, data)
+    assert len(pool._idle) == 1
+    del model
+    gc.collect()
+    rendering.free_unused()
+    assert pool._idle == []
+
+
+def test_a_draft_is_another_picture_and_leaves_the_benchmarks_as_it_is(
+    pool: rendering._Pool,
+) -> None:
+    model, data = scene()
+    before = picture(model, data)
+    (draft,) = rendering.render(model, data, {}, ["camera"], 32, "draft")
+    assert 0 < (draft != before).mean() < 0.1  # at the edges
+    np.testing.assert_array_equal(picture(model, data), before)

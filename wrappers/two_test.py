@@ -39,9 +39,10 @@ def robot_state(raw: dict[str, np.ndarray]) -> np.ndarray:
 
 
 class TwoTestObservation(gym.Wrapper[Any, np.ndarray, Any, np.ndarray], RecordConstructorArgs):
-    """Two images, the robot's state and the instruction, as PI0 reads them.
+    """Camera images, the robot's state and the instruction, as PI0 reads them.
 
-    Keys: `base_0_rgb` and `left_wrist_0_rgb`, uint8 (size, size, 3); `state`, float32 (8,), not
+    Keys: `base_0_rgb` and `left_wrist_0_rgb`, uint8 (size, size, 3), as far as the environment has
+    these cameras; `state`, float32 (8,), not
     normalised; `prompt`, uint8 (256,), see `decode_prompt`.
 
     :param env: an environment with LIBERO's raw observations and `info["prompt"]`
@@ -57,19 +58,18 @@ class TwoTestObservation(gym.Wrapper[Any, np.ndarray, Any, np.ndarray], RecordCo
         self._raw: Any = None
         self._seen: dict[str, np.ndarray] = {}
         raw = env.observation_space
-        needed = {
-            *CAMERA_SLOTS.values(),
-            "robot0_eef_pos",
-            "robot0_eef_quat",
-            "robot0_gripper_qpos",
-        }
-        missing = needed - set(raw) if isinstance(raw, spaces.Dict) else needed
+        needed = {"robot0_eef_pos", "robot0_eef_quat", "robot0_gripper_qpos"}
+        keys = set(raw) if isinstance(raw, spaces.Dict) else set()
+        missing = needed - keys
+        self._slots = {slot: key for slot, key in CAMERA_SLOTS.items() if key in keys}
+        if not self._slots:
+            missing |= {CAMERA_SLOTS["base_0_rgb"]}
         if missing:
             raise ValueError(
                 f"the environment's observations lack {sorted(missing)}; wrap Libero-v0 itself"
             )
         self.observation_space = spaces.Dict(
-            {slot: raw[key] for slot, key in CAMERA_SLOTS.items()}  # type: ignore[index]
+            {slot: raw[key] for slot, key in self._slots.items()}  # type: ignore[index]
             | {
                 "state": spaces.Box(-BOUND, BOUND, (STATE_DIM,), np.float32),
                 "prompt": spaces.Box(0, 255, (PROMPT_BYTES,), np.uint8),
@@ -91,7 +91,7 @@ class TwoTestObservation(gym.Wrapper[Any, np.ndarray, Any, np.ndarray], RecordCo
     def _observation(self, raw: Any, info: dict[str, Any]) -> dict[str, np.ndarray]:
         if raw is not self._raw:  # inside a chunk the environment repeats itself
             self._raw = raw
-            self._seen = {slot: rotate_image(raw[key]) for slot, key in CAMERA_SLOTS.items()}
+            self._seen = {slot: rotate_image(raw[key]) for slot, key in self._slots.items()}
             self._seen["state"] = robot_state(raw)
             self._seen["prompt"] = encode_prompt(info["prompt"])
         return self._seen

@@ -97,7 +97,8 @@ _worker: tuple[RecordingConfig, Simulator] | None = None
 
 def _start_worker(config: RecordingConfig) -> None:
     global _worker
-    _worker = (config, build_simulator(select_tasks(config.suite, config.task_id)[0], config.image_size))
+    task = select_tasks(config.suite, config.task_id)[0]
+    _worker = (config, build_simulator(task, config.image_size))
 
 
 def _work(seed: int) -> Demonstration | None:

@@ -106,12 +106,22 @@ def _key(xml: str) -> str:
     digest = hashlib.sha256(f"{mujoco.__version__} {platform.machine()}\n{xml}".encode())
     for name in sorted(set(re.findall(r'\bfile="([^"]+)"', xml))):
         status = os.stat(name)
-        digest.update(_file_digest(name, status.st_size, status.st_mtime_ns))
+        # Whatever writes to a file sets its time of change, which can't be set by hand.
+        content = _file_digest(name, status.st_ino, status.st_size, status.st_ctime_ns)
+        if _seen.setdefault(name, content) != content:
+            _seen[name] = content
+            # MuJoCo keeps assets it has read, and tells a new one by the time of modification.
+            if hasattr(mujoco, "mj_clearCache"):
+                mujoco.mj_clearCache(mujoco.mj_getCache())
+        digest.update(content)
     return digest.hexdigest()
 
 
+_seen: dict[str, bytes] = {}  # the content that a file had last
+
+
 @functools.cache
-def _file_digest(name: str, size: int, mtime_ns: int) -> bytes:
+def _file_digest(name: str, inode: int, size: int, ctime_ns: int) -> bytes:
     return hashlib.sha256(Path(name).read_bytes()).digest()
 
 
@@ -128,7 +138,7 @@ def _from_disk(key: str) -> Any | None:
             raise ValueError("the checksum is another one")
         model = mujoco.MjModel.from_binary_path(str(path))
         path.touch()  # used: the last to be evicted
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError) as error:
         warnings.warn(f"{path} can't be used ({error}): compiling again", stacklevel=2)

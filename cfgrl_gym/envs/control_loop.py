@@ -133,7 +133,7 @@ class ControlLoop:
         arm_qvel = _indices(robot._ref_joint_vel_indexes)
         fingers = _indices(robot._ref_joint_gripper_actuator_indexes)
         self._simulation = (
-            self._site, data.qpos, data.qvel, _inertia(data), data.qfrc_bias, data.ctrl,
+            self._site, data.qpos, data.qvel, data.M, data.qfrc_bias, data.ctrl,
             data.site_xpos, data.site_xmat,
             _indices(robot._ref_joint_pos_indexes), arm_qvel,
             _indices(robot._ref_joint_actuator_indexes), fingers,
@@ -183,7 +183,7 @@ class ControlLoop:
             first = 1
         self._goal_pos[:], self._goal_mat[:] = controller.goal_pos, controller.goal_ori
         speed = self._env.robots[0].gripper.speed
-        _run(
+        _run(  # type: ignore[call-arg]  # a numba function
             model._address, data._address, *self._simulation,
             self._goal_pos, self._goal_mat, *self._gains, *self._torque_limits,
             *self._finger_range, self._finger_current,
@@ -223,18 +223,12 @@ def _indices(values: Any) -> np.ndarray:
     return np.array(values, dtype=np.int64)
 
 
-def _inertia(data: Any) -> np.ndarray:
-    """The joint-space inertia matrix as MuJoCo stores it, sparse; renamed in MuJoCo 3.4."""
-    matrix: np.ndarray = data.M if hasattr(data, "M") else data.qM
-    return matrix
-
-
 def _inertia_addresses(model: Any, dofs: np.ndarray) -> np.ndarray:
-    """int64 (n, n): where MuJoCo's sparse inertia matrix holds the entries of some dofs."""
+    """int64 (n, n): where `MjData.M`, in compressed rows, holds the entries of a chain of dofs."""
     addresses = np.zeros((len(dofs), len(dofs)), dtype=np.int64)
     for row, dof in enumerate(dofs):
+        begin = model.M_rowadr[dof]
+        columns = list(model.M_colind[begin : begin + model.M_rownnz[dof]])
         for column, other in enumerate(dofs[: row + 1]):
-            begin = model.M_rowadr[dof]
-            columns = list(model.M_colind[begin : begin + model.M_rownnz[dof]])
             addresses[row, column] = addresses[column, row] = begin + columns.index(other)
     return addresses

@@ -19,11 +19,11 @@ import numpy as np
 from cfgrl_gym.envs import rendering
 from cfgrl_gym.envs.compiled_models import COLOURS, CompiledModel, compiled
 from cfgrl_gym.envs.installation import INSTALL_HINT, import_libero
+from cfgrl_gym.envs.rendering import Quality
 from cfgrl_gym.envs.sampling_clock import SamplingClock
 from cfgrl_gym.envs.simulator import (
     CAMERAS,
     FRAME_SIZE,
-    IMAGE_KEYS,
     LIBERO_SEED,
     SETTLE_ACTION,
     PlainSimulator,
@@ -38,11 +38,16 @@ _warned = False
 _CHECKED_STEPS = 3  # control steps, 75 substeps
 
 
-def build_simulator(task: Task, image_size: int) -> Simulator:
+def build_simulator(
+    task: Task,
+    image_size: int,
+    cameras: tuple[str, ...] = CAMERAS,
+    quality: Quality = "benchmark",
+) -> Simulator:
     """A `FastSimulator`, or where that may not be exact, LIBERO as it is, with a warning."""
     global _warned
     try:
-        return FastSimulator(task, image_size)
+        return FastSimulator(task, image_size, cameras, quality)
     except UnknownUpstreamError as error:
         if not _warned:
             _warned = True
@@ -51,7 +56,7 @@ def build_simulator(task: Task, image_size: int) -> Simulator:
                 f"For the fast path: {INSTALL_HINT}",
                 stacklevel=4,
             )
-        return PlainSimulator(task, image_size)
+        return PlainSimulator(task, image_size, cameras)
 
 
 def _on_shared_models(environment_class: type) -> type:
@@ -81,20 +86,28 @@ class FastSimulator(Simulator):
 
     :param task: from `cfgrl_gym.envs.suites`
     :param image_size: side of the observation images in pixels
+    :param cameras: of `CAMERAS`, those whose images are wanted
+    :param quality: "benchmark" for LIBERO's images, "draft" for cheaper ones without multisampling
     :raises UnknownUpstreamError: the installed LIBERO, robosuite or MuJoCo isn't one of which this
         class knows how to give the same results
     """
 
     _checked = False  # that the compiled controller gives robosuite's bits in this process
 
-    def __init__(self, task: Task, image_size: int) -> None:
+    def __init__(
+        self,
+        task: Task,
+        image_size: int,
+        cameras: tuple[str, ...] = CAMERAS,
+        quality: Quality = "benchmark",
+    ) -> None:
+        super().__init__(task, image_size, cameras)
+        self._quality: Quality = quality
         wrapper = import_libero("envs.env_wrapper")
         import mujoco
 
         from cfgrl_gym.envs.control_loop import ControlLoop
 
-        self.task = task
-        self.image_size = image_size
         self._mujoco = mujoco
         problem = wrapper.BDDLUtils.get_problem_info(str(task.bddl_file))["problem_name"]
         with quiet_and_seeded(LIBERO_SEED):
@@ -121,7 +134,7 @@ class FastSimulator(Simulator):
         self._measured: Any = mujoco.MjData(self.model)
         self._measured_is_current = False
         check_upstream(control)
-        self._loop = ControlLoop(env)
+        self._loop: Any = ControlLoop(env)
         self._check_control_loop()
 
     # Episodes ---------------------------------------------------------------------------------
@@ -200,15 +213,18 @@ class FastSimulator(Simulator):
         }
 
     def images(self) -> dict[str, np.ndarray]:
-        pictures = self._render(self._measured_poses(), CAMERAS, self.image_size)
-        return dict(zip(IMAGE_KEYS, pictures, strict=True))
+        pictures = self._render(self._measured_poses(), self.cameras, self.image_size)
+        return {
+            f"{camera}_image": picture
+            for camera, picture in zip(self.cameras, pictures, strict=True)
+        }
 
     def frame(self) -> np.ndarray:
         return self._render(self.data, CAMERAS[:1], FRAME_SIZE)[0][::-1].copy()
 
     def _render(self, data: Any, cameras: tuple[str, ...], size: int) -> list[np.ndarray]:
         colours = {name: getattr(self.robosuite_env.sim.model, name) for name in COLOURS}
-        return rendering.render(self._compiled, data, colours, cameras, size)
+        return rendering.render(self._compiled, data, colours, cameras, size, self._quality)
 
     def close(self) -> None:
         """Models and render contexts go with the last environment that uses them."""
@@ -237,9 +253,10 @@ class FastSimulator(Simulator):
             for action in actions:
                 advance(action)
             results.append(self.state())
-        if not np.array_equal(*(state[1:] for state in results)):
+        difference = np.abs(results[0] - results[1]).max()
+        if difference != 0:  # or not a number
             raise UnknownUpstreamError(
                 "the compiled controller and robosuite's own give different results on this "
-                f"machine (by up to {np.abs(results[0] - results[1]).max():.1e})"
+                f"machine (by up to {difference:.1e})"
             )
         FastSimulator._checked = True

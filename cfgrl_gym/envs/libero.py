@@ -12,7 +12,8 @@ from gymnasium.vector import AutoresetMode
 from gymnasium.wrappers import TimeLimit
 
 from cfgrl_gym.envs.fast_simulator import build_simulator
-from cfgrl_gym.envs.simulator import IMAGE_KEYS, LIBERO_SEED, SETTLE_STEPS, Simulator
+from cfgrl_gym.envs.rendering import QUALITIES, Quality
+from cfgrl_gym.envs.simulator import CAMERAS, LIBERO_SEED, SETTLE_STEPS, Simulator
 from cfgrl_gym.envs.suites import Task, episode_limit, load_init_states, object_names, select_tasks
 
 ACTION_DIM = 7
@@ -48,6 +49,9 @@ class LiberoEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
     :param settle_steps: control steps of no motion after a reset, outside the time limit
     :param init_states: "benchmark" for the states LIBERO evaluates on, "random" for its placement
         sampler; an episode's `init_state_id` is then the sampler's seed
+    :param cameras: whose images the observations have: "agentview", "robot0_eye_in_hand" or both
+    :param image_quality: "benchmark" for the images that LIBERO gives, or "draft" for ones without
+        multisampling that take about half the time to draw in software; NOT the benchmark's images
     :param render_mode: None, "rgb_array", or "rgb_array_list" (a frame for every control step)
     :raises ValueError: an argument that LIBERO can't serve; the message names what it can
     :raises LiberoNotInstalledError: LIBERO is missing
@@ -68,6 +72,8 @@ class LiberoEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
         settle_steps: int = SETTLE_STEPS,
         init_states: str = "benchmark",
         render_mode: str | None = None,
+        cameras: Sequence[str] = CAMERAS,
+        image_quality: Quality = "benchmark",
     ) -> None:
         if init_states not in ("benchmark", "random"):
             raise ValueError(f"init_states must be 'benchmark' or 'random'; got {init_states!r}")
@@ -75,6 +81,10 @@ class LiberoEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
             raise ValueError(
                 f"render_mode must be None or one of {RENDER_MODES}; got {render_mode!r}"
             )
+        if isinstance(cameras, str) or not cameras or set(cameras) - set(CAMERAS):
+            raise ValueError(f"cameras must be some of {CAMERAS}; got {cameras!r}")
+        if image_quality not in QUALITIES:
+            raise ValueError(f"image_quality must be one of {QUALITIES}; got {image_quality!r}")
         limit = episode_limit(suite) if max_episode_steps is None else max_episode_steps
         for name, value, least in (
             ("image_size", image_size, 8),
@@ -91,12 +101,14 @@ class LiberoEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
         self.settle_steps = int(settle_steps)
         self.init_states = init_states
         self.render_mode = render_mode
+        self.cameras = tuple(camera for camera in CAMERAS if camera in cameras)
+        self.image_quality: Quality = image_quality
         # True: steps that don't end the episode repeat the last observation.
         self.skip_observations = False
 
         shape = (self.image_size, self.image_size, 3)
         keys: dict[str, spaces.Space[Any]] = {
-            key: spaces.Box(0, 255, shape, np.uint8) for key in IMAGE_KEYS
+            f"{camera}_image": spaces.Box(0, 255, shape, np.uint8) for camera in self.cameras
         }
         sizes = dict(_ROBOT_KEYS)
         for name in object_names(tuple(self._tasks.values())):
@@ -266,7 +278,9 @@ class LiberoEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
         if task.task_id not in self._simulators:
             if len(self._simulators) >= MAX_BUILT_TASKS:
                 self._simulators.popitem(last=False)[1].close()
-            self._simulators[task.task_id] = build_simulator(task, self.image_size)
+            self._simulators[task.task_id] = build_simulator(
+                task, self.image_size, self.cameras, self.image_quality
+            )
         self._simulators.move_to_end(task.task_id)
         return self._simulators[task.task_id]
 

@@ -1,7 +1,7 @@
 """Off-screen images of a MuJoCo scene, pixel for pixel as robosuite renders them.
 
 Render contexts are large (they hold every texture and mesh) and slow to make, so a process keeps
-a few, not more than it has processor cores, and all its environments and threads take turns.
+a few, and all its environments and threads take turns.
 """
 
 import atexit
@@ -9,18 +9,22 @@ import ctypes
 import os
 import threading
 import weakref
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 
 from cfgrl_gym.envs.compiled_models import CompiledModel
+from cfgrl_gym.envs.culling import Culler
 from cfgrl_gym.envs.render_backend import FIX, GlContext, RenderingUnavailableError
 
-MAX_MODELS = 4  # of which one context keeps the textures and meshes
+MAX_CONTEXTS = 8  # that a process keeps; of a LIBERO task each takes 300 to 500 MB
 _MAX_GEOMS = 1000  # robosuite's own limit of a scene
+
+# As robosuite renders; or without multisampling (smooth edges), which takes half the time.
+Quality: TypeAlias = Literal["benchmark", "draft"]
+QUALITIES: tuple[Quality, ...] = get_args(Quality)
 
 
 def render(
@@ -29,17 +33,19 @@ def render(
     colours: Mapping[str, np.ndarray],
     cameras: Sequence[str],
     size: int,
+    quality: Quality = "benchmark",
 ) -> list[np.ndarray]:
     """Images of named cameras as robosuite gives them (OpenGL's first row is the bottom).
 
     :param data: `mujoco.MjData` with the poses to draw
     :param colours: model arrays that differ in this environment, such as "geom_rgba"
     :param size: side of the images in pixels
+    :param quality: "draft" has no multisampling, so its images aren't the benchmark's
     :return: for each camera uint8 (size, size, 3), RGB
     :raises RenderingUnavailableError: no context can be made here
     """
-    with _pool.painter(model.base, size) as painter:
-        return [painter.paint(model, data, colours, camera, size) for camera in cameras]
+    with _pool.painter(model.base, size, quality) as painter:
+        return painter.paint(model, data, colours, cameras, size)
 
 
 def free_unused() -> None:
@@ -48,20 +54,33 @@ def free_unused() -> None:
 
 
 class _Painter:
-    """What is kept of one model in one context: its textures, its meshes, a scene to fill."""
+    """A render context of one model: its textures, its meshes, and a scene to fill.
 
-    def __init__(self, base: CompiledModel, size: int) -> None:
+    With an OpenGL context of its own, so that nothing of another model's can show through.
+    """
+
+    def __init__(self, base: CompiledModel, size: int, quality: Quality) -> None:
         import mujoco
 
         self._mujoco = mujoco
-        self.size = size
-        self.model = weakref.ref(base)
+        self._model = weakref.ref(base)
+        self.size, self._quality = size, quality
+        self._gl = GlContext(size)
         # A scene holds pointers into the model it was made for; both are this model's.
-        with base.lock:
-            quality = base.mj.vis.global_
-            quality.offwidth, quality.offheight = size, size
-            self._context: Any = mujoco.MjrContext(base.mj, mujoco.mjtFontScale.mjFONTSCALE_150)
-        mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self._context)
+        with self._gl, base.lock:
+            base.mj.vis.global_.offwidth = base.mj.vis.global_.offheight = size
+            samples = base.mj.vis.quality.offsamples
+            if quality == "draft":
+                base.mj.vis.quality.offsamples = 0
+            try:
+                self._context: Any = mujoco.MjrContext(base.mj, mujoco.mjtFontScale.mjFONTSCALE_150)
+            finally:
+                base.mj.vis.quality.offsamples = samples
+            mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self._context)
+            culler = _cullers.get(base)
+            if culler is None:
+                culler = _cullers[base] = Culler(base.mj)
+            self._culler = culler
         self._scene = mujoco.MjvScene(base.mj, maxgeom=_MAX_GEOMS)
         self._camera = mujoco.MjvCamera()
         self._camera.type = mujoco.mjtCamera.mjCAMERA_FIXED
@@ -70,7 +89,26 @@ class _Painter:
         self._options.geomgroup[0], self._options.geomgroup[1] = 0, 1
         self._perturbation = mujoco.MjvPerturb()
 
+    def serves(self, base: CompiledModel, quality: Quality) -> bool:
+        return self._model() is base and self._quality == quality
+
+    @property
+    def is_unused(self) -> bool:
+        """The model is gone."""
+        return self._model() is None
+
     def paint(
+        self,
+        model: CompiledModel,
+        data: Any,
+        colours: Mapping[str, np.ndarray],
+        cameras: Sequence[str],
+        size: int,
+    ) -> list[np.ndarray]:
+        with self._gl:
+            return [self._paint(model, data, colours, camera, size) for camera in cameras]
+
+    def _paint(
         self,
         model: CompiledModel,
         data: Any,
@@ -93,120 +131,72 @@ class _Painter:
                 self._scene,
             )
         viewport = mujoco.MjrRect(0, 0, size, size)
-        mujoco.mjr_render(viewport, self._scene, self._context)
+        with self._culler.culled(self._scene, model.mj, data, size):
+            mujoco.mjr_render(viewport, self._scene, self._context)
         image = np.empty((size, size, 3), dtype=np.uint8)
         mujoco.mjr_readPixels(image, None, viewport, self._context)
         return image
 
     def free(self) -> None:
-        """The context must be current."""
-        self._context.free()
+        with self._gl:
+            self._context.free()
+        self._gl.free()
 
     def abandon(self) -> None:
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._context))
-
-
-class _Easel:
-    """An OpenGL context with the painters of the models it was last used for."""
-
-    def __init__(self, size: int) -> None:
-        try:
-            self.gl = GlContext(size)
-        except Exception as error:
-            raise _unavailable(error) from error
-        self.painters: OrderedDict[int, _Painter] = OrderedDict()
-        self.busy = False
-
-    def painter(self, base: CompiledModel, size: int) -> _Painter:
-        """The context must be current."""
-        self.free_unused()
-        painter = self.painters.get(id(base))
-        if painter is not None and painter.size < size:
-            self.painters.pop(id(base)).free()
-            painter = None
-        if painter is None:
-            if len(self.painters) >= MAX_MODELS:
-                self.painters.popitem(last=False)[1].free()
-            try:
-                painter = self.painters[id(base)] = _Painter(base, size)
-            except Exception as error:
-                raise _unavailable(error) from error
-        self.painters.move_to_end(id(base))
-        return painter
-
-    def free_unused(self) -> None:
-        """The context must be current."""
-        for key in [key for key, painter in self.painters.items() if painter.model() is None]:
-            self.painters.pop(key).free()
-
-    def free(self) -> None:
-        with self.gl:
-            while self.painters:
-                self.painters.popitem()[1].free()
-        self.gl.free()
-
-    def abandon(self) -> None:
-        for painter in self.painters.values():
-            painter.abandon()
-        self.gl.abandon()
+        self._gl.abandon()
 
 
 class _Pool:
     """The render contexts of this process."""
 
     def __init__(self) -> None:
-        self._easels: list[_Easel] = []
+        self._idle: list[_Painter] = []  # the last used one last
+        self._busy = 0
         self._changed = threading.Condition()
         self._owner: int | None = None
 
     @contextmanager
-    def painter(self, base: CompiledModel, size: int) -> Iterator[_Painter]:
-        """A painter of this model for the calling thread's use, its context current."""
-        easel = self._take(base, size)
-        try:
-            with easel.gl:
-                yield easel.painter(base, size)
-        finally:
-            self._give_back(easel)
-
-    def _take(self, base: CompiledModel, size: int) -> _Easel:
+    def painter(self, base: CompiledModel, size: int, quality: Quality) -> Iterator[_Painter]:
+        """A painter of this model for the calling thread's use."""
         with self._changed:
             self._claim()
-            while True:
-                free = [easel for easel in self._easels if not easel.busy]
-                prepared = [easel for easel in free if id(base) in easel.painters]
-                roomy = [easel for easel in free if len(easel.painters) < MAX_MODELS]
-                if prepared or roomy:
-                    easel = (prepared or roomy)[0]
-                elif len(self._easels) < processors():
-                    easel = self._set_up(size)
-                elif free:
-                    easel = free[0]
-                else:
-                    self._changed.wait()
-                    continue
-                easel.busy = True
-                return easel
+            self._changed.wait_for(lambda: self._busy < min(processors(), MAX_CONTEXTS))
+            painter = self._take(base, size, quality)
+            self._busy += 1
+        try:
+            yield painter
+        finally:
+            with self._changed:
+                self._busy -= 1
+                self._idle.append(painter)
+                self._changed.notify()
 
-    def _set_up(self, size: int) -> _Easel:
-        easel = _Easel(size)
-        if not self._easels:
-            # Only now, so that it runs before mujoco's own handler takes the display away.
-            atexit.register(self.close)
-        self._easels.append(easel)
-        return easel
-
-    def _give_back(self, easel: _Easel) -> None:
-        with self._changed:
-            easel.busy = False
-            self._changed.notify()
+    def _take(self, base: CompiledModel, size: int, quality: Quality) -> _Painter:
+        for painter in [p for p in reversed(self._idle) if p.serves(base, quality)]:
+            self._idle.remove(painter)
+            if painter.size >= size:
+                return painter
+            painter.free()
+        while self._idle and len(self._idle) + self._busy >= MAX_CONTEXTS:
+            self._idle.pop(0).free()
+        try:
+            return _Painter(base, size, quality)
+        except Exception as error:
+            raise RenderingUnavailableError(
+                f"a render context (MUJOCO_GL={os.environ.get('MUJOCO_GL')}) cannot be made: "
+                f"{error}; {FIX}"
+            ) from error
+        finally:
+            if self._owner is None:
+                self._owner = os.getpid()
+                os.register_at_fork(after_in_child=self._abandon)
+                # Only now, so that it runs before mujoco's own handler takes the display away.
+                atexit.register(self.close)
 
     def _claim(self) -> None:
         # A GL display that was initialised before a fork hangs or crashes in the child.
-        if self._owner is None:
-            self._owner = os.getpid()
-            os.register_at_fork(after_in_child=self._abandon)
-        elif self._owner != os.getpid():
+        if self._owner not in (None, os.getpid()):
             raise RenderingUnavailableError(
                 "this process was forked from one that had already rendered, and a render context "
                 "does not survive a fork; start workers with 'spawn' or 'forkserver' (SB3: "
@@ -216,24 +206,26 @@ class _Pool:
 
     def free_unused(self) -> None:
         with self._changed:
-            if self._owner != os.getpid():
-                return
-            for easel in self._easels:
-                if not easel.busy and easel.painters:
-                    with easel.gl:
-                        easel.free_unused()
+            if self._owner == os.getpid():
+                for painter in [painter for painter in self._idle if painter.is_unused]:
+                    self._idle.remove(painter)
+                    painter.free()
 
     def close(self) -> None:
         with self._changed:
             if self._owner == os.getpid():
-                while self._easels:
-                    self._easels.pop().free()
+                while self._idle:
+                    painter = self._idle.pop()
+                    try:
+                        painter.free()
+                    except Exception:  # somebody else, say robosuite, has ended the display before
+                        painter.abandon()
 
     def _abandon(self) -> None:
         self._changed = threading.Condition()
-        for easel in self._easels:
-            easel.abandon()
-        self._easels = []
+        for painter in self._idle:
+            painter.abandon()
+        self._idle = []
 
 
 def processors() -> int:
@@ -241,10 +233,5 @@ def processors() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _unavailable(error: Exception) -> RenderingUnavailableError:
-    return RenderingUnavailableError(
-        f"a render context (MUJOCO_GL={os.environ.get('MUJOCO_GL')}) cannot be made: {error}; {FIX}"
-    )
-
-
+_cullers: "weakref.WeakKeyDictionary[CompiledModel, Culler]" = weakref.WeakKeyDictionary()
 _pool = _Pool()

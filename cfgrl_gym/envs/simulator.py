@@ -45,8 +45,12 @@ def quiet_and_seeded(seed: int) -> Iterator[None]:
 class Simulator(ABC):
     """A built LIBERO task."""
 
-    task: Task
     robosuite_env: Any  # LIBERO's environment on robosuite
+
+    def __init__(self, task: Task, image_size: int, cameras: tuple[str, ...] = CAMERAS) -> None:
+        self.task = task
+        self.image_size = image_size
+        self.cameras = cameras
 
     @property
     def model(self) -> Any:
@@ -90,7 +94,10 @@ class Simulator(ABC):
 
     @abstractmethod
     def images(self) -> dict[str, np.ndarray]:
-        """LIBERO's image keys: uint8 (image_size, image_size, 3), as robosuite gives them."""
+        """LIBERO's image keys: uint8 (image_size, image_size, 3), as robosuite gives them.
+
+        Of the cameras that the simulator was made with.
+        """
 
     @abstractmethod
     def frame(self) -> np.ndarray:
@@ -143,15 +150,16 @@ class PlainSimulator(Simulator):
 
     :param task: from `cfgrl_gym.envs.suites`
     :param image_size: side of the observation images in pixels
+    :param cameras: of `CAMERAS`, those whose images are wanted
     """
 
-    def __init__(self, task: Task, image_size: int) -> None:
+    def __init__(self, task: Task, image_size: int, cameras: tuple[str, ...] = CAMERAS) -> None:
+        super().__init__(task, image_size, cameras)
         wrapper = import_libero("envs.env_wrapper")
-        self.task = task
         with quiet_and_seeded(LIBERO_SEED):
             self._control = wrapper.OffScreenRenderEnv(
                 bddl_file_name=str(task.bddl_file),
-                camera_names=list(CAMERAS),
+                camera_names=list(cameras),
                 camera_heights=image_size,
                 camera_widths=image_size,
                 ignore_done=True,
@@ -185,7 +193,8 @@ class PlainSimulator(Simulator):
         }
 
     def images(self) -> dict[str, np.ndarray]:
-        return {key: np.array(self._observation[key]) for key in IMAGE_KEYS}
+        keys = [f"{camera}_image" for camera in self.cameras]
+        return {key: np.array(self._observation[key]) for key in keys}
 
     def frame(self) -> np.ndarray:
         image = self.robosuite_env.sim.render(

@@ -91,6 +91,11 @@ def check_upstream(control: Any) -> None:
             f"the installed LIBERO or robosuite has another {', '.join(changed)} than those known"
         )
     env = control.env
+    if not hasattr(env.sim.data._data, "M"):
+        raise UnknownUpstreamError(
+            "the installed MuJoCo is older than those known: there, an additional forward pass "
+            "changes where the solver of the next one starts"
+        )
     controller = env.robots[0].controller
     if len(env.robots) != 1 or controller.name != "OSC_POSE":
         raise UnknownUpstreamError(
