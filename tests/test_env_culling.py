@@ -127,7 +127,7 @@ def test_with_shadows_everything_is_drawn(can_env: LiberoEnv, drawn: Drawn) -> N
 SCENE = """
 <mujoco>
   <asset>
-    <material name="mirror" reflectance="0.6"/>
+    <material name="mirror" reflectance="0.6" rgba=".2 .2 .2 1" specular="0"/>
     <mesh name="die" vertex="0 0 0  .1 0 0  0 .1 0  0 0 .1  .1 .1 0  .1 0 .1  0 .1 .1  .1 .1 .1"/>
   </asset>
   <worldbody>
