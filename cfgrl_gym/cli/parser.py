@@ -78,8 +78,12 @@ COMMANDS = (
         "doctor",
         "check the installation",
         "Check the installation piece by piece, and say how to put right what is wrong.\n"
-        "The exit status is 1 if something is.",
-        "cfgrl doctor",
+        "The exit status is 1 if something is.\n\n"
+        "With --exactness, the simulator is also held against LIBERO's own OffScreenRenderEnv on "
+        "this machine:\nthe same actions on one task of each suite (libero_spatial, _object, "
+        "_goal, _10, _90, and one of\nLIBERO-PRO), state, success and observations compared bit "
+        "for bit at every step, and images.",
+        "cfgrl doctor --exactness",
         None,
     ),
 )
@@ -123,6 +127,11 @@ def build_parser() -> jsonargparse.ArgumentParser:
         )
         if command.config is None:
             sub.add_argument("--json", action="store_true", help="print JSON instead of lines")
+            sub.add_argument(
+                "--exactness",
+                action="store_true",
+                help="compare the simulator with LIBERO's own as well (one to three minutes)",
+            )
         else:
             sub.add_argument("--config", action="config", metavar="FILE", help=_CONFIG_HELP)
             sub.add_class_arguments(command.config, None)
@@ -151,7 +160,8 @@ def parse(argv: Sequence[str]) -> Callable[[], int]:
     def run() -> int:
         module = importlib.import_module(f"cfgrl_gym.cli.{command.name}")
         if config is None:
-            status: int = module.run(as_json=values.json)
+            more = {"exactness": True} if values.exactness else {}
+            status: int = module.run(as_json=values.json, **more)
             return status
         module.run(config)
         return 0
