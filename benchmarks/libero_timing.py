@@ -75,12 +75,10 @@ class Libero:
 def libero_construct(args: argparse.Namespace) -> dict[str, Any]:
     imports = seconds(import_all)
     libero = Libero(args)
-    started = seconds(libero.start)
-    return {
-        "imports_s": imports,
-        "constructor_s": libero.constructor_s,
-        "first_observation_s": libero.constructor_s + started,
-    }
+    first = libero.constructor_s + seconds(libero.start)
+    other = Libero(args)
+    second = other.constructor_s + seconds(other.start)
+    return {"imports_s": imports, "first_observation_s": first, "second_observation_s": second}
 
 
 def libero_chunk(args: argparse.Namespace) -> dict[str, Any]:

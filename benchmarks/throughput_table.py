@@ -92,9 +92,7 @@ def rows(values: Values) -> list[Row]:
             series("reset/here", "reset_s"),
         ),
         pair("construction to first observation", "s", "construct", "first_observation_s", goal=3),
-        pair(
-            "  constructor alone (here nothing is built in it)", "s", "construct", "constructor_s"
-        ),
+        pair("  of another one in the same process", "s", "construct", "second_observation_s"),
         pair("  imports before that", "s", "construct", "imports_s"),
         Row.quicker(
             "  with an empty model cache",

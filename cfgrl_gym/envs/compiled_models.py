@@ -9,6 +9,7 @@ import contextlib
 import copy
 import functools
 import hashlib
+import mmap
 import os
 import platform
 import re
@@ -134,8 +135,12 @@ def _from_disk(key: str) -> Any | None:
         return None
     path, checksum = folder / f"{key}.mjb", folder / f"{key}.crc32"
     try:
-        if zlib.crc32(path.read_bytes()) != int.from_bytes(checksum.read_bytes(), "big"):
-            raise ValueError("the checksum is another one")
+        with (
+            path.open("rb") as file,
+            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
+        ):
+            if zlib.crc32(content) != int.from_bytes(checksum.read_bytes(), "big"):
+                raise ValueError("the checksum is another one")
         model = mujoco.MjModel.from_binary_path(str(path))
         path.touch()  # used: the last to be evicted
     except (FileNotFoundError, NotADirectoryError):

@@ -35,7 +35,7 @@ from cfgrl_gym.envs.suites import Task
 from cfgrl_gym.envs.upstream import UnknownUpstreamError, check_upstream
 
 _warned = False
-_CHECKED_STEPS = 3  # control steps, 75 substeps
+_CHECKED_STEPS = 2  # control steps, 50 substeps
 
 
 def build_simulator(

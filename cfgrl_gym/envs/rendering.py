@@ -21,6 +21,7 @@ from cfgrl_gym.envs.render_backend import FIX, GlContext, RenderingUnavailableEr
 
 MAX_CONTEXTS = 8  # that a process keeps; of a LIBERO task each takes 300 to 500 MB
 _MAX_GEOMS = 1000  # robosuite's own limit of a scene
+_LEAST_SIZE = 256  # pixels; a context serves every size up to its own
 
 # As robosuite renders; or without multisampling (smooth edges), which takes half the time.
 Quality: TypeAlias = Literal["benchmark", "draft"]
@@ -64,18 +65,12 @@ class _Painter:
 
         self._mujoco = mujoco
         self._model = weakref.ref(base)
-        self.size, self._quality = size, quality
-        self._gl = GlContext(size)
+        self.size, self._quality = max(size, _LEAST_SIZE), quality
+        self._gl = GlContext(self.size)
         # A scene holds pointers into the model it was made for; both are this model's.
         with self._gl, base.lock:
-            base.mj.vis.global_.offwidth = base.mj.vis.global_.offheight = size
-            samples = base.mj.vis.quality.offsamples
-            if quality == "draft":
-                base.mj.vis.quality.offsamples = 0
-            try:
+            with _context_settings(base, self.size, quality):
                 self._context: Any = mujoco.MjrContext(base.mj, mujoco.mjtFontScale.mjFONTSCALE_150)
-            finally:
-                base.mj.vis.quality.offsamples = samples
             mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self._context)
             culler = _cullers.get(base)
             if culler is None:
@@ -145,6 +140,22 @@ class _Painter:
     def abandon(self) -> None:
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._context))
         self._gl.abandon()
+
+
+@contextmanager
+def _context_settings(base: CompiledModel, size: int, quality: Quality) -> Iterator[None]:
+    """Within, the model says what its render context is to hold: nothing that isn't drawn."""
+    globals_, settings = base.mj.vis.global_, base.mj.vis.quality
+    globals_.offwidth = globals_.offheight = size
+    before = settings.offsamples, settings.shadowsize
+    if quality == "draft":
+        settings.offsamples = 0
+    if not base.mj.light_castshadow.any():
+        settings.shadowsize = 0  # else a map of 64 MB
+    try:
+        yield
+    finally:
+        settings.offsamples, settings.shadowsize = before
 
 
 class _Pool:
