@@ -200,17 +200,19 @@ class FastSimulator(Simulator):
     def observe(self) -> dict[str, np.ndarray]:
         env = self.robosuite_env
         wrapped, now = env.sim.data, env.sim.data._data
+        cache, observation = env._obs_cache, {}
         wrapped._data = self._measured_poses()
         try:
-            env._update_observables(force=True)
-            observation = env._get_observations()
+            # `Observable.update` and `_get_observations` of robosuite, without their clocks
+            for name, observable in env._observables.items():
+                if observable._enabled:
+                    value = np.array(observable._sensor(cache))
+                    value = cache[name] = value[0] if value.shape == (1,) else value
+                    if observable._active:
+                        observation[name] = np.array(value)
         finally:
             wrapped._data = now
-        return {
-            key: np.asarray(value)
-            for key, value in observation.items()
-            if not key.endswith("-state")
-        }
+        return observation
 
     def images(self) -> dict[str, np.ndarray]:
         pictures = self._render(self._measured_poses(), self.cameras, self.image_size)
