@@ -216,16 +216,16 @@ def test_expected_errors_are_one_line(
 def test_interrupts_and_lost_workers(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def interrupted(as_json: bool) -> int:
+    def interrupted(as_json: bool, exactness: bool) -> int:
         raise KeyboardInterrupt
 
-    def interrupted_with_workers(as_json: bool) -> int:
+    def interrupted_with_workers(as_json: bool, exactness: bool) -> int:
         try:
             raise KeyboardInterrupt
         finally:
             raise EOFError
 
-    def lost(as_json: bool) -> int:
+    def lost(as_json: bool, exactness: bool) -> int:
         raise EOFError
 
     for run, status in ((interrupted, 130), (interrupted_with_workers, 130), (lost, 2)):

@@ -160,8 +160,7 @@ def parse(argv: Sequence[str]) -> Callable[[], int]:
     def run() -> int:
         module = importlib.import_module(f"cfgrl_gym.cli.{command.name}")
         if config is None:
-            more = {"exactness": True} if values.exactness else {}
-            status: int = module.run(as_json=values.json, **more)
+            status: int = module.run(as_json=values.json, exactness=values.exactness)
             return status
         module.run(config)
         return 0
