@@ -15,12 +15,20 @@ from typing import Any
 import llvmlite.binding
 import mujoco
 import numpy as np
+import scipy.linalg  # noqa: F401  # the linear algebra of numba's functions
 from numba import njit, types
+from threadpoolctl import ThreadpoolController
 
 # The library that the Python package has loaded already; the functions below are found in it.
 _LIBRARY = glob.glob(os.path.join(os.path.dirname(mujoco.__file__), "libmujoco.*"))
 if _LIBRARY:
     llvmlite.binding.load_library_permanently(_LIBRARY[0])
+
+# For 7 by 7 matrices OpenBLAS's own threads are of no use, but with them two simulations in one
+# process wait for one another. The results are the same bits (numpy's OpenBLAS is another one).
+for _pool in ThreadpoolController().lib_controllers:
+    if _pool.internal_api == "openblas" and "scipy" in _pool.filepath:
+        _pool.set_num_threads(1)
 
 _ADDRESS = types.intp
 _DOUBLES = types.CPointer(types.double)
