@@ -222,5 +222,6 @@ def test_list_mode_collects_an_upright_frame_for_every_control_step_of_a_chunk()
             alone = env.unwrapped.simulator.frame()
             np.testing.assert_array_equal(frame, alone)
         # Upright, where the raw image (OpenGL: first row at the bottom) stands on its head.
-        raw = env.unwrapped.simulator._render(env.unwrapped.simulator.data, "agentview", 256)
+        simulator = env.unwrapped.simulator
+        (raw,) = simulator._render(simulator.data, ("agentview",), 256)
         np.testing.assert_array_equal(alone, np.flipud(raw))

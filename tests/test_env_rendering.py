@@ -180,3 +180,10 @@ def test_a_draft_is_another_picture_and_leaves_the_benchmarks_as_it_is(
     (draft,) = rendering.render(model, data, {}, ["camera"], 32, "draft")
     assert 0 < (draft != before).mean() < 0.1  # at the edges
     np.testing.assert_array_equal(picture(model, data), before)
+
+
+def test_a_camera_that_is_not_there_is_an_error_and_not_the_end(pool: rendering._Pool) -> None:
+    model, data = scene()
+    with pytest.raises(ValueError, match="no camera 'frontview'"):
+        rendering.render(model, data, {}, ["frontview"], 32)
+    assert picture(model, data).shape == (32, 32, 3)

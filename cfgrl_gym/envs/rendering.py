@@ -44,6 +44,7 @@ def render(
     :param quality: "draft" has no multisampling, so its images aren't the benchmark's
     :return: for each camera uint8 (size, size, 3), RGB
     :raises RenderingUnavailableError: no context can be made here
+    :raises ValueError: the model has no such camera
     """
     with _pool.painter(model.base, size, quality) as painter:
         return painter.paint(model, data, colours, cameras, size)
@@ -112,7 +113,10 @@ class _Painter:
         size: int,
     ) -> np.ndarray:
         mujoco = self._mujoco
-        self._camera.fixedcamid = mujoco.mj_name2id(model.mj, mujoco.mjtObj.mjOBJ_CAMERA, camera)
+        number = mujoco.mj_name2id(model.mj, mujoco.mjtObj.mjOBJ_CAMERA, camera)
+        if number < 0:  # MuJoCo would end the process
+            raise ValueError(f"the model has no camera {camera!r}")
+        self._camera.fixedcamid = number
         with model.lock:
             for name, values in colours.items():
                 getattr(model.mj, name)[:] = values
