@@ -1,8 +1,9 @@
 """Where the time of a LIBERO chunk goes, and what MuJoCo alone would take.
 
 Times every part of `FastSimulator` on one task, on one core if the machine is otherwise idle, and
-beside it the physical limit: 25 `mj_step` calls a control step, replayed from the same states with
-the same controls. docs/performance.md quotes the result.
+beside it the physical limit: 25 `mj_step` calls a control step, replayed with the same
+torques. docs/performance.md quotes the result; the share of time outside MuJoCo, measured pass by
+pass, is in the result of env_throughput.py.
 
     python benchmarks/profile_chunk.py
 """
@@ -18,12 +19,14 @@ from time import perf_counter
 from typing import Any
 
 import mujoco
-import numpy as np
+from timing_common import PASSES, downward_actions
+from timing_here import recorded_physics
 
 from cfgrl_gym.cli.run_folder import versions
 from cfgrl_gym.envs import control_loop, rendering
 from cfgrl_gym.envs.fast_simulator import FastSimulator
 from cfgrl_gym.envs.libero import LiberoEnv
+from cfgrl_gym.envs.rendering import QUALITIES
 
 CHUNK = 50
 SUBSTEPS = 25
@@ -53,36 +56,14 @@ class Stopwatch:
             self.seconds[label].append(perf_counter() - began)
 
 
-def actions(steps: int, seed: int) -> np.ndarray:
-    """float64 (steps, 7): random, with a push down to where there is something to touch."""
-    drawn = np.random.default_rng(seed).uniform(-1, 1, (steps, 7))
-    drawn[:, 2] -= 0.6
-    return np.clip(drawn, -1, 1)
-
-
-def replay(simulator: FastSimulator, steps: np.ndarray, watch: Stopwatch) -> None:
-    """Each control step's physics alone: from its first state, its last controls held."""
-    model, data = simulator.model, simulator.data
-    scratch = mujoco.MjData(model)
-    size = mujoco.mj_stateSize(model, mujoco.mjtState.mjSTATE_INTEGRATION)
-    begun = np.empty(size)
-    for action in steps:
-        mujoco.mj_getState(model, data, begun, mujoco.mjtState.mjSTATE_INTEGRATION)
-        simulator.advance(action)
-        mujoco.mj_setState(model, scratch, begun, mujoco.mjtState.mjSTATE_INTEGRATION)
-        scratch.ctrl[:] = data.ctrl
-        began = perf_counter()
-        mujoco.mj_step(model, scratch, nstep=SUBSTEPS)
-        watch.seconds["25 mj_step"].append(perf_counter() - began)
-
-
 def profile(env: LiberoEnv, steps: int, images: int, seed: int) -> dict[str, list[float]]:
     watch = Stopwatch()
     simulator = env.simulator
     assert isinstance(simulator, FastSimulator)
-    given = actions(steps, seed)
+    given = downward_actions(steps, seed)
     env.reset(options={"init_state_id": 0})
-    replay(simulator, given, watch)
+    replay, _ = recorded_physics(simulator, given)
+    watch.seconds["25 mj_step"] = [replay()[0] / steps for _ in range(PASSES)]
 
     controller = simulator.robosuite_env.robots[0].controller
     controller.update(force=True)
@@ -113,7 +94,12 @@ def profile(env: LiberoEnv, steps: int, images: int, seed: int) -> dict[str, lis
     watch.time("observation: poses and robosuite's observables", lambda: observed(simulator), steps)
     for camera in simulator.cameras:
         simulator.cameras = (camera,)
-        watch.time(f"image: {camera}", simulator.images, images)
+        for quality in QUALITIES:
+            simulator._quality = quality
+            simulator.images()  # the first one makes the context
+            kind = "image" if quality == "benchmark" else f"{quality} image"
+            watch.time(f"{kind}: {camera}", simulator.images, images)
+    simulator._quality = "benchmark"
     for name in ("mjv_updateScene", "mjr_render", "mjr_readPixels"):
         original = getattr(mujoco, name)
         watch.wrap(mujoco, name, f"image: {camera}: {name}")
@@ -147,9 +133,8 @@ def main() -> None:
     env.close()
 
     median = {label: statistics.median(values) * 1e3 for label, values in seconds.items()}
-    limit, step = median["25 mj_step"], median["control step"]
     median["chunk: 50 control steps, an observation, two images"] = (
-        CHUNK * step
+        CHUNK * median["control step"]
         + median["observation: poses and robosuite's observables"]
         + sum(
             ms
@@ -160,7 +145,6 @@ def main() -> None:
     print(f"{'median ms':>10}")
     for label, ms in median.items():
         print(f"{ms:10.3f}  {label}")
-    print(f"share of a control step outside MuJoCo: {1 - limit / step:.2f}")
     args.out.parent.mkdir(parents=True, exist_ok=True)
     report = {
         "command": " ".join(["python", *sys.argv]),
@@ -168,7 +152,6 @@ def main() -> None:
         "cores": rendering.processors(),
         "contacts at the end": contacts,
         "median_ms": median,
-        "share_outside_mujoco": 1 - limit / step,
         "seconds": seconds,
     }
     args.out.write_text(json.dumps(report, indent=1), encoding="utf-8")

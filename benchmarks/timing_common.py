@@ -36,9 +36,9 @@ def random_actions(steps: int, seed: int) -> np.ndarray:
 
 def downward_actions(steps: int, seed: int) -> np.ndarray:
     """float64 (steps, 7): the same with a push down to where there is something to touch."""
-    actions = random_actions(steps, seed)
-    actions[:, 2] -= 0.7
-    return np.clip(actions, -1, 1)
+    from cfgrl_gym.envs.exactness import downward_actions
+
+    return downward_actions(steps, seed)
 
 
 ACTIONS = {"free": random_actions, "contact": downward_actions}

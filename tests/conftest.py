@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from cfgrl_gym.envs.exactness import downward_actions
 from cfgrl_gym.envs.installation import import_libero
 from cfgrl_gym.envs.libero import LiberoEnv
 from cfgrl_gym.envs.simulator import IMAGE_KEYS
@@ -139,13 +140,6 @@ def libero_reference(
 ) -> Iterator[Reference]:
     with closing(Reference(suite, task_id, images, image_size)) as reference:
         yield reference
-
-
-def downward_actions(steps: int, seed: int = 0) -> np.ndarray:
-    """float64 (steps, 7): random, but for a push down to where there is something to touch."""
-    actions = np.random.default_rng(seed).uniform(-1, 1, (steps, 7))
-    actions[:, 2] -= 0.7
-    return np.clip(actions, -1, 1)
 
 
 def assert_same_arrays(one: dict[str, Any], two: dict[str, Any]) -> None:

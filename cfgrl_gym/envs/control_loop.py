@@ -126,7 +126,7 @@ def _run(  # type: ignore[no-untyped-def]  # numba infers the types
 class ControlLoop:
     """Drives one robosuite environment with a single Panda under OSC_POSE.
 
-    :param env: robosuite's environment, from which `unsupported` found nothing to object to
+    :param env: robosuite's environment, in which `check_upstream` found nothing unknown
     """
 
     def __init__(self, env: Any) -> None:
@@ -135,7 +135,7 @@ class ControlLoop:
         model = env.sim.model._model
         data = env.sim.data._data
         nv = model.nv
-        self._substeps = int(env.control_timestep / env.model_timestep)
+        self.substeps = int(env.control_timestep / env.model_timestep)
         self._site = model.site(robot.gripper.important_sites["grip_site"]).id
         self._site_pos, self._site_mat = data.site_xpos[self._site], data.site_xmat[self._site]
         arm_qvel = _indices(robot._ref_joint_vel_indexes)
@@ -196,7 +196,7 @@ class ControlLoop:
             self._goal_pos, self._goal_mat, *self._gains, *self._torque_limits,
             *self._finger_range, self._finger_current,
             np.array([-1.0, 1.0]) * speed * np.sign(action[6:]),
-            *self._work, first, self._substeps, measured, *kept,
+            *self._work, first, self.substeps, measured, *kept,
         )  # fmt: skip
         controller.new_update = True
 

@@ -29,6 +29,7 @@ from cfgrl_gym.envs.simulator import (
     PlainSimulator,
     Simulator,
     building,
+    image_key,
     quiet_and_seeded,
 )
 from cfgrl_gym.envs.suites import Task
@@ -127,7 +128,6 @@ class FastSimulator(Simulator):
         self._samplers = list(env.object_property_initializers)
         self._compiled: CompiledModel = env.compiled_model
         self._clock = SamplingClock(env.control_timestep, env.model_timestep)
-        self._substeps = int(env.control_timestep / env.model_timestep)
         # Positions before the measured substep, positions and velocities after it.
         self._kept = (self.data.qpos.copy(), self.data.qpos.copy(), self.data.qvel.copy())
         # The poses of what was measured, computed when they are asked for.
@@ -173,7 +173,7 @@ class FastSimulator(Simulator):
     def advance(self, action: np.ndarray) -> bool:
         env = self.robosuite_env
         env.timestep += 1
-        measured = self._clock.control_step(self._substeps)
+        measured = self._clock.control_step(self._loop.substeps)
         self._loop.advance(action, measured, self._kept)
         if measured >= 0:
             self._measured_is_current = False
@@ -217,7 +217,7 @@ class FastSimulator(Simulator):
     def images(self) -> dict[str, np.ndarray]:
         pictures = self._render(self._measured_poses(), self.cameras, self.image_size)
         return {
-            f"{camera}_image": picture
+            image_key(camera): picture
             for camera, picture in zip(self.cameras, pictures, strict=True)
         }
 

@@ -13,7 +13,7 @@ from gymnasium.wrappers import TimeLimit
 
 from cfgrl_gym.envs.fast_simulator import build_simulator
 from cfgrl_gym.envs.rendering import QUALITIES, Quality
-from cfgrl_gym.envs.simulator import CAMERAS, LIBERO_SEED, SETTLE_STEPS, Simulator
+from cfgrl_gym.envs.simulator import CAMERAS, LIBERO_SEED, SETTLE_STEPS, Simulator, image_key
 from cfgrl_gym.envs.suites import Task, episode_limit, load_init_states, object_names, select_tasks
 
 ACTION_DIM = 7
@@ -51,7 +51,7 @@ class LiberoEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
         sampler; an episode's `init_state_id` is then the sampler's seed
     :param cameras: whose images the observations have: "agentview", "robot0_eye_in_hand" or both
     :param image_quality: "benchmark" for the images that LIBERO gives, or "draft" for ones without
-        multisampling that take about half the time to draw in software; NOT the benchmark's images
+        multisampling that are cheaper to draw in software; NOT the benchmark's images
     :param render_mode: None, "rgb_array", or "rgb_array_list" (a frame for every control step)
     :raises ValueError: an argument that LIBERO can't serve; the message names what it can
     :raises LiberoNotInstalledError: LIBERO is missing
@@ -108,7 +108,7 @@ class LiberoEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
 
         shape = (self.image_size, self.image_size, 3)
         keys: dict[str, spaces.Space[Any]] = {
-            f"{camera}_image": spaces.Box(0, 255, shape, np.uint8) for camera in self.cameras
+            image_key(camera): spaces.Box(0, 255, shape, np.uint8) for camera in self.cameras
         }
         sizes = dict(_ROBOT_KEYS)
         for name in object_names(tuple(self._tasks.values())):

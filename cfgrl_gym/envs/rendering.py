@@ -23,7 +23,7 @@ MAX_CONTEXTS = 8  # that a process keeps; of a LIBERO task each takes 300 to 500
 _MAX_GEOMS = 1000  # robosuite's own limit of a scene
 _LEAST_SIZE = 256  # pixels; a context serves every size up to its own
 
-# As robosuite renders; or without multisampling (smooth edges), which takes half the time.
+# As robosuite renders; or without multisampling (smooth edges), which is cheaper in software.
 Quality: TypeAlias = Literal["benchmark", "draft"]
 QUALITIES: tuple[Quality, ...] = get_args(Quality)
 

@@ -17,12 +17,19 @@ from cfgrl_gym.envs.installation import import_libero
 from cfgrl_gym.envs.suites import Task
 
 CAMERAS = ("agentview", "robot0_eye_in_hand")
-IMAGE_KEYS = tuple(f"{camera}_image" for camera in CAMERAS)
 FRAME_SIZE = 256  # side of the images that render() gives, in pixels
 SETTLE_ACTION = np.array([0, 0, 0, 0, 0, 0, -1], dtype=np.float64)
 SETTLE_STEPS = 20  # 2_test_pi0_on_libero.py of openpi_pytorch
 LIBERO_SEED = 0  # LIBERO's evaluation seeds its environments so before it sets a benchmark state
 MAX_PLACEMENT_TRIES = 100
+
+
+def image_key(camera: str) -> str:
+    """LIBERO's observation key of a camera's image."""
+    return f"{camera}_image"
+
+
+IMAGE_KEYS = tuple(map(image_key, CAMERAS))
 
 # Held while LIBERO builds or resets anything: it draws from numpy's global generator, prints, and
 # writes to models that are shared.
@@ -193,7 +200,7 @@ class PlainSimulator(Simulator):
         }
 
     def images(self) -> dict[str, np.ndarray]:
-        keys = [f"{camera}_image" for camera in self.cameras]
+        keys = map(image_key, self.cameras)
         return {key: np.array(self._observation[key]) for key in keys}
 
     def frame(self) -> np.ndarray:

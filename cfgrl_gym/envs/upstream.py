@@ -4,6 +4,7 @@ The fast simulator repeats what these functions do, so it would be wrong in sile
 them has changed. Their source is therefore compared, by digest, with what it was written against.
 """
 
+import functools
 import hashlib
 import inspect
 from typing import Any
@@ -154,7 +155,11 @@ def digests(control: Any) -> dict[str, str]:
     found = {}
     for name, function in _parts(control).items():
         function = getattr(function, "fget", function)  # a property
-        function = getattr(function, "py_func", function)  # a numba function
-        source = inspect.getsource(inspect.unwrap(function))
-        found[name] = hashlib.sha256(source.encode()).hexdigest()[:12]
+        found[name] = _digest(getattr(function, "py_func", function))  # of a numba function
     return found
+
+
+@functools.cache  # for the next environment; who puts in another function gets another digest
+def _digest(function: Any) -> str:
+    source = inspect.getsource(inspect.unwrap(function))
+    return hashlib.sha256(source.encode()).hexdigest()[:12]
