@@ -29,7 +29,7 @@ class MlpPolicy(FlowPolicy):
     :param action_space: a Box (action_dim,) or (chunk, action_dim) with finite bounds
     :param lr_schedule: learning rate as a function of the progress remaining
     :param net_arch: widths of the hidden layers
-    :param kwargs: of `FlowPolicy` (cfg_scale, num_inference_steps, guidance) and of SB3's
+    :param kwargs: of `FlowPolicy` (cfg_scale, num_inference_steps, guidance, ema_decay) and of SB3's
         `BasePolicy` (optimizer_class, optimizer_kwargs)
     :raises ValueError: for image or dictionary observations
     """
@@ -79,8 +79,9 @@ class MlpPolicy(FlowPolicy):
             lr=lr_schedule(1),  # type: ignore[call-arg]
             **self.optimizer_kwargs,
         )
+        self.start_average()
 
-    def encode_observation(self, obs: Observation) -> Inputs:
+    def encode_observation(self, obs: Observation, *, skip_prefix: bool = False) -> Inputs:
         """Observation (batch, ...) to {"obs": float32 (batch, obs_dim)}."""
         vector = torch.as_tensor(cast(Any, obs), dtype=torch.float32, device=self.device)
         return {"obs": vector.flatten(1)}
@@ -115,6 +116,7 @@ class MlpPolicy(FlowPolicy):
             "cfg_scale": self.cfg_scale,
             "num_inference_steps": self.num_inference_steps,
             "guidance": self.guidance,
+            "ema_decay": self.ema_decay,
             "optimizer_class": self.optimizer_class,
             "optimizer_kwargs": self.optimizer_kwargs,
         }

@@ -7,7 +7,9 @@ a subclass brings the network (`velocity`), what can be computed once for all de
 
 import os
 from abc import abstractmethod
-from typing import Any, cast
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -27,9 +29,11 @@ from cfgrl_gym.algorithms.flow import (
     sample_noise,
     sample_time,
 )
+from cfgrl_gym.algorithms.weight_average import WeightAverage
 
 Observation = np.ndarray | dict[str, np.ndarray] | Tensor | dict[str, Tensor]
 Inputs = dict[str, Tensor]
+PrefixRow = dict[str, Tensor]  # what `encode_prefix` gave for one sample, batch size 1
 CFG_SCALE_VARIABLE = "PI0_CFG_SCALE"
 DETERMINISTIC_SEED = 0  # predict(deterministic=True) starts every chunk from this one noise
 
@@ -54,6 +58,15 @@ def forced_label() -> int | None:
     return labels[text.lower()]
 
 
+class Acted(NamedTuple):
+    """What a policy sampled: model_actions (batch, horizon, action_width), actions (batch, chunk,
+    action_dim) within the action space, and the prefix they were sampled from."""
+
+    model_actions: Tensor
+    actions: Tensor
+    prefix: Any
+
+
 class FlowPolicy(BasePolicy):
     """Base of the policies that CFGRL trains.
 
@@ -62,7 +75,12 @@ class FlowPolicy(BasePolicy):
     :param cfg_scale: w; may be changed at any time. None: `default_cfg_scale()`
     :param num_inference_steps: Euler steps of the sampler
     :param guidance: "velocity" guides every denoising step; "action" combines two finished chunks
+    :param ema_decay: act with an exponential moving average of the trained weights, of this decay
+        an optimizer step; None: with the weights themselves
     """
+
+    # Whether training leaves the prefix as it is, so that one computed before may be used again.
+    frozen_prefix = False
 
     def __init__(
         self,
@@ -75,8 +93,11 @@ class FlowPolicy(BasePolicy):
         cfg_scale: float | None = None,
         num_inference_steps: int = 10,
         guidance: str = "velocity",
+        ema_decay: float | None = None,
         **kwargs: Any,
     ) -> None:
+        if ema_decay is not None and not 0 <= ema_decay < 1:
+            raise ValueError(f"ema_decay must be in [0, 1), or None for no average; got {ema_decay}")
         if guidance not in ("velocity", "action"):
             raise ValueError(f"guidance must be 'velocity' or 'action'; got {guidance!r}")
         super().__init__(observation_space, action_space, **kwargs)
@@ -89,6 +110,8 @@ class FlowPolicy(BasePolicy):
         self.cfg_scale = default_cfg_scale() if cfg_scale is None else float(cfg_scale)
         self.num_inference_steps = num_inference_steps
         self.guidance = guidance
+        self.ema_decay = ema_decay
+        self.average: WeightAverage | None = None
         if self.chunk_size > horizon:
             raise ValueError(
                 f"the environment takes chunks of {self.chunk_size} actions but the model predicts "
@@ -98,8 +121,11 @@ class FlowPolicy(BasePolicy):
     # What a subclass brings -------------------------------------------------------------------
 
     @abstractmethod
-    def encode_observation(self, obs: Observation) -> Inputs:
-        """Batched observation, as the environment gives it, to model inputs (batch first)."""
+    def encode_observation(self, obs: Observation, *, skip_prefix: bool = False) -> Inputs:
+        """Batched observation, as the environment gives it, to model inputs (batch first).
+
+        :param skip_prefix: leave out what only `encode_prefix` reads
+        """
 
     @abstractmethod
     def velocity(
@@ -123,13 +149,33 @@ class FlowPolicy(BasePolicy):
         """What is shared by both branches and all denoising steps; None where nothing is."""
         return None
 
+    def split_prefix(self, prefix: Any) -> list[PrefixRow]:
+        """A prefix sample by sample, to be kept; only asked of a policy with `frozen_prefix`."""
+        raise NotImplementedError
+
+    def join_prefix(self, rows: Sequence[PrefixRow]) -> Any:
+        """The inverse of `split_prefix`."""
+        raise NotImplementedError
+
+    def velocities(
+        self, inputs: Inputs, x_t: Tensor, t: Tensor, branches: tuple[int, ...], prefix: Any
+    ) -> tuple[Tensor, ...]:
+        """The velocity under each of these labels, for all rows."""
+        return tuple(
+            self.velocity(inputs, x_t, t, self._labels(x_t.shape[0], label), prefix)
+            for label in branches
+        )
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Precision of acting and of the loss; here that of the weights."""
+        return nullcontext()
+
     # Sampling ---------------------------------------------------------------------------------
 
-    def _labels(self, batch: int, is_positive: int | Tensor | None) -> Tensor:
+    def _labels(self, batch: int, is_positive: int | Tensor) -> Tensor:
         if isinstance(is_positive, Tensor):
             return is_positive.to(self.device, torch.int64)
-        label = NULL if is_positive is None else int(is_positive)
-        return torch.full((batch,), label, dtype=torch.int64, device=self.device)
+        return torch.full((batch,), is_positive, dtype=torch.int64, device=self.device)
 
     @torch.no_grad()
     def predict_velocity(
@@ -142,35 +188,34 @@ class FlowPolicy(BasePolicy):
         :param t: (batch,)
         :param is_positive: None for ∅, 0, 1, or int (batch,) with -1 for ∅
         """
-        labels = self._labels(x_t.shape[0], is_positive)
         inputs = self.encode_observation(obs)
-        return self.velocity(inputs, x_t.to(self.device), t.to(self.device), labels)
+        x_t, t = x_t.to(self.device), t.to(self.device)
+        with self.autocast():
+            prefix = self.encode_prefix(inputs)
+            if isinstance(is_positive, Tensor):
+                labels = self._labels(x_t.shape[0], is_positive)
+                return self.velocity(inputs, x_t, t, labels, prefix).float()
+            label = NULL if is_positive is None else int(is_positive)
+            return self.velocities(inputs, x_t, t, (label,), prefix)[0].float()
 
-    def _sample(self, inputs: Inputs, noise: Tensor, cfg_scale: float) -> Tensor:
+    def _sample(self, inputs: Inputs, prefix: Any, noise: Tensor, cfg_scale: float) -> Tensor:
         """Integrate the guided flow from `noise`; returns model-space actions."""
-        prefix = self.encode_prefix(inputs)
-        batch = noise.shape[0]
-        branches: dict[int, Tensor] = {
-            label: self._labels(batch, label) for label in (NULL, POSITIVE, NEGATIVE)
-        }
 
-        def branch(label: int) -> Any:
-            return lambda x, t: self.velocity(inputs, x, t, branches[label], prefix)
+        def integrate(branches: tuple[int, ...]) -> Tensor:
+            def field(x: Tensor, t: Tensor) -> Tensor:
+                velocities = self.velocities(inputs, x, t, branches, prefix)
+                return velocities[0] if len(branches) == 1 else guide(*velocities, cfg_scale)
 
-        def guided(x: Tensor, t: Tensor) -> Tensor:
-            return guide(branch(NULL)(x, t), branch(POSITIVE)(x, t), cfg_scale)
+            return euler(field, noise, self.num_inference_steps)
 
-        # w = 1 is the v_1 branch and w = 0 the v_∅ branch: one pass instead of two.
+        # w = 1 is the v_1 branch and w = 0 the v_∅ branch: one branch instead of two.
         forced = forced_label()
         single = forced if forced is not None else {1.0: POSITIVE, 0.0: NULL}.get(cfg_scale)
         if single is not None:
-            return euler(branch(single), noise, self.num_inference_steps)
+            return integrate((single,))
         if self.guidance == "action":
-            finished = [
-                euler(branch(label), noise, self.num_inference_steps) for label in (NULL, POSITIVE)
-            ]
-            return guide(finished[0], finished[1], cfg_scale)
-        return euler(guided, noise, self.num_inference_steps)
+            return guide(integrate((NULL,)), integrate((POSITIVE,)), cfg_scale)
+        return integrate((NULL, POSITIVE))
 
     @torch.no_grad()
     def act(
@@ -180,10 +225,12 @@ class FlowPolicy(BasePolicy):
         noise: Tensor | None = None,
         cfg_scale: float | None = None,
         generator: torch.Generator | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Sample chunks: model-space (batch, horizon, width), environment (batch, chunk, dim).
+    ) -> Acted:
+        """Sample chunks.
 
-        Environment-space actions are clipped to the action space.
+        :param obs: batched observation as the environment gives it
+        :param noise: (batch, horizon, action_width); None draws it from `generator`
+        :param cfg_scale: w; None: the policy's own
         """
         inputs = self.encode_observation(obs)
         batch = next(iter(inputs.values())).shape[0]
@@ -191,36 +238,49 @@ class FlowPolicy(BasePolicy):
             shape = (batch, self.horizon, self.action_width)
             noise = sample_noise(shape, generator, self.device)
         w = self.cfg_scale if cfg_scale is None else float(cfg_scale)
-        model_actions = self._sample(inputs, noise.to(self.device), w)
+        with self.autocast():
+            prefix = self.encode_prefix(inputs)
+            model_actions = self._sample(inputs, prefix, noise.to(self.device), w).float()
         actions = self.decode_actions(inputs, model_actions)[:, : self.chunk_size]
         space = cast(spaces.Box, self.action_space)
         low, high = (
             torch.as_tensor(bound, device=self.device).reshape(self.chunk_size, self.action_dim)
             for bound in (space.low, space.high)
         )
-        return model_actions, actions.clamp(low, high)
+        return Acted(model_actions, actions.clamp(low, high), prefix)
 
     def sample_actions(
         self, obs: Observation, noise: Tensor | None = None, cfg_scale: float | None = None
     ) -> Tensor:
         """Environment-space actions (batch, chunk, action_dim) for a batched observation."""
-        return self.act(obs, noise=noise, cfg_scale=cfg_scale)[1]
+        return self.act(obs, noise=noise, cfg_scale=cfg_scale).actions
 
-    def guidance_gap(self, obs: Observation, model_actions: Tensor, generator: Any) -> Tensor:
-        """Root mean square of v_1 - v_∅ for each sample, (batch,): how far the branches differ."""
-        with torch.no_grad():
-            inputs = self.encode_observation(obs)
-            batch = model_actions.shape[0]
-            noise = sample_noise(tuple(model_actions.shape), generator, self.device)
-            t = sample_time(batch, generator, self.device)
-            x_t = interpolate(model_actions.to(self.device), noise, t)
-            prefix = self.encode_prefix(inputs)
-            v_null = self.velocity(inputs, x_t, t, self._labels(batch, NULL), prefix)
-            v_positive = self.velocity(inputs, x_t, t, self._labels(batch, POSITIVE), prefix)
-            difference = (v_positive - v_null)[..., : self.action_dim]
-            return difference.square().mean((-1, -2)).sqrt()
+    @torch.no_grad()
+    def guidance_gap(
+        self, obs: Observation, x_t: Tensor, t: Tensor, prefix: Any = None
+    ) -> Tensor:
+        """Root mean square of v_1 - v_∅ for each sample, (batch,): how far the branches differ.
+
+        :param x_t: (batch, horizon, action_width)
+        :param t: (batch,)
+        :param prefix: of these observations, where it is known
+        """
+        inputs = self.encode_observation(obs, skip_prefix=prefix is not None)
+        with self.autocast():
+            if prefix is None:
+                prefix = self.encode_prefix(inputs)
+            x_t, t = x_t.to(self.device), t.to(self.device)
+            v_null, v_positive = self.velocities(inputs, x_t, t, (NULL, POSITIVE), prefix)
+        difference = (v_positive - v_null)[..., : self.action_dim].float()
+        return difference.square().mean((-1, -2)).sqrt()
 
     # Training ---------------------------------------------------------------------------------
+
+    def draw_flow(self, batch: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+        """Training times (batch,) and noise (batch, horizon, action_width), float32."""
+        source = self.device if generator is None else generator.device
+        t = sample_time(batch, generator, source)
+        return t, sample_noise((batch, self.horizon, self.action_width), generator, source)
 
     def flow_matching_loss(
         self,
@@ -228,20 +288,45 @@ class FlowPolicy(BasePolicy):
         model_actions: Tensor,
         is_pad: Tensor,
         labels: Tensor,
-        generator: torch.Generator | None = None,
+        t: Tensor,
+        noise: Tensor,
+        prefix: Any = None,
     ) -> Tensor:
-        """Flow-matching loss of each sample, (batch,): one forward pass, no weights.
+        """Flow-matching loss of each sample, (batch,) float32: one forward pass, no weights.
 
         :param model_actions: (batch, horizon, action_width)
         :param is_pad: bool (batch, horizon)
         :param labels: int64 (batch,), condition dropout already applied
+        :param t: and `noise`: see `draw_flow`
+        :param prefix: of these observations, where it is known
         """
-        inputs = self.encode_observation(obs)
-        actions = model_actions.to(self.device)
-        t = sample_time(actions.shape[0], generator, self.device)
-        noise = sample_noise(tuple(actions.shape), generator, self.device)
-        v = self.velocity(inputs, interpolate(actions, noise, t), t, labels.to(self.device))
-        return masked_mse(v, noise - actions, is_pad.to(self.device), self.action_dim)
+        inputs = self.encode_observation(obs, skip_prefix=prefix is not None)
+        actions, is_pad, labels, t, noise = (
+            tensor.to(self.device) for tensor in (model_actions, is_pad, labels, t, noise)
+        )
+        with self.autocast():
+            v = self.velocity(inputs, interpolate(actions, noise, t), t, labels, prefix)
+        return masked_mse(v.float(), noise - actions, is_pad, self.action_dim)
+
+    def start_average(self) -> None:
+        """Begin the average of the weights that train now, where `ema_decay` asks for one.
+
+        A subclass calls this at the end of its constructor.
+        """
+        if self.ema_decay is not None:
+            self.average = WeightAverage(self, self.ema_decay)
+
+    def after_optimizer_step(self) -> None:
+        """To be called after each step of the optimizer, in training mode."""
+        if self.average is not None:
+            self.average.update()
+
+    def set_training_mode(self, mode: bool) -> None:
+        """Training or acting: dropout and the like, and which weights are in, the optimizer's or
+        their average."""
+        super().set_training_mode(mode)
+        if self.average is not None:
+            self.average.set_in_use(not mode)
 
     # SB3 --------------------------------------------------------------------------------------
 
@@ -268,4 +353,4 @@ class FlowPolicy(BasePolicy):
             one = sample_noise((1, self.horizon, self.action_width), generator, self.device)
             parts = observation.values() if isinstance(observation, dict) else [observation]
             noise = one.expand(next(iter(parts)).shape[0], -1, -1)
-        return self.act(observation, noise=noise)[1]
+        return self.act(observation, noise=noise).actions

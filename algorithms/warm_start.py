@@ -125,13 +125,15 @@ def warm_start(
             group["lr"] = config.learning_rate * _schedule(step, config.steps)
         batch = windows[indices]
         labels = drop_condition(batch.labels, config.dropout_prob, generator)
+        t, noise = policy.draw_flow(len(batch), generator)
         loss = policy.flow_matching_loss(
-            batch.observations, batch.model_actions, batch.action_is_pad, labels, generator
+            batch.observations, batch.model_actions, batch.action_is_pad, labels, t, noise
         ).mean()
         optimizer.zero_grad()
         loss.backward()
         clip_grad_norm_(policy.parameters(), config.max_grad_norm)
         optimizer.step()
+        policy.after_optimizer_step()
         losses.append(loss.item())
         on_step(step + 1, losses[-1])
     policy.set_training_mode(False)

@@ -69,7 +69,9 @@ def test_shared_prefix_equals_recomputing_it_for_each_branch_and_step(policy: Pi
 
 def test_prefix_is_computed_once_for_a_guided_chunk(policy: Pi0Policy) -> None:
     calls = []
-    policy.model.model.vlm.register_forward_hook(lambda *_: calls.append(1))
+    policy.model.model.vlm.language_model.layers[0].register_forward_hook(
+        lambda *_: calls.append(1)
+    )
     model_chunk(policy, 2.0)
     assert len(calls) == 1
 
@@ -224,7 +226,8 @@ def test_training_steps_lower_the_loss_on_a_fixed_batch(mode: str) -> None:
     losses = []
     for _ in range(60):
         generator = torch.Generator().manual_seed(1)
-        loss = policy.flow_matching_loss(obs, target, is_pad, labels, generator).mean()
+        t, noise = policy.draw_flow(8, generator)
+        loss = policy.flow_matching_loss(obs, target, is_pad, labels, t, noise).mean()
         policy.optimizer.zero_grad()
         loss.backward()
         policy.optimizer.step()
@@ -236,7 +239,8 @@ def test_frozen_vlm_is_not_trained_and_the_expert_is() -> None:
     policy = make_policy(trainable="expert")
     obs, is_pad = make_observation(), torch.zeros(3, HORIZON, dtype=torch.bool)
     target = torch.zeros(3, HORIZON, 32)
-    policy.flow_matching_loss(obs, target, is_pad, torch.tensor([1, NULL, 1])).mean().backward()
+    labels, (t, noise) = torch.tensor([1, NULL, 1]), policy.draw_flow(3, None)
+    policy.flow_matching_loss(obs, target, is_pad, labels, t, noise).mean().backward()
     trained = {name for name, p in policy.named_parameters() if p.grad is not None}
     assert not any("vlm" in name for name in trained)
     assert {"model.condition.embedding", "model.action_out_proj.weight"} <= trained

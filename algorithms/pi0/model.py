@@ -1,18 +1,19 @@
 """transformers' PI0 with an optimality condition o ∈ {∅, 0, 1}, and nothing else added."""
 
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PI0ForConditionalGeneration
 from transformers.cache_utils import Cache
-from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from cfgrl_gym.algorithms.flow import NULL, interpolate, sample_noise, sample_time
 from cfgrl_gym.algorithms.pi0.condition import OptimalityCondition, Pi0CFGRLConfig, as_labels
-from cfgrl_gym.algorithms.pi0.prefix import Prefix
+from cfgrl_gym.algorithms.pi0.prefix import Joined, Prefix, attention_bias, run_prefix
 
 
 class Pi0ForCFGRL(PI0ForConditionalGeneration):
@@ -29,6 +30,9 @@ class Pi0ForCFGRL(PI0ForConditionalGeneration):
     - "bias": the embedding is added to every action token.
     - "concat": the embedding is concatenated into the input of `action_time_mlp_in`.
 
+    `velocity` and `branch_velocities` are the parts that training and acting use: an expert pass
+    over a prefix that was computed before, with no control flow that depends on data.
+
     transformers' part of the state dict keeps transformers' names; the condition's parameters are
     `condition.*`, and are initialised afresh when a checkpoint has none.
     """
@@ -42,6 +46,7 @@ class Pi0ForCFGRL(PI0ForConditionalGeneration):
         super().__init__(config)
         mode = getattr(config, "condition_mode", "token")  # a plain PI0Config will do
         self.condition = OptimalityCondition(mode, self.expert_hidden_size)
+        self.checkpointing = False
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -52,14 +57,25 @@ class Pi0ForCFGRL(PI0ForConditionalGeneration):
         """Free the expert's token embeddings: 263 M parameters at full size that nothing reads."""
         self.model.dit.embed_tokens = None
 
+    def checkpoint_layers(self) -> None:
+        """From now on keep only each layer's input for the backward pass, and compute the rest again.
+
+        transformers' own gradient checkpointing drops the cache that the prefix comes in; here it
+        serves the vision tower only.
+        """
+        self.checkpointing = True
+        tower: Any = self.model.vlm.vision_tower
+        tower.gradient_checkpointing_enable({"use_reentrant": False})
+
     # The prefix -------------------------------------------------------------------------------
 
     def encode_prefix(
         self,
-        input_ids: Tensor,
-        pixel_values: Tensor,
-        pixel_attention_mask: Tensor,
+        input_ids: Tensor | None,
+        pixel_values: Tensor | None,
+        pixel_attention_mask: Tensor | None,
         attention_mask: Tensor,
+        inputs_embeds: Tensor | None = None,
     ) -> Prefix:
         """Run the VLM on images and language once.
 
@@ -67,33 +83,16 @@ class Pi0ForCFGRL(PI0ForConditionalGeneration):
         :param pixel_values: float (batch, cameras, 3, size, size) in [-1, 1]
         :param pixel_attention_mask: bool (batch, cameras)
         :param attention_mask: int64 (batch, tokens), 1 for real tokens
+        :param inputs_embeds: float (batch, tokens, hidden) in place of the first three
         """
-        cache = self._prefix_cache(
-            input_ids, pixel_values, pixel_attention_mask, attention_mask, None, None
-        )
-        return Prefix(cache, attention_mask)
-
-    def _prefix_cache(
-        self,
-        input_ids: Tensor | None,
-        pixel_values: Tensor | None,
-        pixel_attention_mask: Tensor | None,
-        attention_mask: Tensor | None,
-        position_ids: Tensor | None,
-        inputs_embeds: Tensor | None,
-    ) -> Any:
-        # As in transformers' PI0Model.forward.
-        if attention_mask is not None and position_ids is None:
-            position_ids = attention_mask.cumsum(-1) - 1
         if inputs_embeds is None:
             inputs_embeds = self.model.embed_prefix(input_ids, pixel_values, pixel_attention_mask)
-        return self.model.vlm(
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            token_type_ids=torch.zeros_like(inputs_embeds)[:, :, 0],
-            use_cache=True,
-        ).past_key_values
+        return run_prefix(
+            self.model.vlm.language_model,
+            inputs_embeds,
+            attention_mask,
+            self.checkpointing and torch.is_grad_enabled(),
+        )
 
     # The velocity -----------------------------------------------------------------------------
 
@@ -119,10 +118,13 @@ class Pi0ForCFGRL(PI0ForConditionalGeneration):
         :param noise: (batch, chunk_size, max_action_dim): the noise when `actions` are given,
             else x_t itself; None draws it
         :param timestep: (batch,); None draws it
-        :param past_key_values: a fork of a prefix's cache (it grows); the VLM isn't run then.
-            Pass the prefix's attention_mask with it.
+        :param past_key_values: `Prefix.to_cache()`, or what transformers' VLM gave; the VLM isn't
+            run then. Pass the prefix's attention_mask with it. Where all labels are ∅, transformers
+            lengthens it
         :param is_positive: None (∅), 0, 1, or int (batch,) with -1 for ∅
-        The other arguments are transformers'.
+        The other arguments are transformers'; those that aren't named here reach its own forward
+        only, which runs where all labels are ∅.
+        :raises ValueError: a label that is not ∅, and no attention_mask or with position_ids
         """
         labels = as_labels(is_positive, state.shape[0], state.device)
         if bool((labels == NULL).all()):
@@ -141,6 +143,11 @@ class Pi0ForCFGRL(PI0ForConditionalGeneration):
                 **kwargs,
             )
             return output
+        if attention_mask is None or position_ids is not None:
+            raise ValueError(
+                "with is_positive, pass attention_mask (int64 (batch, tokens), 1 for real tokens) "
+                "and no position_ids: they follow from it"
+            )
         if timestep is None:
             timestep = sample_time(state.shape[0], None, state.device)
         if noise is None:
@@ -148,48 +155,72 @@ class Pi0ForCFGRL(PI0ForConditionalGeneration):
             noise = sample_noise(shape, None, state.device).to(state.dtype)
         x_t = noise if actions is None else interpolate(actions, noise, timestep).to(actions.dtype)
         if past_key_values is None:
-            past_key_values = self._prefix_cache(
-                input_ids,
-                pixel_values,
-                pixel_attention_mask,
-                attention_mask,
-                position_ids,
-                inputs_embeds,
+            prefix = self.encode_prefix(
+                input_ids, pixel_values, pixel_attention_mask, attention_mask, inputs_embeds
             )
-        embeds, present = self._embed_suffix(state, x_t, timestep, labels)
-        expert = self._run_expert(embeds, present, attention_mask, past_key_values, **kwargs)
-        velocity = self.action_out_proj(expert.last_hidden_state[:, -self.config.chunk_size :])
+        else:
+            prefix = Prefix.from_cache(past_key_values, attention_mask)
+        velocity = self.velocity(prefix, state, x_t, timestep, labels)
         loss = None
         if actions is not None:
             loss = F.mse_loss(noise - actions, velocity, reduction=self.config.loss_reduction)
-        return CausalLMOutputWithPast(
-            loss=loss,
-            logits=velocity,
-            past_key_values=expert.past_key_values,
-            hidden_states=expert.hidden_states,
-            attentions=expert.attentions,
-        )
+        return CausalLMOutputWithPast(loss=loss, logits=velocity)
+
+    def velocity(
+        self, prefix: Prefix, state: Tensor, x_t: Tensor, timestep: Tensor, labels: Tensor
+    ) -> Tensor:
+        """Velocity of rows with a label each, (batch, chunk_size, max_action_dim).
+
+        :param labels: int64 (batch,) in {-1, 0, 1}, -1 for ∅
+        """
+        state_token, tokens = self._embed_suffix(state, x_t, timestep, labels)
+        present = torch.ones(tokens.shape[:2], dtype=torch.int64, device=tokens.device)
+        if self.condition.mode == "token":
+            present[:, 0] = (labels != NULL).long()
+        (velocity,) = self._run_expert(prefix, state_token, [(tokens, present)])
+        return velocity
+
+    def branch_velocities(
+        self,
+        prefix: Prefix,
+        state: Tensor,
+        x_t: Tensor,
+        timestep: Tensor,
+        branches: tuple[int, ...],
+    ) -> tuple[Tensor, ...]:
+        """Velocities of the same rows under several labels, in one pass of the expert.
+
+        The branches' action tokens stand side by side behind one state token and don't see each
+        other; prefix and weights are read once for all of them.
+
+        :param branches: labels in {-1, 0, 1}, -1 for ∅
+        """
+        blocks = []
+        for label in branches:
+            labels = torch.full((state.shape[0],), label, device=state.device)
+            state_token, tokens = self._embed_suffix(state, x_t, timestep, labels)
+            if self.condition.mode == "token" and label == NULL:
+                tokens = tokens[:, 1:]
+            present = torch.ones(tokens.shape[:2], dtype=torch.int64, device=tokens.device)
+            blocks.append((tokens, present))
+        return tuple(self._run_expert(prefix, state_token, blocks))
 
     def _embed_suffix(
         self, state: Tensor, x_t: Tensor, timestep: Tensor, labels: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Suffix embeddings (batch, suffix, hidden); which of them exist, int64 (batch, suffix)."""
-        injected = self.condition(labels)  # (batch, hidden)
+        """The state token (batch, 1, hidden) and the tokens after it (batch, n, hidden): actions,
+        in "token" mode with the condition before them (exact zeros for ∅)."""
+        injected = self.condition(labels)[:, None]  # (batch, 1, hidden)
         if self.condition.mode == "concat":
             embeds = self._embed_action_time_concat(state, x_t, timestep, injected)
         else:
             embeds = self.embed_action_time(state, x_t, timestep)  # [state, actions...]
-        state_token, action_tokens = embeds[:, :1], embeds[:, 1:]
+        state_token, actions = embeds[:, :1], embeds[:, 1:]
         if self.condition.mode == "bias":
-            bias = injected[:, None].to(embeds.dtype)
-            embeds = torch.cat([state_token, action_tokens + bias], dim=1)
+            actions = actions + injected.to(embeds.dtype)
         elif self.condition.mode == "token":
-            token = injected[:, None].to(embeds.dtype)
-            embeds = torch.cat([state_token, token, action_tokens], dim=1)
-        present = torch.ones(embeds.shape[:2], dtype=torch.int64, device=embeds.device)
-        if self.condition.mode == "token":
-            present[:, 1] = (labels != NULL).long()
-        return embeds, present
+            actions = torch.cat([injected.to(embeds.dtype), actions], dim=1)
+        return state_token, actions
 
     def _embed_action_time_concat(
         self, state: Tensor, x_t: Tensor, timestep: Tensor, injected: Tensor
@@ -199,39 +230,61 @@ class Pi0ForCFGRL(PI0ForConditionalGeneration):
         action = embed.action_in_proj(x_t)  # (batch, chunk, hidden)
         time = embed.sinusoid_embeds(timestep)[:, None, :].expand_as(action).to(action.dtype)
         hidden = embed.action_time_mlp_in(torch.cat([action, time], dim=2))
-        hidden = hidden + injected[:, None].to(hidden.dtype)
+        hidden = hidden + injected.to(hidden.dtype)
         action_time = embed.action_time_mlp_out(F.silu(hidden))
         return torch.cat([embed.state_proj(state)[:, None], action_time], dim=1)
 
     def _run_expert(
-        self,
-        embeds: Tensor,
-        present: Tensor,
-        prefix_mask: Tensor | None,
-        past_key_values: Any,
-        **kwargs: Any,
-    ) -> Any:
-        """transformers' suffix pass, with suffix tokens that may be absent in some rows."""
-        batch, prefix_length = embeds.shape[0], past_key_values.get_seq_length()
-        if prefix_mask is None:
-            prefix_mask = torch.ones(batch, prefix_length, dtype=torch.int64, device=embeds.device)
-        mask = torch.cat([prefix_mask.to(present.dtype), present], dim=1)
+        self, prefix: Prefix, state_token: Tensor, blocks: list[tuple[Tensor, Tensor]]
+    ) -> list[Tensor]:
+        """transformers' suffix pass over a state token and blocks of tokens after it.
+
+        :param blocks: tokens (batch, n, hidden), and which of them exist, int64 (batch, n). A block
+            sees the prefix, the state token and itself; its last chunk_size tokens are the actions
+        :return: the velocity of each block, (batch, chunk_size, max_action_dim)
+        """
+        dit: Any = self.model.dit
+        hidden = torch.cat([state_token, *(tokens for tokens, _ in blocks)], dim=1)
+        mask = attention_bias(_suffix_mask(prefix.attention_mask, blocks), dit, hidden.dtype)
         # An absent token isn't counted, so the tokens after it keep their positions.
-        position_ids = (mask.cumsum(dim=1) - 1)[:, -embeds.shape[1] :]
-        # Block 0: prefix and state. Block 1: condition token, if any, and actions.
-        blocks = torch.ones(prefix_length + embeds.shape[1], dtype=torch.int64, device=mask.device)
-        blocks[: prefix_length + 1] = 0
-        block_mask = create_causal_mask(
-            config=self.config.dit_config,  # type: ignore[arg-type]
-            inputs_embeds=embeds,
-            attention_mask=mask,
-            past_key_values=past_key_values,
-            block_sequence_ids=blocks[None].expand(batch, -1),
-        )
-        return self.model.dit(
-            inputs_embeds=embeds,
-            attention_mask=block_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            **kwargs,
-        )
+        first = prefix.attention_mask.sum(1, keepdim=True)  # of the state token, (batch, 1)
+        positions = [first, *(first + present.cumsum(1) for _, present in blocks)]
+        rotary = dit.rotary_emb(hidden, position_ids=torch.cat(positions, dim=1))
+
+        def run(layer: nn.Module, before: Tensor, hidden: Tensor) -> Tensor:
+            output: Tensor = layer(
+                hidden,
+                attention_mask=mask,
+                past_key_values=Joined(before),
+                position_embeddings=rotary,
+            )
+            return output
+
+        for index, layer in enumerate(dit.layers):
+            call = partial(run, layer, prefix.keys_values[:, index])
+            if self.checkpointing and torch.is_grad_enabled():
+                hidden = checkpoint(call, hidden, use_reentrant=False)
+            else:
+                hidden = call(hidden)
+        hidden = dit.norm(hidden)[:, 1:]
+        ends = [tokens.shape[1] for tokens, _ in blocks]
+        return [
+            self.action_out_proj(block[:, -self.config.chunk_size :])
+            for block in hidden.split(ends, dim=1)
+        ]
+
+
+def _suffix_mask(prefix_mask: Tensor, blocks: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """Which keys (prefix, state, blocks) each suffix token sees, bool (batch, 1, suffix, keys).
+
+    As transformers' PI0Model.forward: prefix and state are one block, actions see all before them.
+    """
+    device = prefix_mask.device
+    lengths = [present.shape[1] for _, present in blocks]
+    # Of each suffix token; the state token's is 0.
+    block = torch.cat([torch.full((n,), i, device=device) for i, n in enumerate([1, *lengths])])
+    sees = (block[:, None] == block) | (block == 0)  # (suffix, suffix)
+    exists = torch.cat([torch.ones_like(prefix_mask[:, :1]), *(p for _, p in blocks)], dim=1).bool()
+    suffix = sees & exists[:, None]  # (batch, suffix, suffix)
+    prefix = prefix_mask.bool()[:, None].expand(-1, block.shape[0], -1)
+    return torch.cat([prefix, suffix], dim=2)[:, None]

@@ -1,5 +1,7 @@
 """The PI0 policy: `CFGRL("Pi0Policy", env)`."""
 
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,9 @@ from cfgrl_gym.algorithms.pi0.inputs import (
     encode_text,
     to_tensors,
 )
-from cfgrl_gym.algorithms.pi0.prefix import Prefix, select_rows
+from cfgrl_gym.algorithms.pi0.prefix import Prefix, join, select_rows
 from cfgrl_gym.algorithms.pi0.presets import TinySizes
-from cfgrl_gym.algorithms.policies import FlowPolicy, Inputs, Observation
+from cfgrl_gym.algorithms.policies import FlowPolicy, Inputs, Observation, PrefixRow
 from cfgrl_gym.wrappers.norm_stats import Moments, NormStats
 from cfgrl_gym.wrappers.transforms import (
     ActionsFromModel,
@@ -54,6 +56,8 @@ class Pi0Policy(FlowPolicy):
         6 dimensions. None: the checkpoint's, else True for "pi0" and False for "tiny"
     :param trainable: "expert" (the VLM is frozen) or "all". None: "expert" with a checkpoint of
         preset "pi0", else "all"
+    :param gradient_checkpointing: keep only each layer's input for the backward pass and compute
+        the rest again: less memory, more time
     :param horizon: action steps that the model predicts. None: the checkpoint's, else the
         action space's chunk
     :param sizes: sizes of a new tiny model
@@ -64,6 +68,10 @@ class Pi0Policy(FlowPolicy):
         `sizes`. What `save` keeps, to rebuild the network before its weights are loaded
     :param num_inference_steps: Euler steps of the sampler
     :param guidance: "velocity" guides every denoising step; "action" combines two finished chunks
+    :param ema_decay: act with an exponential moving average of the trained weights, of this decay
+        an optimizer step; None: with the weights themselves
+    :param compile_denoising: run the denoising steps through torch.compile (on a GPU with CUDA
+        graphs). The first chunk of each batch size then takes minutes at full size
     :param optimizer_class: of `policy.optimizer`
     :param optimizer_kwargs: None: openpi's AdamW settings where the class is AdamW
 
@@ -85,6 +93,7 @@ class Pi0Policy(FlowPolicy):
         use_prefix_dropout: bool | None = None,
         delta_actions: bool | None = None,
         trainable: str | None = None,
+        gradient_checkpointing: bool = False,
         horizon: int | None = None,
         sizes: TinySizes | None = None,
         seed: int | None = 0,
@@ -92,6 +101,8 @@ class Pi0Policy(FlowPolicy):
         model_config: dict[str, Any] | None = None,
         num_inference_steps: int = 10,
         guidance: str = "velocity",
+        ema_decay: float | None = None,
+        compile_denoising: bool = False,
         optimizer_class: type[torch.optim.Optimizer] = torch.optim.AdamW,
         optimizer_kwargs: dict[str, Any] | None = None,
         normalize_images: bool = True,
@@ -125,6 +136,7 @@ class Pi0Policy(FlowPolicy):
             cfg_scale=cfg_scale,
             num_inference_steps=num_inference_steps,
             guidance=guidance,
+            ema_decay=ema_decay,
             optimizer_class=optimizer_class,
             optimizer_kwargs=optimizer_kwargs,
             normalize_images=normalize_images,
@@ -142,7 +154,17 @@ class Pi0Policy(FlowPolicy):
             for name in ("mean", "std"):
                 self.register_buffer(f"{part}_{name}", torch.empty(0))
         self.set_norm_stats(built.norm_stats)
-        if self.config.trainable == "expert":
+        self.gradient_checkpointing = gradient_checkpointing
+        if gradient_checkpointing:
+            self.model.checkpoint_layers()
+        self.compile_denoising = compile_denoising
+        self._branch_velocities = self.model.branch_velocities
+        if compile_denoising:
+            self._branch_velocities = torch.compile(
+                self.model.branch_velocities, fullgraph=True, dynamic=False, mode="reduce-overhead"
+            )
+        self.frozen_prefix = self.config.trainable == "expert"
+        if self.frozen_prefix:
             self.model.model.vlm.requires_grad_(False)
         trained = [p for p in self.parameters() if p.requires_grad]
         self.optimizer = optimizer_class(
@@ -150,6 +172,7 @@ class Pi0Policy(FlowPolicy):
             lr=lr_schedule(1),  # type: ignore[call-arg]
             **self.optimizer_kwargs,
         )
+        self.start_average()
 
     # Normalisation ----------------------------------------------------------------------------
 
@@ -184,20 +207,29 @@ class Pi0Policy(FlowPolicy):
 
     # The network ------------------------------------------------------------------------------
 
-    def encode_observation(self, obs: Observation) -> Inputs:
+    def encode_observation(self, obs: Observation, *, skip_prefix: bool = False) -> Inputs:
         """Model inputs of a batched observation (NumPy arrays or tensors).
 
+        :param skip_prefix: only state and raw_state, for a prefix that is known
         :return: input_ids, attention_mask, instruction_mask int64 (batch, tokens); pixel_values
             float32 (batch, cameras, 3, size, size) in [-1, 1]; pixel_attention_mask bool (batch,
             cameras); state float32 (batch, max_state_dim), normalised and padded; raw_state
             float32 (batch, 8)
         :raises ValueError: a part is missing or has the wrong shape
         """
-        parts = to_tensors(obs, (*self.cameras, "state", "prompt"), self.device)
+        needed = ("state",) if skip_prefix else (*self.cameras, "state", "prompt")
+        parts = to_tensors(obs, needed, self.device)
         raw_state = parts["state"].float()
         state = Normalize(self.state_mean, self.state_std)(raw_state)
+        inputs = {
+            "state": pad_last(state, self.model.config.max_state_dim),
+            "raw_state": raw_state,
+        }
+        if skip_prefix:
+            return inputs
         pixels = encode_cameras(parts, self.cameras, self.image_size)
         return {
+            **inputs,
             **encode_text(
                 parts["prompt"],
                 self.tokenizer,
@@ -209,13 +241,15 @@ class Pi0Policy(FlowPolicy):
             "pixel_attention_mask": torch.ones(
                 pixels.shape[:2], dtype=torch.bool, device=pixels.device
             ),
-            "state": pad_last(state, self.model.config.max_state_dim),
-            "raw_state": raw_state,
         }
 
+    def autocast(self) -> AbstractContextManager[Any]:
+        """bfloat16 on a GPU that has it; the trained weights themselves stay float32."""
+        use = self.device.type == "cuda" and torch.cuda.is_bf16_supported()
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=use)
+
     def _prefix(self, inputs: Inputs, attention_mask: Tensor) -> Prefix:
-        frozen = self.config.trainable == "expert"
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen_prefix):
             return self.model.encode_prefix(
                 inputs["input_ids"],
                 inputs["pixel_values"],
@@ -231,31 +265,46 @@ class Pi0Policy(FlowPolicy):
             return prefix, prefix
         return prefix, self._prefix(inputs, _without_instruction(inputs))
 
+    def split_prefix(self, prefix: tuple[Prefix, Prefix]) -> list[PrefixRow]:
+        names = ("labelled", "null") if self.config.use_prefix_dropout else ("labelled",)
+        rows: list[PrefixRow] = [{} for _ in range(len(prefix[0].attention_mask))]
+        for name, branch in zip(names, prefix, strict=False):
+            for row, one in zip(rows, branch.rows(), strict=True):
+                row[name] = one.keys_values
+                row[f"{name}_mask"] = one.attention_mask
+        return rows
+
+    def join_prefix(self, rows: Sequence[PrefixRow]) -> tuple[Prefix, Prefix]:
+        labelled = join([Prefix(row["labelled"], row["labelled_mask"]) for row in rows])
+        if not self.config.use_prefix_dropout:
+            return labelled, labelled
+        return labelled, join([Prefix(row["null"], row["null_mask"]) for row in rows])
+
     def velocity(
         self, inputs: Inputs, x_t: Tensor, t: Tensor, labels: Tensor, prefix: Any = None
     ) -> Tensor:
-        is_null = labels == NULL
         if prefix is None:
             mask = inputs["attention_mask"]
             if self.config.use_prefix_dropout:
-                mask = torch.where(is_null[:, None], _without_instruction(inputs), mask)
+                mask = torch.where((labels == NULL)[:, None], _without_instruction(inputs), mask)
             chosen = self._prefix(inputs, mask)
         else:
             labelled, null = prefix
-            if labelled is null or bool(is_null.all()):
-                chosen = null
-            else:
-                chosen = select_rows(is_null, null, labelled)
-        output = self.model(
-            state=inputs["state"],
-            noise=x_t,
-            timestep=t,
-            attention_mask=chosen.attention_mask,
-            past_key_values=chosen.fork(),
-            is_positive=labels,
+            chosen = labelled if labelled is null else select_rows(labels == NULL, null, labelled)
+        return self.model.velocity(chosen, inputs["state"], x_t, t, labels)
+
+    def velocities(
+        self, inputs: Inputs, x_t: Tensor, t: Tensor, branches: tuple[int, ...], prefix: Any
+    ) -> tuple[Tensor, ...]:
+        """One pass of the expert for all branches that share a prefix."""
+        labelled, null = prefix
+        state = inputs["state"]
+        if labelled is null:
+            return self._branch_velocities(labelled, state, x_t, t, branches)
+        return tuple(
+            self._branch_velocities(null if label == NULL else labelled, state, x_t, t, (label,))[0]
+            for label in branches
         )
-        velocity: Tensor = output.logits
-        return velocity
 
     # Saving -----------------------------------------------------------------------------------
 
@@ -278,11 +327,14 @@ class Pi0Policy(FlowPolicy):
             use_prefix_dropout=self.config.use_prefix_dropout,
             delta_actions=self.config.delta_actions,
             trainable=self.config.trainable,
+            gradient_checkpointing=self.gradient_checkpointing,
             horizon=self.horizon,
             tokenizer=self.config.tokenizer,
             model_config=self.model.config.to_dict(),
             num_inference_steps=self.num_inference_steps,
             guidance=self.guidance,
+            ema_decay=self.ema_decay,
+            compile_denoising=self.compile_denoising,
             optimizer_class=self.optimizer_class,
             optimizer_kwargs=self.optimizer_kwargs,
         )

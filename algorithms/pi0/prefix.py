@@ -1,49 +1,155 @@
-"""The key-value cache of PI0's prefix (images and language): computed once, forked for each use."""
+"""The keys and values of PI0's prefix (images and language): computed once, used by everything."""
 
-import copy
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers.cache_utils import DynamicCache
-
-
-def fork_cache(cache: DynamicCache) -> DynamicCache:
-    """A cache that shares `cache`'s tensors but grows on its own.
-
-    The expert appends the suffix's keys and values to the cache it is given. An append is an
-    out-of-place concatenation, so copying the cache and its layer objects, and no tensor, keeps
-    the original as it was; without a fork the next call attends to this call's action tokens.
-    """
-    fork = copy.copy(cache)
-    fork.layers = [copy.copy(layer) for layer in cache.layers]
-    return fork
+from transformers.models.gemma.modeling_gemma import apply_rotary_pos_emb
 
 
 @dataclass(frozen=True)
 class Prefix:
-    """The prefix's keys and values and the mask that says which of its tokens exist.
+    """What the action expert attends to besides its own tokens. Nothing ever writes to it, so any
+    number of branches, denoising steps and epochs can share one.
 
-    :param cache: keys and values of every VLM layer, (batch, kv_heads, tokens, head_dim)
+    :param keys_values: (batch, layers, 2, kv_heads, tokens, head_dim), in the VLM's dtype; 18 KB a
+        token at full size in bfloat16
     :param attention_mask: int64 (batch, tokens), 1 for real tokens
     """
 
-    cache: DynamicCache
+    keys_values: Tensor
     attention_mask: Tensor
 
-    def fork(self) -> DynamicCache:
-        """A cache for one forward pass of the expert."""
-        return fork_cache(self.cache)
+    @classmethod
+    def from_cache(cls, cache: Any, attention_mask: Tensor | None) -> "Prefix":
+        """What transformers' VLM put into its cache. Without a mask every token is real."""
+        layers = [torch.stack([layer.keys, layer.values], 1) for layer in cache.layers]
+        keys_values = torch.stack(layers, 1)
+        if attention_mask is None:
+            batch, tokens = keys_values.shape[0], keys_values.shape[-2]
+            attention_mask = torch.ones(batch, tokens, dtype=torch.int64, device=keys_values.device)
+        return cls(keys_values, attention_mask)
+
+    def to_cache(self) -> DynamicCache:
+        """For transformers' own forward, which lengthens the cache it is given: one for each call."""
+        cache = DynamicCache()
+        for layer in range(self.keys_values.shape[1]):
+            keys, values = self.keys_values[:, layer].unbind(1)
+            cache.update(keys, values, layer)
+        return cache
+
+    def rows(self) -> list["Prefix"]:
+        """The prefix of each sample, batch size 1 (views)."""
+        return [
+            Prefix(keys_values[None], mask[None])
+            for keys_values, mask in zip(self.keys_values, self.attention_mask, strict=True)
+        ]
+
+
+def join(prefixes: list[Prefix]) -> Prefix:
+    """One batch of several; shorter ones are padded with tokens that don't exist."""
+    length = max(prefix.attention_mask.shape[1] for prefix in prefixes)
+    keys_values, masks = [], []
+    for prefix in prefixes:
+        missing = length - prefix.attention_mask.shape[1]
+        keys_values.append(F.pad(prefix.keys_values, (0, 0, 0, missing)))
+        masks.append(F.pad(prefix.attention_mask, (0, missing)))
+    return Prefix(torch.cat(keys_values), torch.cat(masks))
 
 
 def select_rows(rows: Tensor, yes: Prefix, no: Prefix) -> Prefix:
     """The prefix whose row i is `yes`' where rows[i] and `no`'s elsewhere; rows bool (batch,)."""
-    cache: Any = fork_cache(yes.cache)
-    pick = rows[:, None, None, None]
-    others: Any = no.cache.layers
-    for layer, other in zip(cache.layers, others, strict=True):
-        layer.keys = torch.where(pick, layer.keys, other.keys)
-        layer.values = torch.where(pick, layer.values, other.values)
-    mask = torch.where(rows[:, None], yes.attention_mask, no.attention_mask)
-    return Prefix(cache, mask)
+    return Prefix(
+        torch.where(rows[:, None, None, None, None, None], yes.keys_values, no.keys_values),
+        torch.where(rows[:, None], yes.attention_mask, no.attention_mask),
+    )
+
+
+def attention_bias(allowed: Tensor, model: nn.Module, dtype: torch.dtype) -> Tensor:
+    """A mask in the form that the model's attention takes.
+
+    :param allowed: bool (batch, 1, queries, keys)
+    :raises ValueError: for an attention that can't take a mask of blocks
+    """
+    implementation = model.config._attn_implementation
+    if implementation == "sdpa":
+        return allowed
+    if implementation == "eager":
+        return torch.zeros_like(allowed, dtype=dtype).masked_fill(
+            ~allowed, torch.finfo(dtype).min
+        )
+    raise ValueError(
+        f"attention implementation '{implementation}' has no mask of blocks, which PI0 needs; load "
+        "the model with attn_implementation='sdpa' or 'eager'"
+    )
+
+
+class Joined:
+    """What a Gemma attention layer asks of a cache: keys and values before its own, if any.
+
+    :param before: (batch, 2, kv_heads, tokens, head_dim), or None
+    """
+
+    def __init__(self, before: Tensor | None = None) -> None:
+        self.before = before
+        self.own: Tensor | None = None  # (batch, 2, kv_heads, tokens, head_dim)
+
+    def update(self, keys: Tensor, values: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+        if self.before is None:
+            self.own = torch.stack([keys, values], 1)
+            return keys, values
+        before_keys, before_values = self.before.unbind(1)
+        return (
+            torch.cat([before_keys.to(keys.dtype), keys], dim=2),
+            torch.cat([before_values.to(values.dtype), values], dim=2),
+        )
+
+
+def run_prefix(
+    language_model: Any, embeds: Tensor, attention_mask: Tensor, checkpointing: bool
+) -> Prefix:
+    """The language model's keys and values of every layer, and nothing that isn't needed for them:
+    of the last layer neither attention nor MLP.
+
+    :param language_model: transformers' GemmaModel
+    :param embeds: (batch, tokens, hidden): images and language embedded
+    :param attention_mask: int64 (batch, tokens), 1 for real tokens; all real tokens see each other
+    :param checkpointing: keep only each layer's input for the backward pass
+    """
+    allowed = attention_mask.bool()[:, None, None, :].expand(-1, 1, embeds.shape[1], -1)
+    mask = attention_bias(allowed, language_model, embeds.dtype)
+    position_ids = attention_mask.cumsum(-1) - 1
+    rotary = language_model.rotary_emb(embeds, position_ids=position_ids)
+
+    def run(layer: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        cache = Joined()
+        hidden = layer(
+            hidden, attention_mask=mask, past_key_values=cache, position_embeddings=rotary
+        )
+        assert cache.own is not None
+        return hidden, cache.own
+
+    *layers, last = language_model.layers
+    hidden, keys_values = embeds, []
+    for layer in layers:
+        call = partial(run, layer)
+        hidden, own = checkpoint(call, hidden, use_reentrant=False) if checkpointing else call(hidden)
+        keys_values.append(own)
+    keys_values.append(_keys_values(last, hidden, rotary))
+    return Prefix(torch.stack(keys_values, 1), attention_mask)
+
+
+def _keys_values(layer: Any, hidden: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    """transformers' GemmaAttention.forward as far as the cache."""
+    attention = layer.self_attn
+    normed = layer.input_layernorm(hidden)
+    shape = (*hidden.shape[:-1], -1, attention.head_dim)
+    keys = attention.k_proj(normed).view(shape).transpose(1, 2)
+    values = attention.v_proj(normed).view(shape).transpose(1, 2)
+    _, keys = apply_rotary_pos_emb(keys, keys, *rotary)
+    return torch.stack([keys, values], 1)

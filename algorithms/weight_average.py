@@ -1,0 +1,55 @@
+"""An exponential moving average of a policy's trained weights, which acts in their place."""
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+
+class WeightAverage(nn.Module):
+    """Holds, of every trained parameter, the copy that isn't in use: the average while the optimizer
+    works, the optimizer's weights while the average acts.
+
+    Values are exchanged in place, so that optimizers, compiled code and CUDA graphs keep their
+    tensors. The copies are buffers: saved and loaded with the policy, with which of the two is in.
+
+    :param policy: its parameters that require a gradient are averaged, from their values now on
+    :param decay: of the average, an optimizer step
+    """
+
+    in_use: Tensor  # bool: the average is in the policy, the optimizer's weights are here
+
+    def __init__(self, policy: nn.Module, decay: float) -> None:
+        super().__init__()
+        named = [(name, p) for name, p in policy.named_parameters() if p.requires_grad]
+        self._parameters_of_policy = tuple(parameter for _, parameter in named)
+        self._names = tuple(name.replace(".", "/") for name, _ in named)
+        self._update = get_ema_multi_avg_fn(decay)
+        self.register_buffer("in_use", torch.tensor(False))
+        for name, parameter in zip(self._names, self._parameters_of_policy, strict=True):
+            self.register_buffer(name, parameter.detach().clone())
+
+    @property
+    def _copies(self) -> list[Tensor]:
+        return [self.get_buffer(name) for name in self._names]
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Draw the average towards the optimizer's weights.
+
+        :raises RuntimeError: the average itself is in use
+        """
+        if self.in_use:
+            raise RuntimeError("weights are averaged in training mode: set_training_mode(True)")
+        parameters = [parameter.detach() for parameter in self._parameters_of_policy]
+        self._update(self._copies, parameters, None)
+
+    @torch.no_grad()
+    def set_in_use(self, average: bool) -> None:
+        """Have the average in the policy, or the optimizer's weights."""
+        if bool(self.in_use) == average:
+            return
+        for parameter, copy in zip(self._parameters_of_policy, self._copies, strict=True):
+            value = parameter.clone()
+            parameter.copy_(copy)
+            copy.copy_(value)
+        self.in_use.fill_(average)
