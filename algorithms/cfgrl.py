@@ -2,10 +2,12 @@
 
 import math
 from collections import deque
+from functools import partial
 from time import perf_counter
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
+import psutil
 import torch
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
@@ -13,10 +15,12 @@ from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
 from stable_baselines3.common.utils import safe_mean
 from stable_baselines3.common.vec_env import VecEnv
+from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 from cfgrl_gym.algorithms.checks import check_parameters, check_stride
 from cfgrl_gym.algorithms.collector import Collector
+from cfgrl_gym.algorithms.flow import interpolate
 from cfgrl_gym.algorithms.groups import (
     GroupPlan,
     Selection,
@@ -27,8 +31,10 @@ from cfgrl_gym.algorithms.groups import (
 )
 from cfgrl_gym.algorithms.labels import LabelSource, Negatives, drop_condition
 from cfgrl_gym.algorithms.metrics import UpdateMetrics, rollout_metrics
+from cfgrl_gym.algorithms.micro_batches import MicroBatches
 from cfgrl_gym.algorithms.mlp_policy import MlpPolicy
 from cfgrl_gym.algorithms.policies import FlowPolicy
+from cfgrl_gym.algorithms.prefix_memory import PrefixMemory
 from cfgrl_gym.algorithms.samples import labelled_windows
 from cfgrl_gym.algorithms.vec_env import as_vec_env, init_states
 from cfgrl_gym.algorithms.windows import WindowBatch
@@ -102,6 +108,7 @@ class CFGRL(OnPolicyAlgorithm):
         gradient_accumulation_steps: int = 1,
         max_grad_norm: float = 1.0,
         window_stride: int | None = None,
+        prefix_memory: float | None = None,
         stats_window_size: int = 100,
         tensorboard_log: str | None = None,
         policy_kwargs: dict[str, Any] | None = None,
@@ -124,6 +131,7 @@ class CFGRL(OnPolicyAlgorithm):
         self.batch_size = batch_size
         self.gradient_accumulation_steps = gradient_accumulation_steps
         self.window_stride = window_stride
+        self.prefix_memory = prefix_memory
         check_parameters(self)
         super().__init__(
             policy=policy,  # type: ignore[arg-type]
@@ -172,9 +180,11 @@ class CFGRL(OnPolicyAlgorithm):
         )
         self.policy = self.policy.to(self.device)
         check_stride(self._stride, self.policy.chunk_size)
+        self._micro_batches = MicroBatches(self.batch_size)
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "windows", "_last_obs"]
+        unsaved = ["windows", "_last_obs", "_prefixes", "_micro_batches"]
+        return [*super()._excluded_save_params(), *unsaved]
 
     def save(self, path: Any, exclude: Any = None, include: Any = None) -> None:
         """SB3's .zip; it needs no other file to be loaded, such as a checkpoint of the start."""
@@ -209,6 +219,11 @@ class CFGRL(OnPolicyAlgorithm):
         rng = np.random.default_rng(seed_sequence(self._entropy, PLAN, self._iteration))
         return draw_plan(rng, count, self.rloo_batch_size, init_states(env))
 
+    def _plan_memory(self) -> None:
+        gib = self.prefix_memory
+        host = psutil.virtual_memory().available // 2 if gib is None else int(gib * 2**30)
+        self._prefixes = PrefixMemory(self.policy, 0, host)
+
     # Collect ----------------------------------------------------------------------------------
 
     def collect_rollouts(self, env: VecEnv, callback: BaseCallback) -> bool:  # type: ignore[override]
@@ -219,7 +234,8 @@ class CFGRL(OnPolicyAlgorithm):
         self.policy.set_training_mode(False)
         self.windows = None
         plan = self._draw_plan(env)
-        collector = Collector(env, self.policy, plan, self._noise, self.cfg_scale)
+        self._plan_memory()
+        collector = Collector(env, self.policy, plan, self._noise, self.cfg_scale, self._prefixes)
         selection = Selection([], [], complete=False)
         callback.on_rollout_start()
         try:
@@ -233,6 +249,7 @@ class CFGRL(OnPolicyAlgorithm):
                 selection = select_groups(
                     plan, collector.returns, self.groups_needed, self.enable_dynamic_sampling
                 )
+                collector.forget_prefixes(selection.discarded)
         finally:
             collector.close()
 
@@ -274,45 +291,55 @@ class CFGRL(OnPolicyAlgorithm):
         """Flow matching on the labelled windows, with condition dropout."""
         assert self.windows is not None
         began = perf_counter()
-        self.policy.set_training_mode(True)
-        self._update_learning_rate(self.policy.optimizer)
+        policy, windows = self.policy, self.windows
+        policy.set_training_mode(True)
+        self._update_learning_rate(policy.optimizer)
         generator = self._generator(UPDATE, self._iteration)
         metrics = UpdateMetrics()
 
         for _ in range(self.n_epochs):
-            order = torch.randperm(len(self.windows), generator=generator)
-            for step in order.split(self.batch_size * self.gradient_accumulation_steps):
-                self.policy.optimizer.zero_grad()
-                for indices in step.split(self.batch_size):
-                    batch = self.windows[indices]
-                    labels = drop_condition(batch.labels, self.dropout_prob, generator)
-                    with self._autocast():
-                        loss = self.policy.flow_matching_loss(  # (batch,)
-                            batch.observations,
-                            batch.model_actions,
-                            batch.action_is_pad,
-                            labels,
-                            generator,
-                        )
-                    # Each sample of the step weighs the same, however the step is split.
-                    (loss.sum() / len(step)).backward()
-                    metrics.add(loss, batch.labels, labels)
-                norm = clip_grad_norm_(self.policy.parameters(), self.max_grad_norm)
-                metrics.grad_norms.append(norm.item())
-                self.policy.optimizer.step()
+            order = torch.randperm(len(windows), generator=generator)
+            for indices in order.split(self.batch_size * self.gradient_accumulation_steps):
+                batch = windows[indices]
+                labels = drop_condition(batch.labels, self.dropout_prob, generator)
+                t, noise = policy.draw_flow(len(batch), generator)
+                # Drawn for the whole step, so that it may be split anywhere.
+                loss_of = partial(self._losses, batch, labels, t, noise)
+                losses = self._micro_batches.backward(loss_of, len(batch), policy.optimizer)
+                norm = clip_grad_norm_(policy.parameters(), self.max_grad_norm)
+                policy.optimizer.step()
+                policy.after_optimizer_step()
+                metrics.add(losses, norm, batch.labels, labels)
                 self._n_updates += 1
 
-        probe = self.windows[order[: self.batch_size]]
-        gap = self.policy.guidance_gap(probe.observations, probe.model_actions, generator)
         for name, value in metrics.summary().items():
             self.logger.record(name, value)
-        self.logger.record("train/guidance_gap", gap.mean().item())
+        self.logger.record("train/guidance_gap", self._guidance_gap(windows[order], generator))
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
         self.logger.record("time/seconds_update", perf_counter() - began)
 
-    def _autocast(self) -> torch.autocast:
-        use = self.device.type == "cuda" and torch.cuda.is_bf16_supported()
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=use)
+    def _losses(
+        self, batch: WindowBatch, labels: Tensor, t: Tensor, noise: Tensor, part: Tensor
+    ) -> Tensor:
+        """Flow-matching losses of the samples `part` of a step, (n,)."""
+        samples = batch[part]
+        return self.policy.flow_matching_loss(
+            samples.observations,
+            samples.model_actions,
+            samples.action_is_pad,
+            labels[part],
+            t[part],
+            noise[part],
+            self._prefixes.recall(samples.observations, samples.prefixes),
+        )
+
+    def _guidance_gap(self, windows: WindowBatch, generator: torch.Generator) -> float:
+        """How far v_1 and v_∅ are apart, on as many windows as fit."""
+        probe = windows[torch.arange(min(len(windows), self._micro_batches.size))]
+        t, noise = self.policy.draw_flow(len(probe), generator)
+        prefix = self._prefixes.recall(probe.observations, probe.prefixes)
+        x_t = interpolate(probe.model_actions, noise, t)
+        return self.policy.guidance_gap(probe.observations, x_t, t, prefix).mean().item()
 
     # Learn ------------------------------------------------------------------------------------
 

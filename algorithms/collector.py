@@ -1,6 +1,6 @@
 """Running a plan's episodes on a `VecEnv`, every environment kept busy."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any
@@ -13,6 +13,7 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from cfgrl_gym.algorithms.groups import GroupPlan, Start
 from cfgrl_gym.algorithms.policies import FlowPolicy
+from cfgrl_gym.algorithms.prefix_memory import KeptPrefix, PrefixMemory
 
 Row = NDArray[Any] | dict[str, NDArray[Any]]  # one environment's observation, no batch dimension
 
@@ -26,6 +27,7 @@ class Chunk:
     actions: NDArray[np.float32]  # (n_steps, action_dim), as executed
     rewards: NDArray[np.float64]  # (n_steps,)
     observations: dict[int, Row]  # inside the chunk, by offset, where the environment gives them
+    prefix: KeptPrefix = field(default_factory=KeptPrefix)  # of the observation
 
 
 @dataclass(eq=False)
@@ -83,6 +85,7 @@ class Collector:
     :param noise: (group, member, chunk index) -> (horizon, action_width), so that an episode's
         randomness doesn't depend on where or when it runs
     :param cfg_scale: guidance while collecting; None: the policy's own
+    :param prefixes: keeps what was computed of each observation, for the update; None: nothing is
     """
 
     def __init__(
@@ -92,7 +95,9 @@ class Collector:
         plan: GroupPlan,
         noise: Callable[[int, int, int], torch.Tensor],
         cfg_scale: float | None = None,
+        prefixes: PrefixMemory | None = None,
     ) -> None:
+        self.prefixes = prefixes
         self.env = env
         self.policy = policy
         self.noise = noise
@@ -111,6 +116,7 @@ class Collector:
         self.rows: list[Row | None] = [None] * env.num_envs
         self.actions = np.empty(0)
         self.model_actions: dict[int, NDArray[np.float32]] = {}
+        self.kept: dict[int, KeptPrefix] = {}
         self.finished: list[Episode] = []
         self.returns: dict[int, list[float]] = {}  # of the finished episodes of each group
         self.control_steps = 0
@@ -144,11 +150,14 @@ class Collector:
             episodes = [episode for episode in self.running if episode is not None]
             noise = torch.stack([self.noise(e.group, e.member, len(e.chunks)) for e in episodes])
             observations = stack([self.rows[i] for i in busy])  # type: ignore[misc]
-            model_actions, chunks = self.policy.act(
-                observations, noise=noise, cfg_scale=self.cfg_scale
-            )
-            self.model_actions = dict(zip(busy, model_actions.float().cpu().numpy(), strict=True))
-            self.actions[busy] = chunks.float().cpu().numpy().reshape(len(busy), *space.shape)
+            acted = self.policy.act(observations, noise=noise, cfg_scale=self.cfg_scale)
+            self.model_actions = dict(zip(busy, acted.model_actions.cpu().numpy(), strict=True))
+            self.actions[busy] = acted.actions.cpu().numpy().reshape(len(busy), *space.shape)
+            if self.prefixes is None:
+                self.kept = {i: KeptPrefix() for i in busy}
+            else:
+                kept = self.prefixes.keep(acted.prefix, len(busy))
+                self.kept = dict(zip(busy, kept, strict=True))
         self.seconds_inference += perf_counter() - began
         return self.actions
 
@@ -181,6 +190,14 @@ class Collector:
         finished = [episode for episode in self.finished if episode.group == group]
         return sorted(finished, key=lambda episode: episode.member)
 
+    def forget_prefixes(self, groups: Iterable[int]) -> None:
+        """Free what was kept of groups that no update will use."""
+        unused = set(groups)
+        for episode in self.finished:
+            if episode.group in unused:
+                for chunk in episode.chunks:
+                    chunk.prefix.clear()
+
     def close(self) -> None:
         """Leave no planned start behind in an environment."""
         if self.takes_queue:
@@ -203,7 +220,14 @@ class Collector:
         }
         row = self.rows[index]
         assert row is not None
-        return Chunk(row, self.model_actions[index], actions[: len(rewards)], rewards, inside)
+        return Chunk(
+            row,
+            self.model_actions[index],
+            actions[: len(rewards)],
+            rewards,
+            inside,
+            self.kept[index],
+        )
 
     def _queue_ahead(self) -> None:
         """Queue, in every busy environment, the start of the episode that it would take next.

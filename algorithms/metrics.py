@@ -36,9 +36,11 @@ class UpdateMetrics:
         self.dropped: list[Tensor] = []
         self.grad_norms: list[float] = []
 
-    def add(self, loss: Tensor, labels: Tensor, dropped: Tensor) -> None:
-        """One forward pass: loss, labels before and after condition dropout, all (batch,)."""
-        self.losses.append(loss.detach().float().cpu())
+    def add(self, losses: Tensor, grad_norm: Tensor, labels: Tensor, dropped: Tensor) -> None:
+        """One optimizer step: losses (batch,), norm of their mean's gradient, labels before and
+        after condition dropout, int64 (batch,)."""
+        self.losses.append(losses.float().cpu())
+        self.grad_norms.append(grad_norm.item())
         self.labels.append(labels)
         self.dropped.append(dropped)
 

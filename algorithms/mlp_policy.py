@@ -29,8 +29,8 @@ class MlpPolicy(FlowPolicy):
     :param action_space: a Box (action_dim,) or (chunk, action_dim) with finite bounds
     :param lr_schedule: learning rate as a function of the progress remaining
     :param net_arch: widths of the hidden layers
-    :param kwargs: of `FlowPolicy` (cfg_scale, num_inference_steps, guidance, ema_decay) and of SB3's
-        `BasePolicy` (optimizer_class, optimizer_kwargs)
+    :param kwargs: of `FlowPolicy` (cfg_scale, num_inference_steps, guidance, ema_decay) and of
+        SB3's `BasePolicy` (optimizer_class, optimizer_kwargs)
     :raises ValueError: for image or dictionary observations
     """
 

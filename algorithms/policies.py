@@ -97,7 +97,9 @@ class FlowPolicy(BasePolicy):
         **kwargs: Any,
     ) -> None:
         if ema_decay is not None and not 0 <= ema_decay < 1:
-            raise ValueError(f"ema_decay must be in [0, 1), or None for no average; got {ema_decay}")
+            raise ValueError(
+                f"ema_decay must be in [0, 1), or None for no average; got {ema_decay}"
+            )
         if guidance not in ("velocity", "action"):
             raise ValueError(f"guidance must be 'velocity' or 'action'; got {guidance!r}")
         super().__init__(observation_space, action_space, **kwargs)
@@ -204,7 +206,9 @@ class FlowPolicy(BasePolicy):
         def integrate(branches: tuple[int, ...]) -> Tensor:
             def field(x: Tensor, t: Tensor) -> Tensor:
                 velocities = self.velocities(inputs, x, t, branches, prefix)
-                return velocities[0] if len(branches) == 1 else guide(*velocities, cfg_scale)
+                if len(branches) == 1:
+                    return velocities[0]
+                return guide(velocities[0], velocities[1], cfg_scale)
 
             return euler(field, noise, self.num_inference_steps)
 
@@ -256,9 +260,7 @@ class FlowPolicy(BasePolicy):
         return self.act(obs, noise=noise, cfg_scale=cfg_scale).actions
 
     @torch.no_grad()
-    def guidance_gap(
-        self, obs: Observation, x_t: Tensor, t: Tensor, prefix: Any = None
-    ) -> Tensor:
+    def guidance_gap(self, obs: Observation, x_t: Tensor, t: Tensor, prefix: Any = None) -> Tensor:
         """Root mean square of v_1 - v_∅ for each sample, (batch,): how far the branches differ.
 
         :param x_t: (batch, horizon, action_width)

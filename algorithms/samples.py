@@ -31,7 +31,9 @@ def labelled_windows(
 
     @torch.no_grad()
     def encode(observations: Any, actions: torch.Tensor) -> torch.Tensor:
-        return policy.encode_actions(policy.encode_observation(observations), actions)
+        return policy.encode_actions(
+            policy.encode_observation(observations, skip_prefix=True), actions
+        )
 
     windows: list[Window] = []
     labels: list[NDArray[np.int64]] = []

@@ -11,6 +11,7 @@ from torch.nn.utils import clip_grad_norm_
 from cfgrl_gym.algorithms.flow import POSITIVE
 from cfgrl_gym.algorithms.labels import drop_condition
 from cfgrl_gym.algorithms.pi0.policy import Pi0Policy
+from cfgrl_gym.algorithms.prefix_memory import KeptPrefix
 from cfgrl_gym.algorithms.windows import WindowBatch
 from cfgrl_gym.demos.files import Demonstration
 from cfgrl_gym.wrappers.norm_stats import NormStats
@@ -95,6 +96,7 @@ def demonstration_windows(
         model_actions,
         torch.from_numpy(np.concatenate(pads)),
         torch.full((count,), POSITIVE, dtype=torch.int64),
+        [KeptPrefix() for _ in range(count)],
     )
 
 

@@ -6,8 +6,8 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 
 class WeightAverage(nn.Module):
-    """Holds, of every trained parameter, the copy that isn't in use: the average while the optimizer
-    works, the optimizer's weights while the average acts.
+    """Holds, of every trained parameter, the copy that isn't in use: the average while the
+    optimizer works, the optimizer's weights while the average acts.
 
     Values are exchanged in place, so that optimizers, compiled code and CUDA graphs keep their
     tensors. The copies are buffers: saved and loaded with the policy, with which of the two is in.

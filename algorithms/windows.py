@@ -1,7 +1,7 @@
 """Cutting episodes into windows: what one sample of the flow-matching loss is made of."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cfgrl_gym.algorithms.collector import Chunk, Episode, Row, stack
+from cfgrl_gym.algorithms.prefix_memory import KeptPrefix
 
 # Batched observations and environment actions (n, H, action_dim) to model space (n, H, width).
 Encode = Callable[[Any, Tensor], Tensor]
@@ -27,6 +28,7 @@ class Window:
     start: int  # control step of the episode
     model_actions: NDArray[np.float32]  # (horizon, action_width)
     action_is_pad: NDArray[np.bool_]  # (horizon,)
+    prefix: KeptPrefix = field(default_factory=KeptPrefix)  # of the observation
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,7 @@ class WindowBatch:
     model_actions: Tensor  # float32 (batch, horizon, action_width)
     action_is_pad: Tensor  # bool (batch, horizon)
     labels: Tensor  # int64 (batch,)
+    prefixes: list[KeptPrefix]
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -54,6 +57,7 @@ class WindowBatch:
             self.model_actions[indices],
             self.action_is_pad[indices],
             self.labels[indices],
+            [self.prefixes[row] for row in rows],
         )
 
 
@@ -64,6 +68,7 @@ def batch_windows(windows: list[Window], labels: NDArray[np.int64]) -> WindowBat
         torch.from_numpy(np.stack([window.model_actions for window in windows])),
         torch.from_numpy(np.stack([window.action_is_pad for window in windows])),
         torch.from_numpy(labels),
+        [window.prefix for window in windows],
     )
 
 
@@ -83,6 +88,7 @@ def cut_windows(
     every = max(1, stride // chunk_size)
     rows: list[Row] = []
     starts: list[int] = []
+    prefixes: list[KeptPrefix] = []
     sampled: list[NDArray[np.float32]] = []  # (horizon, action_width)
     sampled_steps: list[int] = []  # how many of them were executed
     begin = 0
@@ -91,6 +97,7 @@ def cut_windows(
         for offset in range(0, n_steps, stride) if index % every == 0 else ():
             rows.append(chunk.observation if offset == 0 else _inside(chunk, offset, stride))
             starts.append(begin + offset)
+            prefixes.append(chunk.prefix if offset == 0 else KeptPrefix())
             sampled.append(chunk.model_actions)
             sampled_steps.append(n_steps if offset == 0 else 0)
         begin += n_steps
@@ -106,7 +113,7 @@ def cut_windows(
         observations = stack([rows[i] for i in encoded])
         model_actions = encode(observations, torch.from_numpy(actions)).float().cpu().numpy()
         targets[encoded] = np.where(keep[encoded][..., None], targets[encoded], model_actions)
-    return [Window(*parts) for parts in zip(rows, starts, targets, is_pad, strict=True)]
+    return [Window(*parts) for parts in zip(rows, starts, targets, is_pad, prefixes, strict=True)]
 
 
 def _inside(chunk: Chunk, offset: int, stride: int) -> Row:

@@ -106,9 +106,9 @@ def test_a_loaded_algorithm_predicts_without_an_environment(tmp_path):
 
 
 class FixedDraws(MlpPolicy):
-    """Time and noise follow from the actions, so that they don't depend on how a batch is split."""
+    """Time and noise follow from the actions, so that they don't depend on a step's number."""
 
-    def flow_matching_loss(self, obs, model_actions, is_pad, labels, generator=None) -> Tensor:
+    def flow_matching_loss(self, obs, model_actions, is_pad, labels, *_) -> Tensor:
         t = model_actions.mean((1, 2)).sigmoid()
         noise = (100 * model_actions).sin()
         x_t = t[:, None, None] * noise + (1 - t[:, None, None]) * model_actions
@@ -147,9 +147,9 @@ def test_the_update_sees_each_window_once_an_epoch_and_drops_conditions_at_the_s
     seen = []
 
     class Spy(MlpPolicy):
-        def flow_matching_loss(self, obs, model_actions, is_pad, labels, generator=None):
+        def flow_matching_loss(self, obs, model_actions, is_pad, labels, *rest):
             seen.append((model_actions, labels))
-            return super().flow_matching_loss(obs, model_actions, is_pad, labels, generator)
+            return super().flow_matching_loss(obs, model_actions, is_pad, labels, *rest)
 
     settings = {**SMALL, "n_epochs": 40, "dropout_prob": 0.2}
     algorithm = CFGRL(Spy, vec(SeedEnv, 2), **settings)

@@ -40,7 +40,7 @@ def base_policy(algorithm):
 def mean_reward(policy, cfg_scale=None):
     generator = torch.Generator().manual_seed(1)
     obs = np.zeros((20_000, 1), np.float32)
-    _, actions = policy.act(obs, cfg_scale=cfg_scale, generator=generator)
+    actions = policy.act(obs, cfg_scale=cfg_scale, generator=generator).actions
     return reward_probability(actions[:, 0, 0].numpy()).mean()
 
 

@@ -58,7 +58,7 @@ class Pi0ForCFGRL(PI0ForConditionalGeneration):
         self.model.dit.embed_tokens = None
 
     def checkpoint_layers(self) -> None:
-        """From now on keep only each layer's input for the backward pass, and compute the rest again.
+        """From now on keep only each layer's input for the backward pass; compute the rest again.
 
         transformers' own gradient checkpointing drops the cache that the prefix comes in; here it
         serves the vision tower only.

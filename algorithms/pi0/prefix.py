@@ -1,7 +1,6 @@
 """The keys and values of PI0's prefix (images and language): computed once, used by everything."""
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -36,7 +35,7 @@ class Prefix:
         return cls(keys_values, attention_mask)
 
     def to_cache(self) -> DynamicCache:
-        """For transformers' own forward, which lengthens the cache it is given: one for each call."""
+        """For transformers' own forward, which lengthens the cache it gets: one for each call."""
         cache = DynamicCache()
         for layer in range(self.keys_values.shape[1]):
             keys, values = self.keys_values[:, layer].unbind(1)
@@ -70,7 +69,7 @@ def select_rows(rows: Tensor, yes: Prefix, no: Prefix) -> Prefix:
     )
 
 
-def attention_bias(allowed: Tensor, model: nn.Module, dtype: torch.dtype) -> Tensor:
+def attention_bias(allowed: Tensor, model: Any, dtype: torch.dtype) -> Tensor:
     """A mask in the form that the model's attention takes.
 
     :param allowed: bool (batch, 1, queries, keys)
@@ -80,9 +79,7 @@ def attention_bias(allowed: Tensor, model: nn.Module, dtype: torch.dtype) -> Ten
     if implementation == "sdpa":
         return allowed
     if implementation == "eager":
-        return torch.zeros_like(allowed, dtype=dtype).masked_fill(
-            ~allowed, torch.finfo(dtype).min
-        )
+        return torch.zeros_like(allowed, dtype=dtype).masked_fill(~allowed, torch.finfo(dtype).min)
     raise ValueError(
         f"attention implementation '{implementation}' has no mask of blocks, which PI0 needs; load "
         "the model with attn_implementation='sdpa' or 'eager'"
@@ -137,8 +134,10 @@ def run_prefix(
     *layers, last = language_model.layers
     hidden, keys_values = embeds, []
     for layer in layers:
-        call = partial(run, layer)
-        hidden, own = checkpoint(call, hidden, use_reentrant=False) if checkpointing else call(hidden)
+        if checkpointing:
+            hidden, own = checkpoint(run, layer, hidden, use_reentrant=False)
+        else:
+            hidden, own = run(layer, hidden)
         keys_values.append(own)
     keys_values.append(_keys_values(last, hidden, rotary))
     return Prefix(torch.stack(keys_values, 1), attention_mask)
