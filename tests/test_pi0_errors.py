@@ -55,7 +55,7 @@ def test_bad_observations_are_refused(change: dict[str, np.ndarray], message: st
     [
         ({"preset": "huge"}, "preset must be one of"),
         ({"preset": "pi0"}, "needs a checkpoint"),
-        ({"trainable": "lora"}, "needs the peft package"),
+        ({"trainable": "lora", "lora_rank": 0}, "lora_rank must be at least 1; got 0"),
         ({"trainable": "vlm"}, "trainable must be one of"),
         ({"guidance": "both"}, "guidance must be"),
         ({"horizon": 3}, "chunk_size <= 3"),

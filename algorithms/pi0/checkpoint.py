@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from cfgrl_gym.algorithms.pi0.condition import Pi0CFGRLConfig, check_condition_mode
 from cfgrl_gym.algorithms.pi0.model import Pi0ForCFGRL
@@ -21,7 +22,7 @@ from cfgrl_gym.wrappers.norm_stats import NormStats
 
 POLICY_FILE = "pi0_policy.json"
 STATS_FILE = "norm_stats.json"
-TRAINABLE = ("expert", "all")
+TRAINABLE = ("expert", "all", "lora")
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Pi0PolicyConfig:
     :param condition_mode: "token", "bias" or "concat"
     :param use_prefix_dropout: ∅ doesn't see the instruction either
     :param delta_actions: the model's actions are relative to the state in the first 6 dimensions
-    :param trainable: "expert" or "all"
+    :param trainable: "expert", "all" or "lora"
     :param tokenizer: folder or hub name of preset "pi0"'s tokenizer; None for bytes
     """
 
@@ -47,11 +48,6 @@ class Pi0PolicyConfig:
         if self.preset not in PRESETS:
             raise ValueError(f"preset must be one of {PRESETS}; got {self.preset!r}")
         check_condition_mode(self.condition_mode)
-        if self.trainable == "lora":
-            raise ValueError(
-                "trainable='lora' needs the peft package and isn't available yet; "
-                "use trainable='expert' (VLM frozen) or 'all'"
-            )
         if self.trainable not in TRAINABLE:
             raise ValueError(f"trainable must be one of {TRAINABLE}; got {self.trainable!r}")
 
@@ -126,11 +122,18 @@ def build(
 
 
 def save_checkpoint(
-    folder: Path, model: Pi0ForCFGRL, norm_stats: NormStats, config: Pi0PolicyConfig
+    folder: Path,
+    model: Pi0ForCFGRL,
+    norm_stats: NormStats,
+    config: Pi0PolicyConfig,
+    state_dict: dict[str, Tensor] | None = None,
 ) -> None:
-    """Write model.safetensors, config.json, norm_stats.json and pi0_policy.json."""
+    """Write model.safetensors, config.json, norm_stats.json and pi0_policy.json.
+
+    :param state_dict: written in place of the model's own
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, state_dict=state_dict)
     norm_stats.save(folder / STATS_FILE)
     text = json.dumps(asdict(config), indent=2) + "\n"
     (folder / POLICY_FILE).write_text(text, encoding="utf-8")

@@ -18,6 +18,7 @@ from cfgrl_gym.algorithms.pi0.inputs import (
     encode_text,
     to_tensors,
 )
+from cfgrl_gym.algorithms.pi0.lora import LORA_RANK, add_lora, check_lora, merged_state_dict
 from cfgrl_gym.algorithms.pi0.prefix import Prefix, join, select_rows
 from cfgrl_gym.algorithms.pi0.presets import TinySizes
 from cfgrl_gym.algorithms.policies import FlowPolicy, Inputs, Observation, PrefixRow
@@ -54,14 +55,18 @@ class Pi0Policy(FlowPolicy):
         differs between the branches and is computed once for each
     :param delta_actions: the model's actions are the environment's minus the state in the first
         6 dimensions. None: the checkpoint's, else True for "pi0" and False for "tiny"
-    :param trainable: "expert" (the VLM is frozen) or "all". None: "expert" with a checkpoint of
-        preset "pi0", else "all"
+    :param trainable: "expert" (the VLM is frozen), "all", or "lora" (adapters on language model
+        and expert: see `pi0/lora.py`; needs peft). None: "expert" with a checkpoint of preset
+        "pi0", else "all"
+    :param lora_rank: with trainable "lora": rank of the language model's adapters; the expert's
+        is twice that
     :param gradient_checkpointing: keep only each layer's input for the backward pass and compute
         the rest again: less memory, more time
     :param horizon: action steps that the model predicts. None: the checkpoint's, else the
         action space's chunk
     :param sizes: sizes of a new tiny model
-    :param seed: of a new model's weights; None draws them from the global generator
+    :param seed: of a new model's weights and of the adapters'; None draws them from the global
+        generator
     :param tokenizer: preset "pi0": folder or hub name of the tokenizer. None: the checkpoint's
         own, else PaliGemma's on the hub
     :param model_config: configuration of a new model as transformers writes it; overrides
@@ -93,6 +98,7 @@ class Pi0Policy(FlowPolicy):
         use_prefix_dropout: bool | None = None,
         delta_actions: bool | None = None,
         trainable: str | None = None,
+        lora_rank: int = LORA_RANK,
         gradient_checkpointing: bool = False,
         horizon: int | None = None,
         sizes: TinySizes | None = None,
@@ -108,6 +114,8 @@ class Pi0Policy(FlowPolicy):
         normalize_images: bool = True,
     ) -> None:
         cameras = check_spaces(observation_space, action_space)
+        if trainable == "lora":
+            check_lora(lora_rank)  # before a checkpoint is loaded, which takes minutes
         shape = action_space.shape
         built = build(
             preset=preset,
@@ -166,6 +174,9 @@ class Pi0Policy(FlowPolicy):
         self.frozen_prefix = self.config.trainable == "expert"
         if self.frozen_prefix:
             self.model.model.vlm.requires_grad_(False)
+        elif self.config.trainable == "lora":
+            add_lora(self.model, lora_rank, seed)
+        self.lora_rank = lora_rank
         trained = [p for p in self.parameters() if p.requires_grad]
         self.optimizer = optimizer_class(
             trained,
@@ -313,8 +324,13 @@ class Pi0Policy(FlowPolicy):
 
         `Pi0Policy(..., checkpoint=folder)` restores it; transformers' own
         `PI0ForConditionalGeneration.from_pretrained(folder)` loads the unconditional model.
+
+        Adapters (trainable "lora") are written merged into the weights: the folder is an ordinary
+        checkpoint, and a policy made from it with trainable="lora" starts with fresh adapters on
+        the merged weights. This policy stays as it is. `save` keeps the adapters themselves.
         """
-        save_checkpoint(Path(folder), self.model, self.norm_stats, self.config)
+        merged = merged_state_dict(self.model) if self.config.trainable == "lora" else None
+        save_checkpoint(Path(folder), self.model, self.norm_stats, self.config, merged)
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         data = super()._get_constructor_parameters()
@@ -327,6 +343,7 @@ class Pi0Policy(FlowPolicy):
             use_prefix_dropout=self.config.use_prefix_dropout,
             delta_actions=self.config.delta_actions,
             trainable=self.config.trainable,
+            lora_rank=self.lora_rank,
             gradient_checkpointing=self.gradient_checkpointing,
             horizon=self.horizon,
             tokenizer=self.config.tokenizer,

@@ -9,6 +9,7 @@ from typing import Literal
 TaskId = int | list[int] | Literal["all"]
 Preset = Literal["tiny", "pi0"]
 ConditionMode = Literal["token", "bias", "concat"]
+Trainable = Literal["expert", "all", "lora"]
 
 
 def _at_least(least: int, **values: int | None) -> None:
@@ -64,8 +65,8 @@ class SftConfig:
         null: the policy's, else true for pi0 and false for tiny
     :param use_prefix_dropout: the unconditional branch doesn't see the instruction either. null:
         the policy's, else false
-    :param trainable: expert (the VLM is frozen) or all. null: expert for a pi0 policy that is
-        given, else all
+    :param trainable: expert (the VLM is frozen), all, or lora (adapters on language model and
+        expert; needs peft). null: expert for a pi0 policy that is given, else all
     :param norm_stats: openpi's norm_stats.json. null: the policy's own, else computed from the
         demonstrations
     :param std_floor: least standard deviation in computed statistics
@@ -96,7 +97,7 @@ class SftConfig:
     horizon: int | None = None
     delta_actions: bool | None = None
     use_prefix_dropout: bool | None = None
-    trainable: Literal["expert", "all"] | None = None
+    trainable: Trainable | None = None
     norm_stats: str | None = None
     std_floor: float = 0.05
     image_size: int = 112
@@ -192,7 +193,8 @@ class TrainConfig(LiberoOptions, PolicyOptions):
         token, bias or concat. null: the policy's, else token
     :param use_prefix_dropout: the unconditional branch doesn't see the instruction either. null:
         the policy's, else false
-    :param trainable: expert (the VLM is frozen) or all. null: expert for pi0, all for tiny
+    :param trainable: expert (the VLM is frozen), all, or lora (adapters on language model and
+        expert; needs peft). null: expert for pi0, all for tiny
     :param total_timesteps: environment steps, summed over environments; a chunk of actions is one.
         The iteration that reaches the number is finished
     :param learning_rate: of the optimizer, constant
@@ -223,7 +225,7 @@ class TrainConfig(LiberoOptions, PolicyOptions):
     init_states: Literal["benchmark", "random"] = "benchmark"
     condition_mode: ConditionMode | None = None
     use_prefix_dropout: bool | None = None
-    trainable: Literal["expert", "all"] | None = None
+    trainable: Trainable | None = None
     total_timesteps: int = 10_000
     learning_rate: float = 3e-4
     rloo_batch_size: int = 8
