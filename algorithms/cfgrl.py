@@ -232,6 +232,8 @@ class CFGRL(OnPolicyAlgorithm):
         :return: False if the callback asked to stop
         """
         self.policy.set_training_mode(False)
+        if self.windows is not None:
+            self.windows.forget_prefixes()
         self.windows = None
         plan = self._draw_plan(env)
         self._plan_memory()
@@ -252,6 +254,8 @@ class CFGRL(OnPolicyAlgorithm):
                 collector.forget_prefixes(selection.discarded)
         finally:
             collector.close()
+            groups = (group.index for group in plan.groups)
+            collector.forget_prefixes(set(groups) - set(selection.kept))
 
         self.windows = labelled_windows(
             [collector.episodes(group) for group in selection.kept],

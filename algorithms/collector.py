@@ -1,6 +1,6 @@
 """Running a plan's episodes on a `VecEnv`, every environment kept busy."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any
@@ -190,11 +190,10 @@ class Collector:
         finished = [episode for episode in self.finished if episode.group == group]
         return sorted(finished, key=lambda episode: episode.member)
 
-    def forget_prefixes(self, groups: Iterable[int]) -> None:
+    def forget_prefixes(self, groups: Container[int]) -> None:
         """Free what was kept of groups that no update will use."""
-        unused = set(groups)
-        for episode in self.finished:
-            if episode.group in unused:
+        for episode in (*self.finished, *self.running):
+            if episode is not None and episode.group in groups:
                 for chunk in episode.chunks:
                     chunk.prefix.clear()
 

@@ -44,6 +44,11 @@ class WindowBatch:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def forget_prefixes(self) -> None:
+        """Free what was kept, whoever still refers to these windows."""
+        for prefix in self.prefixes:
+            prefix.clear()
+
     def __getitem__(self, indices: Tensor) -> "WindowBatch":
         """The samples at these indices, int64 (n,)."""
         rows = indices.numpy()

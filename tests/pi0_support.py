@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import torch
 from gymnasium import spaces
@@ -116,3 +117,33 @@ def make_policy(mode: str = "token", randomise: bool = True, **kwargs: Any) -> P
         randomise_condition(policy.model)
     policy.set_training_mode(False)
     return policy
+
+
+class PromptEnv(gym.Env):
+    """Two chunks an episode, observed as LiberoChunked-v0 is; it pays where the mean of what was
+    executed is positive, so that an untrained policy succeeds about half of the time."""
+
+    def __init__(self, observation_stride: int | None = None) -> None:
+        self.observation_space, self.action_space = make_spaces()
+        self.observation_stride = observation_stride
+
+    def _observe(self) -> dict[str, np.ndarray]:
+        observation = make_observation(batch=1, seed=int(self.np_random.integers(2**31)))
+        return {key: value[0] for key, value in observation.items()}
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
+        super().reset(seed=seed)
+        self.executed: list[float] = []
+        return self._observe(), {}
+
+    def step(self, action: np.ndarray) -> Any:
+        self.executed.append(float(action.mean()))
+        done = len(self.executed) == 2
+        success = done and sum(self.executed) > 0
+        rewards = np.zeros(HORIZON)
+        rewards[-1] = float(success)
+        info: dict[str, Any] = {"rewards": rewards, "n_steps": HORIZON, "is_success": success}
+        if self.observation_stride:
+            offsets = range(self.observation_stride, HORIZON, self.observation_stride)
+            info["observations"] = [(offset, self._observe()) for offset in offsets]
+        return self._observe(), float(success), done, False, info

@@ -128,6 +128,6 @@ def to_tensors(obs: Any, keys: tuple[str, ...], device: torch.device) -> dict[st
         raise ValueError(
             f"state has shape {tuple(tensors['state'].shape)}; expected (batch, {STATE_DIM})"
         )
-    if tensors["prompt"].ndim != 2:
+    if "prompt" in keys and tensors["prompt"].ndim != 2:
         raise ValueError(f"prompt has shape {tuple(tensors['prompt'].shape)}; expected (batch, N)")
     return tensors

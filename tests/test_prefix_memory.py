@@ -1,0 +1,151 @@
+"""Prefixes kept from acting to the update: exact, within the budget, given back."""
+
+from typing import Any
+
+import pytest
+import torch
+from pi0_support import HORIZON, SIZES, PromptEnv, make_observation, make_policy
+from stable_baselines3.common.vec_env import DummyVecEnv
+
+from cfgrl_gym.algorithms import CFGRL
+from cfgrl_gym.algorithms.flow import NULL
+from cfgrl_gym.algorithms.pi0 import Pi0Policy
+from cfgrl_gym.algorithms.prefix_memory import PrefixMemory
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+PLENTY = 2**30
+LABELS = torch.tensor([1, NULL, 1])
+
+
+def count_vlm_passes(policy: Pi0Policy) -> list[int]:
+    """Grows by the batch size of every pass."""
+    batches: list[int] = []
+    layer = policy.model.model.vlm.language_model.layers[0]
+    layer.register_forward_hook(lambda _, args, out: batches.append(len(out)))
+    return batches
+
+
+def gradients(policy: Pi0Policy, prefix: Any) -> list[torch.Tensor]:
+    t, noise = policy.draw_flow(3, torch.Generator().manual_seed(1))
+    actions = torch.zeros(3, HORIZON, policy.action_width)
+    is_pad = torch.zeros(3, HORIZON, dtype=torch.bool)
+    policy.zero_grad()
+    losses = policy.flow_matching_loss(
+        make_observation(), actions, is_pad, LABELS, t, noise, prefix
+    )
+    losses.sum().backward()
+    kept = [p.grad.clone() for p in policy.parameters() if p.grad is not None]
+    return [losses.detach(), *kept]
+
+
+@pytest.mark.parametrize("prefix_dropout", [False, True])
+def test_loss_and_gradients_from_a_kept_prefix_are_those_of_a_new_one(prefix_dropout: bool) -> None:
+    policy = make_policy(trainable="expert", use_prefix_dropout=prefix_dropout)
+    memory = PrefixMemory(policy, 0, PLENTY)
+    slots = memory.keep(policy.act(make_observation()).prefix, 3)
+    passes = count_vlm_passes(policy)
+    kept = memory.recall(make_observation(), slots)
+    assert passes == []
+    first, again, fresh = (gradients(policy, prefix) for prefix in (kept, kept, None))
+    for a, b, c in zip(first, again, fresh, strict=True):
+        assert torch.equal(a, b)
+        if prefix_dropout:  # ∅ rows computed apart or beside the others
+            torch.testing.assert_close(a, c, atol=1e-6, rtol=1e-5)
+        else:
+            assert torch.equal(a, c)
+
+
+def test_what_finds_no_room_is_computed_and_the_rest_is_not() -> None:
+    policy = make_policy(trainable="expert")
+    prefix = policy.act(make_observation()).prefix
+    row = policy.split_prefix(prefix)[0]
+    size = sum(tensor.nbytes for tensor in row.values())
+    memory = PrefixMemory(policy, PLENTY, 2 * size + 1)  # no GPU: the host's budget counts
+    slots = memory.keep(prefix, 3)
+    assert [slot.row is not None for slot in slots] == [True, True, False]
+    passes = count_vlm_passes(policy)
+    recalled = memory.recall(make_observation(), slots)
+    assert passes == [1]
+    mask = prefix[0].attention_mask
+    assert torch.equal(recalled[0].attention_mask, mask)
+    real = mask[:, None, None, None, :, None]
+    torch.testing.assert_close(
+        recalled[0].keys_values * real, prefix[0].keys_values * real, atol=1e-6, rtol=0
+    )
+    slots[0].clear()
+    memory.recall(make_observation(), slots)  # the first is computed again and finds room again
+    assert passes == [1, 2]
+    assert [slot.row is not None for slot in slots] == [True, True, False]
+    del slots[1]
+    assert memory.free["host"] == size + 1
+
+
+def test_prompts_of_different_lengths_share_a_batch() -> None:
+    policy = make_policy(trainable="expert")
+    memory = PrefixMemory(policy, 0, PLENTY)
+    obs, slots = make_observation(), []
+    for i in range(3):
+        one = {key: value[i : i + 1] for key, value in obs.items()}
+        slots += memory.keep(policy.act(one).prefix, 1)
+    lengths = {slot.row["labelled_mask"].shape[1] for slot in slots if slot.row}
+    assert len(lengths) > 1
+    for a, b in zip(
+        gradients(policy, memory.recall(obs, slots)), gradients(policy, None), strict=True
+    ):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+def test_nothing_is_kept_of_a_vlm_that_trains() -> None:
+    policy = make_policy(trainable="all")
+    memory = PrefixMemory(policy, 0, PLENTY)
+    slots = memory.keep(policy.act(make_observation()).prefix, 3)
+    assert memory.free["host"] == PLENTY
+    assert memory.recall(make_observation(), slots) is None
+
+
+def learn(**kwargs: Any) -> tuple[CFGRL, list[int]]:
+    stride = kwargs.get("window_stride")
+    algorithm = CFGRL(
+        "Pi0Policy",
+        DummyVecEnv([lambda: PromptEnv(stride)] * 2),
+        rloo_batch_size=3,
+        groups_per_iteration=2,
+        batch_size=16,
+        policy_kwargs={"sizes": SIZES, "trainable": "expert"},
+        seed=0,
+        device="cpu",
+        **kwargs,
+    )
+    passes = count_vlm_passes(algorithm.policy)  # type: ignore[arg-type]
+    return algorithm.learn(1), passes
+
+
+def test_an_update_from_kept_prefixes_runs_no_vlm_and_learns_the_same() -> None:
+    kept, few = learn()
+    recomputed, many = learn(prefix_memory=0)
+    assert kept.windows is not None
+    samples = len(kept.windows)
+    assert sum(few) == kept._control_steps // HORIZON  # the chunks acted, and nothing else
+    # 4 epochs, and the guidance gap once
+    assert sum(many) == sum(few) + 4 * samples + min(samples, 16)
+    for a, b in zip(kept.policy.parameters(), recomputed.policy.parameters(), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=0)
+
+
+def test_windows_inside_chunks_are_computed_once() -> None:
+    algorithm, passes = learn(window_stride=2)
+    assert algorithm.windows is not None
+    starts = algorithm._control_steps // HORIZON
+    of_kept_groups = len(algorithm.windows) // 3  # at offset 0; as many at 2 and at 4
+    assert sum(passes) == starts + 2 * of_kept_groups
+
+
+def test_discarded_groups_and_old_windows_give_their_room_back() -> None:
+    algorithm, _ = learn(prefix_memory=1.0)
+    assert algorithm.windows is not None
+    used = 2**30 - algorithm._prefixes.free["host"]
+    rows = [slot.row for slot in algorithm.windows.prefixes]
+    assert used == sum(t.nbytes for row in rows if row for t in row.values())
+    memory = algorithm._prefixes
+    algorithm.learn(1, reset_num_timesteps=False)
+    assert memory.free["host"] == 2**30

@@ -1,0 +1,97 @@
+"""The average of the weights acts, the optimizer's weights train, and both are saved."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from cfgrl_envs import SeedEnv, vec
+
+from cfgrl_gym.algorithms import CFGRL, MlpPolicy
+
+OBS = np.ones((4, 2), np.float32)
+SETTINGS = {
+    "rloo_batch_size": 3,
+    "groups_per_iteration": 2,
+    "batch_size": 16,
+    "seed": 3,
+    "device": "cpu",
+}
+
+
+def make(ema_decay: float | None) -> CFGRL:
+    kwargs = {"net_arch": [16], "ema_decay": ema_decay}
+    return CFGRL("MlpPolicy", vec(SeedEnv, 2), policy_kwargs=kwargs, **SETTINGS)
+
+
+def weights(policy: MlpPolicy) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in policy.parameters()])
+
+
+def test_the_average_is_that_of_its_definition() -> None:
+    policy = make(0.9).policy
+    policy.set_training_mode(True)
+    expected = weights(policy)
+    for _ in range(5):
+        loss = sum(p.square().sum() for p in policy.parameters())
+        policy.optimizer.zero_grad()
+        loss.backward()
+        policy.optimizer.step()
+        policy.after_optimizer_step()
+        expected = 0.9 * expected + 0.1 * weights(policy)
+    raw = weights(policy)
+    policy.set_training_mode(False)
+    torch.testing.assert_close(weights(policy), expected, atol=1e-6, rtol=0)
+    assert not torch.allclose(expected, raw, atol=1e-5)
+    policy.set_training_mode(True)
+    assert torch.equal(weights(policy), raw)
+
+
+def test_predict_acts_with_the_average_whatever_the_mode() -> None:
+    algorithm = make(0.9).learn(60)
+    algorithm.policy.set_training_mode(False)
+    average = algorithm.predict(OBS, deterministic=True)[0]
+    algorithm.policy.set_training_mode(True)
+    raw = algorithm.policy.act(OBS, noise=torch.zeros(4, 1, 2)).actions
+    algorithm.policy.set_training_mode(False)
+    smooth = algorithm.policy.act(OBS, noise=torch.zeros(4, 1, 2)).actions
+    assert not torch.equal(raw, smooth)
+    algorithm.policy.set_training_mode(True)
+    assert np.array_equal(algorithm.predict(OBS, deterministic=True)[0], average)
+
+
+def test_no_average_and_decay_0_are_the_same() -> None:
+    # To rounding: torch's average is a + (b - a)·1.
+    plain, zero = make(None).learn(60), make(0.0).learn(60)
+    zero.policy.set_training_mode(False)
+    torch.testing.assert_close(weights(plain.policy), weights(zero.policy), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_learning_goes_on_after_loading_as_if_it_had_not_stopped(
+    tmp_path: Path, training: bool
+) -> None:
+    algorithm = make(0.95).learn(40)
+    algorithm.policy.set_training_mode(training)
+    algorithm.save(tmp_path / "cfgrl")
+    loaded = CFGRL.load(tmp_path / "cfgrl", env=vec(SeedEnv, 2), device="cpu")
+    for each in (algorithm, loaded):
+        each.learn(40, reset_num_timesteps=False)
+        each.policy.set_training_mode(False)
+    assert torch.equal(weights(algorithm.policy), weights(loaded.policy))
+    for each in (algorithm, loaded):
+        each.policy.set_training_mode(True)
+    assert torch.equal(weights(algorithm.policy), weights(loaded.policy))
+
+
+def test_a_decay_that_is_no_average_is_refused() -> None:
+    for bad in (1.0, -0.1):
+        with pytest.raises(ValueError, match="ema_decay must be in"):
+            make(bad)
+
+
+def test_updating_while_the_average_acts_is_refused() -> None:
+    policy = make(0.9).policy
+    policy.set_training_mode(False)
+    with pytest.raises(RuntimeError, match="training mode"):
+        policy.after_optimizer_step()
