@@ -65,7 +65,7 @@ class Pi0ForCFGRL(PI0ForConditionalGeneration):
         """
         self.checkpointing = True
         tower: Any = self.model.vlm.vision_tower
-        tower.gradient_checkpointing_enable({"use_reentrant": False})
+        tower._set_gradient_checkpointing(True, partial(checkpoint, use_reentrant=False))
 
     # The prefix -------------------------------------------------------------------------------
 

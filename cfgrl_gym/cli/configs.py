@@ -67,6 +67,9 @@ class SftConfig:
         the policy's, else false
     :param trainable: expert (the VLM is frozen), all, or lora (adapters on language model and
         expert; needs peft). null: expert for a pi0 policy that is given, else all
+    :param gradient_checkpointing: less memory for more time in the backward pass
+    :param ema_decay: save an exponential moving average of the weights, of this decay a step. null:
+        the weights themselves
     :param norm_stats: openpi's norm_stats.json. null: the policy's own, else computed from the
         demonstrations
     :param std_floor: least standard deviation in computed statistics
@@ -98,6 +101,8 @@ class SftConfig:
     delta_actions: bool | None = None
     use_prefix_dropout: bool | None = None
     trainable: Trainable | None = None
+    gradient_checkpointing: bool = False
+    ema_decay: float | None = None
     norm_stats: str | None = None
     std_floor: float = 0.05
     image_size: int = 112
@@ -195,6 +200,9 @@ class TrainConfig(LiberoOptions, PolicyOptions):
         the policy's, else false
     :param trainable: expert (the VLM is frozen), all, or lora (adapters on language model and
         expert; needs peft). null: expert for pi0, all for tiny
+    :param gradient_checkpointing: less memory for more time in the backward pass
+    :param ema_decay: act with an exponential moving average of the weights, of this decay an
+        optimizer step. null: with the weights themselves
     :param total_timesteps: environment steps, summed over environments; a chunk of actions is one.
         The iteration that reaches the number is finished
     :param learning_rate: of the optimizer, constant
@@ -216,6 +224,9 @@ class TrainConfig(LiberoOptions, PolicyOptions):
     :param gradient_accumulation_steps: forward passes of one optimizer step
     :param max_grad_norm: gradients are clipped to this norm
     :param window_stride: control steps between windows. null: the chunk
+    :param device_memory: GiB of a GPU's memory that the run may use. null: all that is free
+    :param prefix_memory: GiB of the host's memory for what a frozen VLM computed while acting, which
+        the update then needs not compute again. null: half of what is free
     :param save_every: iterations between saves of the policy during the run. null: only at its end
     :param video: record an episode at the end
     :param seed: of everything random
@@ -226,6 +237,8 @@ class TrainConfig(LiberoOptions, PolicyOptions):
     condition_mode: ConditionMode | None = None
     use_prefix_dropout: bool | None = None
     trainable: Trainable | None = None
+    gradient_checkpointing: bool = False
+    ema_decay: float | None = None
     total_timesteps: int = 10_000
     learning_rate: float = 3e-4
     rloo_batch_size: int = 8
@@ -243,6 +256,8 @@ class TrainConfig(LiberoOptions, PolicyOptions):
     gradient_accumulation_steps: int = 1
     max_grad_norm: float = 1.0
     window_stride: int | None = None
+    device_memory: float | None = None
+    prefix_memory: float | None = None
     save_every: int | None = None
     video: bool = True
     seed: int = 0

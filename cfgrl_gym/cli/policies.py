@@ -81,6 +81,8 @@ def policy_arguments(config: TrainConfig | EvalConfig, checkpoint: Checkpoint) -
             "condition_mode": config.condition_mode,
             "use_prefix_dropout": config.use_prefix_dropout,
             "trainable": config.trainable,
+            "gradient_checkpointing": config.gradient_checkpointing,
+            "ema_decay": config.ema_decay,
         }
     return arguments
 

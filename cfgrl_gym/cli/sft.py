@@ -102,6 +102,8 @@ def build_policy(config: SftConfig, demonstrations: list[Demonstration]) -> Pi0P
         delta_actions=config.delta_actions,
         use_prefix_dropout=config.use_prefix_dropout,
         trainable=config.trainable,
+        gradient_checkpointing=config.gradient_checkpointing,
+        ema_decay=config.ema_decay,
         seed=config.seed,
         **arguments,
     ).to(get_device(config.device))

@@ -108,6 +108,8 @@ def _model(config: TrainConfig, env: VecEnv, policy_kwargs: dict[str, Any]) -> C
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         max_grad_norm=config.max_grad_norm,
         window_stride=config.window_stride,
+        device_memory=config.device_memory,
+        prefix_memory=config.prefix_memory,
         policy_kwargs=policy_kwargs,
         seed=config.seed,
         device=config.device,
