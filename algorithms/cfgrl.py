@@ -1,13 +1,13 @@
 """CFGRL, reinforcement learning by guidance, as an SB3 algorithm."""
 
 import math
+import warnings
 from collections import deque
 from functools import partial
 from time import perf_counter
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
-import psutil
 import torch
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
@@ -20,6 +20,12 @@ from torch.nn.utils import clip_grad_norm_
 
 from cfgrl_gym.algorithms.checks import check_parameters, check_stride
 from cfgrl_gym.algorithms.collector import Collector
+from cfgrl_gym.algorithms.device_memory import (
+    GIB,
+    available_bytes,
+    available_host_bytes,
+    check_weights_fit,
+)
 from cfgrl_gym.algorithms.flow import interpolate
 from cfgrl_gym.algorithms.groups import (
     GroupPlan,
@@ -70,11 +76,16 @@ class CFGRL(OnPolicyAlgorithm):
     :param negatives: label of the others: "null" is ∅, "zero" is o = 0
     :param cfg_scale: guidance while collecting. None: the policy's own `cfg_scale`
     :param n_epochs: passes over the windows in each update
-    :param batch_size: windows of one forward pass
+    :param batch_size: windows of one forward pass; fewer where the device's memory is short
     :param gradient_accumulation_steps: forward passes of one optimizer step
     :param max_grad_norm: gradients are clipped to this norm
     :param window_stride: control steps between windows. None: the chunk. Less than a chunk needs
         an environment that gives the observations inside it (`observation_stride`)
+    :param device_memory: GiB of the device's memory that the policy, its update and the prefixes
+        kept on it may take. None: all that is free
+    :param prefix_memory: GiB of the host's memory for prefixes (what a frozen VLM computes of an
+        observation) kept from acting to the update; those that find no room are computed again.
+        None: half of what is free
     :param stats_window_size: episodes over which the rollout statistics are averaged
     :param tensorboard_log: log folder of TensorBoard (None: no log)
     :param policy_kwargs: additional arguments of the policy
@@ -108,6 +119,7 @@ class CFGRL(OnPolicyAlgorithm):
         gradient_accumulation_steps: int = 1,
         max_grad_norm: float = 1.0,
         window_stride: int | None = None,
+        device_memory: float | None = None,
         prefix_memory: float | None = None,
         stats_window_size: int = 100,
         tensorboard_log: str | None = None,
@@ -131,6 +143,7 @@ class CFGRL(OnPolicyAlgorithm):
         self.batch_size = batch_size
         self.gradient_accumulation_steps = gradient_accumulation_steps
         self.window_stride = window_stride
+        self.device_memory = device_memory
         self.prefix_memory = prefix_memory
         check_parameters(self)
         super().__init__(
@@ -178,9 +191,9 @@ class CFGRL(OnPolicyAlgorithm):
         self.policy = self.policy_class(  # type: ignore[assignment]
             self.observation_space, self.action_space, self.lr_schedule, **self.policy_kwargs
         )
+        check_weights_fit(self.policy, self.device)
         self.policy = self.policy.to(self.device)
         check_stride(self._stride, self.policy.chunk_size)
-        self._micro_batches = MicroBatches(self.batch_size)
 
     def _excluded_save_params(self) -> list[str]:
         unsaved = ["windows", "_last_obs", "_prefixes", "_micro_batches"]
@@ -220,9 +233,25 @@ class CFGRL(OnPolicyAlgorithm):
         return draw_plan(rng, count, self.rloo_batch_size, init_states(env))
 
     def _plan_memory(self) -> None:
-        gib = self.prefix_memory
-        host = psutil.virtual_memory().available // 2 if gib is None else int(gib * 2**30)
-        self._prefixes = PrefixMemory(self.policy, 0, host)
+        """Decide on micro-batches and on the room for prefixes.
+
+        :raises MemoryError: the device can't hold an update
+        """
+        free = available_bytes(self.device, self.policy)
+        if self.device_memory is not None:
+            free = min(free, int(self.device_memory * GIB))
+        size, room = self.policy.plan_update(self.batch_size, free)
+        if size < self.batch_size:
+            warnings.warn(
+                f"batches of {self.batch_size} don't fit in {free / GIB:.1f} GiB: going on with "
+                f"micro-batches of {size}, which changes memory and speed only",
+                stacklevel=3,
+            )
+        self._micro_batches = MicroBatches(size)
+        host = available_host_bytes() // 2
+        if self.prefix_memory is not None:
+            host = int(self.prefix_memory * GIB)
+        self._prefixes = PrefixMemory(self.policy, room, host)
 
     # Collect ----------------------------------------------------------------------------------
 
@@ -236,7 +265,6 @@ class CFGRL(OnPolicyAlgorithm):
             self.windows.forget_prefixes()
         self.windows = None
         plan = self._draw_plan(env)
-        self._plan_memory()
         collector = Collector(env, self.policy, plan, self._noise, self.cfg_scale, self._prefixes)
         selection = Selection([], [], complete=False)
         callback.on_rollout_start()
@@ -368,6 +396,7 @@ class CFGRL(OnPolicyAlgorithm):
         total_timesteps, callback = self._setup_learn(
             total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
         )
+        self._plan_memory()
         callback.on_training_start(locals(), globals())
         assert self.env is not None
         iteration = 0

@@ -310,6 +310,16 @@ class FlowPolicy(BasePolicy):
             v = self.velocity(inputs, interpolate(actions, noise, t), t, labels, prefix)
         return masked_mse(v.float(), noise - actions, is_pad, self.action_dim)
 
+    def plan_update(self, batch_size: int, free: int) -> tuple[int, int]:
+        """How an update fits the device.
+
+        :param batch_size: windows of one forward pass, as asked for
+        :param free: bytes for weights, gradients, optimizer and all else
+        :return: windows of one forward pass that fit, and bytes left for keeping prefixes there
+        :raises MemoryError: not even one window fits
+        """
+        return batch_size, 0
+
     def start_average(self) -> None:
         """Begin the average of the weights that train now, where `ema_decay` asks for one.
 

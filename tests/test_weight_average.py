@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 from cfgrl_envs import SeedEnv, vec
+from pi0_support import make_observation, make_policy, make_spaces
 
-from cfgrl_gym.algorithms import CFGRL, MlpPolicy
+from cfgrl_gym.algorithms import CFGRL, MlpPolicy, Pi0Policy
 
 OBS = np.ones((4, 2), np.float32)
 SETTINGS = {
@@ -95,3 +96,21 @@ def test_updating_while_the_average_acts_is_refused() -> None:
     policy.set_training_mode(False)
     with pytest.raises(RuntimeError, match="training mode"):
         policy.after_optimizer_step()
+
+
+def test_a_pi0_folder_holds_what_acts(tmp_path: Path) -> None:
+    policy = make_policy(ema_decay=0.5)
+    policy.set_training_mode(True)
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.add_(0.01)
+    policy.after_optimizer_step()
+    policy.save_pretrained(tmp_path)
+    assert policy.training
+    again = Pi0Policy(*make_spaces(), lambda _: 1e-3, checkpoint=tmp_path)
+    obs = make_observation()
+    actions, _ = policy.predict(obs, deterministic=True)
+    assert np.array_equal(again.predict(obs, deterministic=True)[0], actions)
+    policy.set_training_mode(True)
+    raw = policy.act(obs, noise=torch.zeros(3, 6, 32)).actions.numpy()
+    assert not np.allclose(raw, again.act(obs, noise=torch.zeros(3, 6, 32)).actions.numpy())

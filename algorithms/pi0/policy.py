@@ -328,9 +328,13 @@ class Pi0Policy(FlowPolicy):
         Adapters (trainable "lora") are written merged into the weights: the folder is an ordinary
         checkpoint, and a policy made from it with trainable="lora" starts with fresh adapters on
         the merged weights. This policy stays as it is. `save` keeps the adapters themselves.
+        With `ema_decay` it is the average that is written: what acts.
         """
+        training = self.training
+        self.set_training_mode(False)
         merged = merged_state_dict(self.model) if self.config.trainable == "lora" else None
         save_checkpoint(Path(folder), self.model, self.norm_stats, self.config, merged)
+        self.set_training_mode(training)
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         data = super()._get_constructor_parameters()

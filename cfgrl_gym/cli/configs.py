@@ -225,8 +225,8 @@ class TrainConfig(LiberoOptions, PolicyOptions):
     :param max_grad_norm: gradients are clipped to this norm
     :param window_stride: control steps between windows. null: the chunk
     :param device_memory: GiB of a GPU's memory that the run may use. null: all that is free
-    :param prefix_memory: GiB of the host's memory for what a frozen VLM computed while acting, which
-        the update then needs not compute again. null: half of what is free
+    :param prefix_memory: GiB of the host's memory for what a frozen VLM computed while acting, so
+        that the update needs not compute it again. null: half of what is free
     :param save_every: iterations between saves of the policy during the run. null: only at its end
     :param video: record an episode at the end
     :param seed: of everything random
