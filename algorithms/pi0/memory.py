@@ -1,0 +1,253 @@
+"""How much device memory an update of PI0 needs, and which micro-batch fits; nothing is allocated.
+
+Weights, gradients and optimizer states are counted. Activations are found by running the update on
+tensors without storage and counting what is alive: about a second for each batch size at full
+size.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from cfgrl_gym.algorithms.flow import POSITIVE, interpolate, masked_mse
+from cfgrl_gym.algorithms.pi0.live_bytes import LiveBytes, fake_copy
+from cfgrl_gym.algorithms.pi0.model import Pi0ForCFGRL
+from cfgrl_gym.algorithms.pi0.prefix import Prefix
+from cfgrl_gym.algorithms.pi0.tokenizer import PALIGEMMA_PROMPT_TOKENS
+from cfgrl_gym.wrappers.norm_stats import ACTION_DIM
+
+GIB = 2**30
+# What an allocator loses between blocks, workspaces of matrix products, and the estimate's error.
+HEADROOM = 0.05
+ADAM_STATES = 2  # copies of every trained parameter: exp_avg and exp_avg_sq
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes on the device at the peak of an update, by part.
+
+    :param weights: parameters and buffers
+    :param gradients: of the trained parameters
+    :param optimizer: AdamW's two averages of every trained parameter
+    :param average: the exponential moving average of the trained parameters, if there is one
+    :param prefix: keys and values of one micro-batch's images and language, where they are kept
+    :param activations: all else that is alive at the peak: what the backward pass needs and the
+        weights that autocast casts; or a prefix's computation, or the optimizer's temporaries,
+        where one of these is more
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    average: int
+    prefix: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        return sum(self.parts().values())
+
+    def parts(self) -> dict[str, int]:
+        """Bytes of each part, by name."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    def __str__(self) -> str:
+        rows = [*self.parts().items(), ("total", self.total)]
+        return "\n".join(f"{name:<12}{size / GIB:9.3f} GiB" for name, size in rows)
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """How an update fits.
+
+    :param batch_size: windows of one forward pass: as asked for, or halved until it fits
+    :param estimate: of that micro-batch
+    :param free: bytes there are for all of the estimate's parts
+    :param prefix_room: bytes left for keeping prefixes on the device from acting to the update
+    """
+
+    batch_size: int
+    estimate: MemoryEstimate
+    free: int
+    prefix_room: int
+
+
+def estimate_update(
+    model: Pi0ForCFGRL,
+    batch_size: int,
+    *,
+    cameras: int,
+    prompt_tokens: int = PALIGEMMA_PROMPT_TOKENS,
+    device_type: str = "cuda",
+    average: bool = False,
+    two_prefixes: bool = False,
+    accumulate: bool = True,
+) -> MemoryEstimate:
+    """Memory of one AdamW step on micro-batches of `batch_size` windows.
+
+    What trains, dtypes, adapters and gradient checkpointing are the model's own. Where nothing of
+    the VLM is trained, its keys and values are kept with the windows; that some may have to be
+    computed again, without gradients, is accounted for, and with it acting in as many environments
+    at once.
+
+    :param model: on any device, the meta device included; it is left as it is
+    :param cameras: images of each observation
+    :param prompt_tokens: length of the tokenized prompts
+    :param device_type: "cuda" (bfloat16 autocast) or "cpu" (the model's own dtypes)
+    :param average: a moving average of the trained parameters is kept on the device
+    :param two_prefixes: the policy's `use_prefix_dropout`
+    :param accumulate: the gradients of earlier micro-batches are there already
+    """
+    trained = [p for p in model.parameters() if p.requires_grad]
+    gradients = _size(trained)
+    cuda = device_type == "cuda"
+    mode = FakeTensorMode()
+    # The fake tensors claim to be on the CPU, whose autocast differs little from CUDA's.
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=cuda)
+    with mode:
+        fake = fake_copy(model, mode)
+        for parameter in fake.parameters():
+            if accumulate and parameter.requires_grad:
+                parameter.grad = torch.empty_like(parameter)
+        inputs = example_inputs(fake, batch_size, cameras, prompt_tokens)
+        prefix, prefix_size, vlm = None, 0, 0
+        if not any(p.requires_grad for p in fake.model.vlm.parameters()):
+            with torch.no_grad(), autocast, LiveBytes() as live:
+                prefix = encode_example(fake, inputs)
+            # Of both branches, and what is chosen from the two.
+            prefix_size = live.now * (3 if two_prefixes else 1)
+            vlm = live.peak - live.now
+        with LiveBytes(cuda) as live:
+            with autocast:
+                loss = example_loss(fake, inputs, prefix)
+            loss.backward()
+    # Gradients that aren't there from the start are among what was counted.
+    step = max(live.peak, vlm) - (0 if accumulate else gradients)
+    return MemoryEstimate(
+        weights=_size([*model.parameters(), *model.buffers()]),
+        gradients=gradients,
+        optimizer=ADAM_STATES * gradients,
+        average=gradients if average else 0,
+        prefix=prefix_size,
+        activations=max(step, _optimizer_temporaries(trained, cuda)),
+    )
+
+
+def plan_update(
+    model: Pi0ForCFGRL, batch_size: int, *, free: int, device: str = "the device", **how: Any
+) -> MemoryPlan:
+    """The largest micro-batch, halving from `batch_size`, whose update fits.
+
+    :param free: bytes for everything that the estimate counts, see `available_bytes`
+    :param device: its name, for the message
+    :param how: `estimate_update`'s keywords, but for `accumulate`, which follows: a smaller
+        micro-batch accumulates
+    :raises MemoryError: not even one window at a time fits. Says what is needed, and what helps
+    """
+    usable = int(free / (1 + HEADROOM))
+    accumulate = how.pop("accumulate", False)
+    size = batch_size
+    while True:
+        estimate = estimate_update(model, size, accumulate=accumulate, **how)
+        if estimate.total <= usable:
+            return MemoryPlan(size, estimate, free, usable - estimate.total)
+        if size == 1:
+            raise MemoryError(_refusal(model, estimate, free, device))
+        size, accumulate = (size + 1) // 2, True
+
+
+def available_bytes(device: torch.device, model: nn.Module) -> int:
+    """Bytes on `device` for `model` and all that training it needs, what it holds now included.
+
+    On CUDA: what the driver says is free, and what this process's allocator holds for `model` or
+    for nothing. On the CPU: the memory that the system can give without swapping.
+    """
+    held = _size(t for t in [*model.parameters(), *model.buffers()] if t.device.type == device.type)
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        others = torch.cuda.memory_allocated(device) - held
+        return free + torch.cuda.memory_reserved(device) - others
+    return psutil.virtual_memory().available + held
+
+
+def _size(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _optimizer_temporaries(trained: list[nn.Parameter], cuda: bool) -> int:
+    """What AdamW's step holds for a while (torch/optim/adam.py): sqrt(exp_avg_sq) of all parameters
+    at once on CUDA (foreach); on the CPU that and its quotient of one parameter after the other,
+    with the previous one's quotient still there."""
+    sizes = [_size([parameter]) for parameter in trained]
+    return sum(sizes) if cuda else 3 * max(sizes, default=0)
+
+
+def example_inputs(
+    model: Pi0ForCFGRL, batch: int, cameras: int, prompt_tokens: int
+) -> dict[str, Tensor]:
+    """Inputs in the shapes and dtypes that `Pi0Policy` gives, all zeros and ones."""
+    config: Any = model.config
+    vision = config.vlm_config.vision_config
+    tokens = cameras * (vision.image_size // vision.patch_size) ** 2 + prompt_tokens
+    actions = (batch, config.chunk_size, config.max_action_dim)
+    return {
+        "input_ids": torch.zeros(batch, tokens, dtype=torch.int64),
+        "attention_mask": torch.ones(batch, tokens, dtype=torch.int64),
+        "pixel_values": torch.zeros(batch, cameras, 3, vision.image_size, vision.image_size),
+        "pixel_attention_mask": torch.ones(batch, cameras, dtype=torch.bool),
+        "state": torch.zeros(batch, config.max_state_dim),
+        "noise": torch.zeros(actions),
+        "actions": torch.zeros(actions),
+        "is_pad": torch.zeros(actions[:2], dtype=torch.bool),
+        "t": torch.zeros(batch),
+        "labels": torch.full((batch,), POSITIVE),
+    }
+
+
+def encode_example(model: Pi0ForCFGRL, inputs: dict[str, Tensor]) -> Prefix:
+    """The prefix of `example_inputs`."""
+    names = ("input_ids", "pixel_values", "pixel_attention_mask", "attention_mask")
+    return model.encode_prefix(*(inputs[name] for name in names))
+
+
+def example_loss(
+    model: Pi0ForCFGRL, inputs: dict[str, Tensor], prefix: Prefix | None = None
+) -> Tensor:
+    """What an update takes the gradient of, for `example_inputs`; as `Pi0Policy` computes it.
+
+    :param prefix: None computes it, with gradients
+    """
+    noise, actions, t = inputs["noise"], inputs["actions"], inputs["t"]
+    x_t = interpolate(actions, noise, t)
+    known = encode_example(model, inputs) if prefix is None else prefix
+    velocity = model.velocity(known, inputs["state"], x_t, t, inputs["labels"])
+    return masked_mse(velocity.float(), noise - actions, inputs["is_pad"], ACTION_DIM).sum()
+
+
+def _refusal(model: Pi0ForCFGRL, estimate: MemoryEstimate, free: int, device: str) -> str:
+    """What doesn't fit, by part, and what would help this model."""
+    parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in estimate.parts().items())
+    vlm = list(model.model.vlm.parameters())
+    trained = [parameter.requires_grad for parameter in vlm]
+    helps = []
+    if all(trained):
+        helps.append("trainable='expert' or 'lora' instead of 'all'")
+    elif any(trained):
+        helps.append("trainable='expert' instead of 'lora'")
+    if any(trained) and not model.checkpointing:
+        helps.append("gradient_checkpointing=True")
+    if any(not p.requires_grad and p.dtype == torch.float32 for p in vlm):
+        helps.append("vlm_dtype='bfloat16'")
+    if estimate.average:
+        helps.append("no moving average of the weights")
+    helps.append("a device with more memory")
+    return (
+        f"an update on one window at a time needs {estimate.total * (1 + HEADROOM) / GIB:.2f} GiB "
+        f"of memory (GiB: {parts}; and {HEADROOM:.0%} for the allocator), but {device} has "
+        f"{free / GIB:.2f} GiB for it. What helps: {'; '.join(helps)}"
+    )
