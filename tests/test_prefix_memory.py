@@ -18,10 +18,14 @@ LABELS = torch.tensor([1, NULL, 1])
 
 
 def count_vlm_passes(policy: Pi0Policy) -> list[int]:
-    """Grows by the batch size of every pass."""
+    """Grows by the batch size of every pass (but those of the memory plan, without storage)."""
     batches: list[int] = []
-    layer = policy.model.model.vlm.language_model.layers[0]
-    layer.register_forward_hook(lambda _, args, out: batches.append(len(out)))
+
+    def count(_: Any, __: Any, output: torch.Tensor) -> None:
+        if type(output) is torch.Tensor:
+            batches.append(len(output))
+
+    policy.model.model.vlm.language_model.layers[0].register_forward_hook(count)
     return batches
 
 

@@ -9,11 +9,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from cfgrl_gym.algorithms.device_memory import GIB
 from cfgrl_gym.algorithms.flow import POSITIVE, interpolate, masked_mse
 from cfgrl_gym.algorithms.pi0.live_bytes import LiveBytes, fake_copy
 from cfgrl_gym.algorithms.pi0.model import Pi0ForCFGRL
@@ -21,7 +21,6 @@ from cfgrl_gym.algorithms.pi0.prefix import Prefix
 from cfgrl_gym.algorithms.pi0.tokenizer import PALIGEMMA_PROMPT_TOKENS
 from cfgrl_gym.wrappers.norm_stats import ACTION_DIM
 
-GIB = 2**30
 # What an allocator loses between blocks, workspaces of matrix products, and the estimate's error.
 HEADROOM = 0.05
 ADAM_STATES = 2  # copies of every trained parameter: exp_avg and exp_avg_sq
@@ -159,20 +158,6 @@ def plan_update(
         if size == 1:
             raise MemoryError(_refusal(model, estimate, free, device))
         size, accumulate = (size + 1) // 2, True
-
-
-def available_bytes(device: torch.device, model: nn.Module) -> int:
-    """Bytes on `device` for `model` and all that training it needs, what it holds now included.
-
-    On CUDA: what the driver says is free, and what this process's allocator holds for `model` or
-    for nothing. On the CPU: the memory that the system can give without swapping.
-    """
-    held = _size(t for t in [*model.parameters(), *model.buffers()] if t.device.type == device.type)
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        others = torch.cuda.memory_allocated(device) - held
-        return free + torch.cuda.memory_reserved(device) - others
-    return psutil.virtual_memory().available + held
 
 
 def _size(tensors: Iterable[Tensor]) -> int:

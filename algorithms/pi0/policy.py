@@ -19,6 +19,7 @@ from cfgrl_gym.algorithms.pi0.inputs import (
     to_tensors,
 )
 from cfgrl_gym.algorithms.pi0.lora import LORA_RANK, add_lora, check_lora, merged_state_dict
+from cfgrl_gym.algorithms.pi0.memory import plan_update
 from cfgrl_gym.algorithms.pi0.prefix import Prefix, join, select_rows
 from cfgrl_gym.algorithms.pi0.presets import TinySizes
 from cfgrl_gym.algorithms.policies import FlowPolicy, Inputs, Observation, PrefixRow
@@ -316,6 +317,21 @@ class Pi0Policy(FlowPolicy):
             self._branch_velocities(null if label == NULL else labelled, state, x_t, t, (label,))[0]
             for label in branches
         )
+
+    def plan_update(self, batch_size: int, free: int) -> tuple[int, int]:
+        """See `FlowPolicy.plan_update`; from an estimate that allocates nothing, in a second."""
+        plan = plan_update(
+            self.model,
+            batch_size,
+            free=free,
+            device=str(self.device),
+            device_type=self.device.type,
+            cameras=len(self.cameras),
+            prompt_tokens=self.tokenizer.pad_to or self.tokenizer.max_tokens,
+            average=self.average is not None,
+            two_prefixes=self.config.use_prefix_dropout,
+        )
+        return plan.batch_size, plan.prefix_room
 
     # Saving -----------------------------------------------------------------------------------
 
