@@ -15,7 +15,6 @@ from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
 from stable_baselines3.common.utils import safe_mean
 from stable_baselines3.common.vec_env import VecEnv
-from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 from cfgrl_gym.algorithms.checks import check_parameters, check_stride
@@ -41,7 +40,7 @@ from cfgrl_gym.algorithms.micro_batches import MicroBatches
 from cfgrl_gym.algorithms.mlp_policy import MlpPolicy
 from cfgrl_gym.algorithms.policies import FlowPolicy
 from cfgrl_gym.algorithms.prefix_memory import PrefixMemory
-from cfgrl_gym.algorithms.samples import labelled_windows
+from cfgrl_gym.algorithms.samples import labelled_windows, window_losses
 from cfgrl_gym.algorithms.vec_env import as_vec_env, init_states
 from cfgrl_gym.algorithms.windows import WindowBatch
 
@@ -336,7 +335,7 @@ class CFGRL(OnPolicyAlgorithm):
                 labels = drop_condition(batch.labels, self.dropout_prob, generator)
                 t, noise = policy.draw_flow(len(batch), generator)
                 # Drawn for the whole step, so that it may be split anywhere.
-                loss_of = partial(self._losses, batch, labels, t, noise)
+                loss_of = partial(window_losses, policy, self._prefixes, batch, labels, t, noise)
                 losses = self._micro_batches.backward(loss_of, len(batch), policy.optimizer)
                 norm = clip_grad_norm_(policy.parameters(), self.max_grad_norm)
                 policy.optimizer.step()
@@ -349,21 +348,6 @@ class CFGRL(OnPolicyAlgorithm):
         self.logger.record("train/guidance_gap", self._guidance_gap(windows[order], generator))
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
         self.logger.record("time/seconds_update", perf_counter() - began)
-
-    def _losses(
-        self, batch: WindowBatch, labels: Tensor, t: Tensor, noise: Tensor, part: Tensor
-    ) -> Tensor:
-        """Flow-matching losses of the samples `part` of a step, (n,)."""
-        samples = batch[part]
-        return self.policy.flow_matching_loss(
-            samples.observations,
-            samples.model_actions,
-            samples.action_is_pad,
-            labels[part],
-            t[part],
-            noise[part],
-            self._prefixes.recall(samples.observations, samples.prefixes),
-        )
 
     def _guidance_gap(self, windows: WindowBatch, generator: torch.Generator) -> float:
         """How far v_1 and v_∅ are apart, on as many windows as fit."""

@@ -1,4 +1,4 @@
-"""From finished episodes to the labelled windows that an update learns from."""
+"""From finished episodes to labelled windows, and from those to losses."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,10 +6,12 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from cfgrl_gym.algorithms.collector import Episode
 from cfgrl_gym.algorithms.labels import LabelSource, Negatives, label_group
 from cfgrl_gym.algorithms.policies import FlowPolicy
+from cfgrl_gym.algorithms.prefix_memory import PrefixMemory
 from cfgrl_gym.algorithms.windows import Window, WindowBatch, batch_windows, cut_windows
 
 
@@ -59,3 +61,30 @@ def labelled_windows(
         )
         windows += [window for of_episode in cut for window in of_episode]
     return batch_windows(windows, np.concatenate(labels)) if windows else None
+
+
+def window_losses(
+    policy: FlowPolicy,
+    prefixes: PrefixMemory,
+    windows: WindowBatch,
+    labels: Tensor,
+    t: Tensor,
+    noise: Tensor,
+    part: Tensor,
+) -> Tensor:
+    """Flow-matching losses of some of these windows, (n,).
+
+    :param labels: int64 (batch,), condition dropout already applied
+    :param t: and `noise`: of all the windows, see `FlowPolicy.draw_flow`
+    :param part: which of the windows, int64 (n,)
+    """
+    chosen = windows[part]
+    return policy.flow_matching_loss(
+        chosen.observations,
+        chosen.model_actions,
+        chosen.action_is_pad,
+        labels[part],
+        t[part],
+        noise[part],
+        prefixes.recall(chosen.observations, chosen.prefixes),
+    )

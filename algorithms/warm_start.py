@@ -3,15 +3,19 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 from torch.nn.utils import clip_grad_norm_
 
+from cfgrl_gym.algorithms.device_memory import available_host_bytes
 from cfgrl_gym.algorithms.flow import POSITIVE
 from cfgrl_gym.algorithms.labels import drop_condition
+from cfgrl_gym.algorithms.micro_batches import MicroBatches
 from cfgrl_gym.algorithms.pi0.policy import Pi0Policy
-from cfgrl_gym.algorithms.prefix_memory import KeptPrefix
+from cfgrl_gym.algorithms.prefix_memory import KeptPrefix, PrefixMemory
+from cfgrl_gym.algorithms.samples import window_losses
 from cfgrl_gym.algorithms.windows import WindowBatch
 from cfgrl_gym.demos.files import Demonstration
 from cfgrl_gym.wrappers.norm_stats import NormStats
@@ -116,6 +120,8 @@ def warm_start(
     windows = demonstration_windows(policy, demonstrations, config.window_stride)
     generator = torch.Generator().manual_seed(config.seed)
     optimizer = policy.optimizer
+    prefixes = PrefixMemory(policy, 0, available_host_bytes() // 2)
+    micro_batches = MicroBatches(config.batch_size)
     policy.set_training_mode(True)
     order = torch.empty(0, dtype=torch.int64)
     losses = []
@@ -128,11 +134,8 @@ def warm_start(
         batch = windows[indices]
         labels = drop_condition(batch.labels, config.dropout_prob, generator)
         t, noise = policy.draw_flow(len(batch), generator)
-        loss = policy.flow_matching_loss(
-            batch.observations, batch.model_actions, batch.action_is_pad, labels, t, noise
-        ).mean()
-        optimizer.zero_grad()
-        loss.backward()
+        losses_of = partial(window_losses, policy, prefixes, batch, labels, t, noise)
+        loss = micro_batches.backward(losses_of, len(batch), optimizer).mean()
         clip_grad_norm_(policy.parameters(), config.max_grad_norm)
         optimizer.step()
         policy.after_optimizer_step()
