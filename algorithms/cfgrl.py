@@ -239,18 +239,23 @@ class CFGRL(OnPolicyAlgorithm):
         free = available_bytes(self.device, self.policy)
         if self.device_memory is not None:
             free = min(free, int(self.device_memory * GIB))
-        size, room = self.policy.plan_update(self.batch_size, free)
-        if size < self.batch_size:
+        plan = self.policy.plan_update(self.batch_size, free)
+        if plan.batch_size < self.batch_size:
             warnings.warn(
                 f"batches of {self.batch_size} don't fit in {free / GIB:.1f} GiB: going on with "
-                f"micro-batches of {size}, which changes memory and speed only",
+                f"micro-batches of {plan.batch_size}, which changes memory and speed only",
                 stacklevel=3,
             )
-        self._micro_batches = MicroBatches(size)
+        self._micro_batches = MicroBatches(plan.batch_size)
         host = available_host_bytes() // 2
         if self.prefix_memory is not None:
             host = int(self.prefix_memory * GIB)
-        self._prefixes = PrefixMemory(self.policy, room, host)
+        self._prefixes = PrefixMemory(self.policy, plan.room, host)
+        if self.verbose and plan.needed is not None:
+            print(
+                f"Memory: an update on micro-batches of {plan.batch_size} needs about "
+                f"{plan.needed / GIB:.2f} of {free / GIB:.2f} GiB; {self._prefixes}"
+            )
 
     # Collect ----------------------------------------------------------------------------------
 

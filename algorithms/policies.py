@@ -67,6 +67,15 @@ class Acted(NamedTuple):
     prefix: Any
 
 
+class UpdatePlan(NamedTuple):
+    """How an update fits the device: batch_size, windows of one forward pass; needed, bytes for it
+    (None: not known); room, bytes left there for keeping prefixes."""
+
+    batch_size: int
+    needed: int | None
+    room: int
+
+
 class FlowPolicy(BasePolicy):
     """Base of the policies that CFGRL trains.
 
@@ -310,15 +319,14 @@ class FlowPolicy(BasePolicy):
             v = self.velocity(inputs, interpolate(actions, noise, t), t, labels, prefix)
         return masked_mse(v.float(), noise - actions, is_pad, self.action_dim)
 
-    def plan_update(self, batch_size: int, free: int) -> tuple[int, int]:
-        """How an update fits the device.
+    def plan_update(self, batch_size: int, free: int) -> UpdatePlan:
+        """How an update fits the device; here nothing is known of that.
 
         :param batch_size: windows of one forward pass, as asked for
         :param free: bytes for weights, gradients, optimizer and all else
-        :return: windows of one forward pass that fit, and bytes left for keeping prefixes there
         :raises MemoryError: not even one window fits
         """
-        return batch_size, 0
+        return UpdatePlan(batch_size, needed=None, room=0)
 
     def start_average(self) -> None:
         """Begin the average of the weights that train now, where `ema_decay` asks for one.

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from cfgrl_gym.algorithms.device_memory import GIB
 from cfgrl_gym.algorithms.out_of_memory import is_out_of_memory
 from cfgrl_gym.algorithms.policies import FlowPolicy, PrefixRow
 
@@ -43,6 +44,15 @@ class PrefixMemory:
         self.policy = policy
         self.on_gpu = policy.device.type != "cpu"
         self.free = {"device": device_bytes if self.on_gpu else 0, "host": host_bytes}
+
+    def __str__(self) -> str:
+        if not self.policy.frozen_prefix:
+            return "no prefixes are kept, because the vision-language model trains"
+        return " and ".join(
+            f"{free / GIB:.2f} GiB for prefixes in the {place}'s memory"
+            for place, free in self.free.items()
+            if place == "host" or self.on_gpu
+        )
 
     def keep(self, prefix: Any, batch: int) -> list[KeptPrefix]:
         """Copy a prefix of `batch` samples, one by one, as far as there is room."""

@@ -136,6 +136,19 @@ def test_an_update_from_kept_prefixes_runs_no_vlm_and_learns_the_same() -> None:
         torch.testing.assert_close(a, b, atol=1e-4, rtol=0)
 
 
+def test_the_plan_is_told_and_a_budget_too_small_is_refused(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    learn(verbose=1, prefix_memory=0.5)
+    said = capsys.readouterr().out
+    assert "Memory: an update on micro-batches of 16 needs about 0.0" in said
+    assert "0.50 GiB for prefixes in the host's memory" in said
+    with pytest.warns(UserWarning, match="batches of 16 don't fit in 0.0 GiB: going on with micro"):
+        learn(device_memory=0.0025)
+    with pytest.raises(MemoryError, match="an update on one window at a time needs"):
+        learn(device_memory=0.0001)
+
+
 def test_windows_inside_chunks_are_computed_once() -> None:
     algorithm, passes = learn(window_stride=2)
     assert algorithm.windows is not None

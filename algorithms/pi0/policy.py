@@ -22,7 +22,7 @@ from cfgrl_gym.algorithms.pi0.lora import LORA_RANK, add_lora, check_lora, merge
 from cfgrl_gym.algorithms.pi0.memory import plan_update
 from cfgrl_gym.algorithms.pi0.prefix import Prefix, join, select_rows
 from cfgrl_gym.algorithms.pi0.presets import TinySizes
-from cfgrl_gym.algorithms.policies import FlowPolicy, Inputs, Observation, PrefixRow
+from cfgrl_gym.algorithms.policies import FlowPolicy, Inputs, Observation, PrefixRow, UpdatePlan
 from cfgrl_gym.wrappers.norm_stats import Moments, NormStats
 from cfgrl_gym.wrappers.transforms import (
     ActionsFromModel,
@@ -318,7 +318,7 @@ class Pi0Policy(FlowPolicy):
             for label in branches
         )
 
-    def plan_update(self, batch_size: int, free: int) -> tuple[int, int]:
+    def plan_update(self, batch_size: int, free: int) -> UpdatePlan:
         """See `FlowPolicy.plan_update`; from an estimate that allocates nothing, in a second."""
         plan = plan_update(
             self.model,
@@ -331,7 +331,7 @@ class Pi0Policy(FlowPolicy):
             average=self.average is not None,
             two_prefixes=self.config.use_prefix_dropout,
         )
-        return plan.batch_size, plan.prefix_room
+        return UpdatePlan(plan.batch_size, plan.estimate.total, plan.prefix_room)
 
     # Saving -----------------------------------------------------------------------------------
 
