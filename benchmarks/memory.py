@@ -20,13 +20,13 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from cfgrl_gym.algorithms.device_memory import available_bytes
 from cfgrl_gym.algorithms.flow import NULL, POSITIVE
 from cfgrl_gym.algorithms.pi0.condition import Pi0CFGRLConfig
 from cfgrl_gym.algorithms.pi0.lora import add_lora
 from cfgrl_gym.algorithms.pi0.memory import (
     GIB,
     MemoryEstimate,
-    available_bytes,
     encode_example,
     estimate_update,
     example_inputs,
