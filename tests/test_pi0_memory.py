@@ -4,6 +4,7 @@ import re
 import resource
 import sys
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -209,14 +210,17 @@ def test_the_model_is_left_as_it_was() -> None:
 # Plan and refusal -----------------------------------------------------------------------------
 
 
-def test_a_micro_batch_is_halved_until_it_fits(full_size: Pi0ForCFGRL) -> None:
+def test_a_micro_batch_is_halved_until_it_fits() -> None:
+    model = make_policy(trainable="expert").model
     need = {
-        size: estimate_update(full_size, size, cameras=3, accumulate=size < 24).total
-        for size in (24, 12, 6)
+        size: estimate_update(model, size, cameras=3, device_type="cpu", accumulate=size < 24).total
+        for size in (24, 12, 6, 3, 2)
     }
-    for asked, expected in ((need[24], 24), (need[24] - 1, 12), (need[12] - 1, 6)):
-        free = int(asked * (1 + HEADROOM)) + 1
-        plan = plan_update(full_size, 24, free=free, cameras=3)
+    sizes = list(need)
+    cases = [(need[24], 24)] + [(need[a] - 1, b) for a, b in pairwise(sizes)]
+    for enough, expected in cases:
+        free = int(enough * (1 + HEADROOM)) + 1
+        plan = plan_update(model, 24, free=free, cameras=3, device_type="cpu")
         assert plan.batch_size == expected
         assert plan.estimate.total == need[expected]
         assert plan.prefix_room == int(free / (1 + HEADROOM)) - need[expected]
@@ -237,17 +241,26 @@ def test_a_device_without_enough_memory_is_refused_by_part(full_size: Pi0ForCFGR
     assert "trainable" not in message  # it is expert training already
 
 
-def test_the_refusal_names_what_would_help_this_model() -> None:
-    model = full_model("all")
-    with pytest.raises(MemoryError, match=r"trainable='expert'.*gradient_checkpointing=True"):
-        plan_update(model, 2, free=16 * GB, cameras=2)
-    model.checkpoint_layers()
+@pytest.mark.parametrize(
+    ("kwargs", "helps"),
+    [
+        ({"trainable": "all"}, ["trainable='expert' or 'lora'", "gradient_checkpointing=True"]),
+        ({"trainable": "all", "gradient_checkpointing": True}, ["trainable='expert' or 'lora'"]),
+        (
+            {"trainable": "lora"},
+            ["trainable='expert'", "gradient_checkpointing=True", "vlm_dtype='bfloat16'"],
+        ),
+        ({"trainable": "expert"}, ["vlm_dtype='bfloat16'"]),
+    ],
+)
+def test_the_refusal_names_what_would_help_this_model(
+    kwargs: dict[str, Any], helps: list[str]
+) -> None:
     with pytest.raises(MemoryError) as refused:
-        plan_update(model, 2, free=16 * GB, cameras=2)
-    assert "gradient_checkpointing" not in str(refused.value)
-    model.model.vlm.requires_grad_(False)
-    with pytest.raises(MemoryError, match="vlm_dtype='bfloat16'"):
-        plan_update(model, 2, free=16 * GB, cameras=2)
+        plan_update(make_policy(**kwargs).model, 4, free=1000, cameras=2)
+    advice = str(refused.value).split("What helps: ")[1].split("; ")
+    assert advice[-1] == "a device with more memory"
+    assert [given.split(" instead")[0] for given in advice[:-1]] == helps
 
 
 def test_what_a_model_occupies_is_there_for_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -157,7 +157,8 @@ def plan_update(
             return MemoryPlan(size, estimate, free, usable - estimate.total)
         if size == 1:
             raise MemoryError(_refusal(model, estimate, free, device))
-        size, accumulate = (size + 1) // 2, True
+        fixed = estimate.total - estimate.prefix - estimate.activations
+        size, accumulate = (size + 1) // 2 if fixed <= usable else 1, True
 
 
 def _size(tensors: Iterable[Tensor]) -> int:
