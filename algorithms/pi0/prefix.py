@@ -53,12 +53,20 @@ class Prefix:
 def join(prefixes: list[Prefix]) -> Prefix:
     """One batch of several; shorter ones are padded with tokens that don't exist."""
     length = max(prefix.attention_mask.shape[1] for prefix in prefixes)
-    keys_values, masks = [], []
-    for prefix in prefixes:
-        missing = length - prefix.attention_mask.shape[1]
-        keys_values.append(F.pad(prefix.keys_values, (0, 0, 0, missing)))
-        masks.append(F.pad(prefix.attention_mask, (0, missing)))
-    return Prefix(torch.cat(keys_values), torch.cat(masks))
+    padded = [_pad(prefix, length) for prefix in prefixes]
+    return Prefix(
+        torch.cat([prefix.keys_values for prefix in padded]),
+        torch.cat([prefix.attention_mask for prefix in padded]),
+    )
+
+
+def _pad(prefix: Prefix, length: int) -> Prefix:
+    missing = length - prefix.attention_mask.shape[1]
+    if not missing:
+        return prefix
+    return Prefix(
+        F.pad(prefix.keys_values, (0, 0, 0, missing)), F.pad(prefix.attention_mask, (0, missing))
+    )
 
 
 def select_rows(rows: Tensor, yes: Prefix, no: Prefix) -> Prefix:

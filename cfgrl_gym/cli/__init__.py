@@ -15,7 +15,7 @@ TRACEBACK_VARIABLE = "CFGRL_TRACEBACK"
 USAGE_ERROR, INTERRUPTED = 2, 130
 
 # What a user can put right, with a message that says how. Anything else keeps its traceback.
-_EXPECTED = (ValueError, OSError, LiberoNotInstalledError, RenderingUnavailableError)
+_EXPECTED = (ValueError, OSError, MemoryError, LiberoNotInstalledError, RenderingUnavailableError)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
