@@ -1,0 +1,96 @@
+"""Where the time of a CFGRL iteration goes, on real LIBERO with the tiny PI0.
+
+    python benchmarks/iteration_time.py    # about ten minutes on 2 cores
+
+Every iteration's seconds of simulation, inference and update, for a policy that trains throughout
+and for one whose VLM is frozen, so that the prefixes are kept from acting to the update. All groups
+are learned from, because a policy with random weights never succeeds; episodes last to the limit.
+"""
+
+import sys
+from statistics import median
+from typing import Any
+
+from pi0_timing import arguments, keep, machine
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.logger import KVWriter, Logger
+
+from cfgrl_gym import CFGRL, ThreadVecEnv
+
+PARTS = ("simulation", "inference", "update")
+
+
+class Recorder(KVWriter):
+    """Keeps what each iteration logs."""
+
+    def __init__(self) -> None:
+        self.iterations: list[dict[str, float]] = []
+
+    def write(self, key_values: dict[str, Any], *_: Any, **__: Any) -> None:
+        spent = {part: float(key_values[f"time/seconds_{part}"]) for part in PARTS}
+        self.iterations.append({**spent, "control_steps_so_far": key_values["rollout/control_steps"]})
+        shown = ", ".join(f"{part} {seconds:.1f} s" for part, seconds in spent.items())
+        print(f"iteration {len(self.iterations)}: {shown}", flush=True)
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+def measure(env: Any, trainable: str, args: Any) -> dict[str, Any]:
+    algorithm = CFGRL(
+        "Pi0Policy",
+        env,
+        rloo_batch_size=args.rloo_batch_size,
+        groups_per_iteration=args.groups,
+        enable_dynamic_sampling=False,
+        policy_kwargs={"trainable": trainable},
+        seed=args.seed,
+        device="cpu",
+    )
+    recorder = Recorder()
+    algorithm.set_logger(Logger(folder=None, output_formats=[recorder]))
+    while len(recorder.iterations) < args.iterations:
+        algorithm.learn(1, reset_num_timesteps=False)
+    assert algorithm.windows is not None
+    medians = {part: median(run[part] for run in recorder.iterations) for part in PARTS}
+    total = sum(medians.values())
+    return {
+        "trainable": trainable,
+        "windows": len(algorithm.windows),
+        "epochs": algorithm.n_epochs,
+        "iterations": recorder.iterations,
+        "median_seconds": medians,
+        "shares": {part: seconds / total for part, seconds in medians.items()},
+    }
+
+
+def main() -> int:
+    parser = arguments(__doc__, "iteration_time.json", sizes=False)
+    parser.add_argument("--n_envs", type=int, default=2, help="(%(default)s)")
+    parser.add_argument("--chunk_size", type=int, default=16, help="(%(default)s)")
+    parser.add_argument("--rloo_batch_size", type=int, default=8, help="K (%(default)s)")
+    parser.add_argument("--groups", type=int, default=2, help="an iteration (%(default)s)")
+    parser.add_argument("--iterations", type=int, default=3, help="each (%(default)s)")
+    args = parser.parse_args()
+    env = make_vec_env(
+        "LiberoChunked-v0",
+        n_envs=args.n_envs,
+        vec_env_cls=ThreadVecEnv,  # type: ignore[arg-type]
+        env_kwargs={"task_id": 0, "chunk_size": args.chunk_size, "image_size": 112},
+    )
+    report = {
+        "command": " ".join(["python", *sys.argv]),
+        "settings": {**vars(args), "out": str(args.out), "task": "libero_object 0"},
+        "machine": machine("cpu"),
+        "runs": [measure(env, trainable, args) for trainable in ("all", "expert")],
+    }
+    env.close()
+    keep(args.out, "tiny, cpu", report)
+    for run in report["runs"]:
+        shares = ", ".join(f"{part} {share:.0%}" for part, share in run["shares"].items())
+        print(f"{run['trainable']}: {shares}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
