@@ -12,6 +12,7 @@ import torch
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.save_util import load_from_zip_file
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
 from stable_baselines3.common.utils import safe_mean
 from stable_baselines3.common.vec_env import VecEnv
@@ -41,6 +42,7 @@ from cfgrl_gym.algorithms.mlp_policy import MlpPolicy
 from cfgrl_gym.algorithms.policies import FlowPolicy
 from cfgrl_gym.algorithms.prefix_memory import PrefixMemory
 from cfgrl_gym.algorithms.samples import labelled_windows, window_losses
+from cfgrl_gym.algorithms.saved_model import saved_policy_kwargs
 from cfgrl_gym.algorithms.vec_env import as_vec_env, init_states
 from cfgrl_gym.algorithms.windows import WindowBatch
 
@@ -199,9 +201,40 @@ class CFGRL(OnPolicyAlgorithm):
         return [*super()._excluded_save_params(), *unsaved]
 
     def save(self, path: Any, exclude: Any = None, include: Any = None) -> None:
-        """SB3's .zip; it needs no other file to be loaded, such as a checkpoint of the start."""
+        """SB3's .zip. It needs no other file to be loaded, except where a frozen base makes most of
+        the policy: of that it keeps the place and the hash (see `Pi0Policy`'s `base`)."""
         self.policy_kwargs = self.policy.constructor_arguments()
         super().save(path, exclude, include)
+
+    @classmethod
+    def load(  # type: ignore[override]
+        cls: type[SelfCFGRL], path: Any, *args: Any, checkpoint: Any = None, **kwargs: Any
+    ) -> SelfCFGRL:
+        """SB3's `load`.
+
+        :param checkpoint: where the policy's base is now, if it isn't where it was
+        :raises FileNotFoundError: the base isn't there
+        :raises ValueError: the base has changed
+        """
+        if checkpoint is not None:
+            objects = kwargs.get("custom_objects") or {}
+            policy_kwargs = {**saved_policy_kwargs(path), "checkpoint": str(checkpoint)}
+            kwargs["custom_objects"] = {**objects, "policy_kwargs": policy_kwargs}
+        return super().load(path, *args, **kwargs)
+
+    def get_parameters(self) -> dict[str, dict[str, Any]]:
+        return {**super().get_parameters(), "policy": self.policy.state_to_save()}
+
+    def set_parameters(
+        self, load_path_or_dict: Any, exact_match: bool = True, device: Any = "auto"
+    ) -> None:
+        parameters = load_path_or_dict
+        if not isinstance(parameters, dict):
+            _, parameters, _ = load_from_zip_file(parameters, device=device, load_data=False)
+        if "policy" in parameters:
+            state = self.policy.complete_state(parameters["policy"])
+            parameters = {**parameters, "policy": state}
+        super().set_parameters(parameters, exact_match, device)
 
     # What an iteration needs ------------------------------------------------------------------
 

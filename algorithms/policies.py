@@ -359,8 +359,16 @@ class FlowPolicy(BasePolicy):
         if CFG_SCALE_VARIABLE not in os.environ:
             self.cfg_scale = float(state)
 
+    def state_to_save(self) -> dict[str, Any]:
+        """The state dict, without what `constructor_arguments` restores from elsewhere."""
+        return self.state_dict()
+
+    def complete_state(self, state: dict[str, Any]) -> dict[str, Any]:
+        """What `state_to_save` gave, with what it left out, as this policy has it."""
+        return state
+
     def constructor_arguments(self) -> dict[str, Any]:
-        """What rebuilds this policy, beside spaces and learning rate, without any file."""
+        """What rebuilds this policy, beside spaces and learning rate, to load its state into."""
         arguments = self._get_constructor_parameters()
         for name in ("observation_space", "action_space", "lr_schedule"):
             arguments.pop(name, None)

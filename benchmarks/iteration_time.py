@@ -28,7 +28,9 @@ class Recorder(KVWriter):
 
     def write(self, key_values: dict[str, Any], *_: Any, **__: Any) -> None:
         spent = {part: float(key_values[f"time/seconds_{part}"]) for part in PARTS}
-        self.iterations.append({**spent, "control_steps_so_far": key_values["rollout/control_steps"]})
+        self.iterations.append(
+            {**spent, "control_steps_so_far": key_values["rollout/control_steps"]}
+        )
         shown = ", ".join(f"{part} {seconds:.1f} s" for part, seconds in spent.items())
         print(f"iteration {len(self.iterations)}: {shown}", flush=True)
 

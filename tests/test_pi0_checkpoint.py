@@ -122,6 +122,7 @@ def test_wrong_checkpoints_are_refused(tmp_path: Path) -> None:
     (saved / "config.json").write_text(json.dumps({**config, "model_type": "gemma"}))
     with pytest.raises(ValueError, match="type 'gemma', not 'pi0'"):
         restore(saved)
+    (saved / "config.json").write_text(json.dumps(config))
     (saved / "pi0_policy.json").write_text("{")
     with pytest.raises(ValueError, match="is not JSON"):
         restore(saved)
@@ -145,5 +146,17 @@ def test_too_long_prompts_are_cut_with_a_warning_and_keep_their_newline() -> Non
 
 
 def test_missing_tokenizer_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no tokenizer could be loaded"):
+    with pytest.raises(FileNotFoundError, match=r"holds no tokenizer.*download tokenizer\.json"):
         PaliGemmaTokenizer(str(tmp_path))
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"no tokenizer could be read.*put them into the checkpo"):
+        PaliGemmaTokenizer(str(tmp_path))
+
+
+def test_a_tokenizer_on_the_hub_while_offline_is_an_error_that_says_what_to_download(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(FileNotFoundError, match=r"could not be had from the hub.*accept the lice"):
+        PaliGemmaTokenizer("google/paligemma-3b-pt-224")

@@ -1,7 +1,6 @@
 """Normalisation statistics of states and actions, in openpi's `norm_stats.json` format."""
 
 import json
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -124,12 +123,11 @@ class NormStats:
                 f"norm stats file '{path}' is not JSON ({error}); expected {_FORMAT}. "
                 "Is it an unfinished download?"
             ) from error
-        stats = _member(content, "norm_stats", path, "the file")
+        file = f"norm stats file '{path}'"
+        stats = _member(content, "norm_stats", file, "the file")
         return cls(
-            _read_moments(_member(stats, "state", path, "norm_stats"), "state", STATE_DIM, path),
-            _read_moments(
-                _member(stats, "actions", path, "norm_stats"), "actions", ACTION_DIM, path
-            ),
+            moments_of(_member(stats, "state", file, "norm_stats"), "state", STATE_DIM, file),
+            moments_of(_member(stats, "actions", file, "norm_stats"), "actions", ACTION_DIM, file),
         )
 
     def save(self, path: str | Path) -> None:
@@ -144,34 +142,38 @@ class NormStats:
         path.write_text(json.dumps({"norm_stats": content}, indent=2) + "\n", encoding="utf-8")
 
 
-def _member(container: Any, key: str, path: Path, where: str) -> Any:
+def _member(container: Any, key: str, file: str, where: str) -> Any:
     if not isinstance(container, dict) or key not in container:
         has = sorted(container) if isinstance(container, dict) else type(container).__name__
-        raise ValueError(
-            f"norm stats file '{path}': {where} has no '{key}' (it has {has}); expected {_FORMAT}"
-        )
+        raise ValueError(f"{file}: {where} has no '{key}' (it has {has}); expected {_FORMAT}")
     return container[key]
 
 
-def _read_moments(entry: Any, name: str, size: int, path: Path) -> Moments:
-    vectors: dict[str, Sequence[float]] = {}
+def moments_of(vectors: Any, name: str, size: int, where: str) -> Moments:
+    """The statistics of the first `size` numbers of each vector.
+
+    :param vectors: {"mean": [...], "std": [...]} and, if known, "q01" and "q99"
+    :param name: of the quantity, for error messages
+    :param where: the file, for error messages
+    :raises ValueError: a vector is missing, shorter than `size`, or can't be statistics
+    """
+    chosen: dict[str, tuple[float, ...]] = {}
     for key in ("mean", "std", "q01", "q99"):
-        if key in ("q01", "q99") and (not isinstance(entry, dict) or entry.get(key) is None):
+        if key in ("q01", "q99") and (not isinstance(vectors, dict) or vectors.get(key) is None):
             continue
-        vector = _member(entry, key, path, name)
-        where = f"norm stats file '{path}': {name}.{key}"
+        vector = _member(vectors, key, where, name)
         if not isinstance(vector, list) or not all(_is_number(x) for x in vector):
-            raise ValueError(f"{where} must be a list of numbers; got {vector!r}")
+            raise ValueError(f"{where}: {name}.{key} must be a list of numbers; got {vector!r}")
         if len(vector) < size:
             raise ValueError(
-                f"{where} has {len(vector)} numbers; expected at least {size}. "
+                f"{where}: {name}.{key} has {len(vector)} numbers; expected at least {size}. "
                 "These are not statistics of LIBERO's state (8) and actions (7)"
             )
-        vectors[key] = vector[:size]
+        chosen[key] = tuple(vector[:size])
     try:
-        return Moments(**{key: tuple(vector) for key, vector in vectors.items()})
+        return Moments(**chosen)
     except ValueError as error:
-        raise ValueError(f"norm stats file '{path}': {name}: {error}; recompute it") from error
+        raise ValueError(f"{where}: {name}: {error}; recompute it") from error
 
 
 def _is_number(value: Any) -> bool:

@@ -5,23 +5,24 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from cfgrl_gym.algorithms.pi0.base import Base, BaseReference, missing_base
 from cfgrl_gym.algorithms.pi0.condition import Pi0CFGRLConfig, check_condition_mode
+from cfgrl_gym.algorithms.pi0.formats import Source, read_source
 from cfgrl_gym.algorithms.pi0.model import Pi0ForCFGRL
-from cfgrl_gym.algorithms.pi0.presets import (
+from cfgrl_gym.algorithms.pi0.presets import PRESETS, TinySizes, new_model, tiny_config
+from cfgrl_gym.algorithms.pi0.stats_files import STATS_FILE
+from cfgrl_gym.algorithms.pi0.tokenizer import (
     PALIGEMMA_TOKENIZER,
-    PRESETS,
-    TinySizes,
-    new_model,
-    tiny_config,
+    ByteTokenizer,
+    PaliGemmaTokenizer,
+    PromptTokenizer,
 )
-from cfgrl_gym.algorithms.pi0.tokenizer import ByteTokenizer, PaliGemmaTokenizer, PromptTokenizer
+from cfgrl_gym.algorithms.pi0.weights import DTYPES, load_model
 from cfgrl_gym.wrappers.norm_stats import NormStats
 
 POLICY_FILE = "pi0_policy.json"
-STATS_FILE = "norm_stats.json"
 TRAINABLE = ("expert", "all", "lora")
 
 
@@ -34,6 +35,7 @@ class Pi0PolicyConfig:
     :param use_prefix_dropout: ∅ doesn't see the instruction either
     :param delta_actions: the model's actions are relative to the state in the first 6 dimensions
     :param trainable: "expert", "all" or "lora"
+    :param vlm_dtype: "float32" or "bfloat16", of the VLM's weights
     :param tokenizer: folder or hub name of preset "pi0"'s tokenizer; None for bytes
     """
 
@@ -42,6 +44,7 @@ class Pi0PolicyConfig:
     use_prefix_dropout: bool
     delta_actions: bool
     trainable: str
+    vlm_dtype: str
     tokenizer: str | None
 
     def __post_init__(self) -> None:
@@ -50,6 +53,13 @@ class Pi0PolicyConfig:
         check_condition_mode(self.condition_mode)
         if self.trainable not in TRAINABLE:
             raise ValueError(f"trainable must be one of {TRAINABLE}; got {self.trainable!r}")
+        if self.vlm_dtype not in DTYPES:
+            raise ValueError(f"vlm_dtype must be one of {(*DTYPES,)}; got {self.vlm_dtype!r}")
+        if self.vlm_dtype != "float32" and self.trainable == "all":
+            raise ValueError(
+                "trainable='all' trains the vision-language model too, which needs "
+                "vlm_dtype='float32': steps of training are too small for bfloat16 weights"
+            )
 
 
 @dataclass(frozen=True)
@@ -60,6 +70,7 @@ class Built:
     tokenizer: PromptTokenizer
     norm_stats: NormStats
     config: Pi0PolicyConfig
+    base: Base | None  # the checkpoint, where it is preset "pi0"'s
 
 
 def build(
@@ -75,50 +86,60 @@ def build(
     chunk_size: int,
     sizes: TinySizes | None,
     seed: int | None,
+    vlm_dtype: str | None,
     tokenizer: str | None,
     model_config: dict[str, Any] | None,
+    base: BaseReference | None,
 ) -> Built:
     """The parts of a policy, from the constructor's arguments (see `Pi0Policy`).
 
-    An argument that is None takes the checkpoint's value, or the preset's.
+    An argument that is None takes the checkpoint's value, or the preset's. Weights are read last:
+    whatever else is wrong is said before.
     """
     if preset not in PRESETS:
         raise ValueError(f"preset must be one of {PRESETS}; got {preset!r}")
-    folder = Path(checkpoint) if checkpoint is not None and Path(checkpoint).is_dir() else None
-    saved = {} if folder is None else _read_policy_file(folder, preset)
-    if checkpoint is not None:
-        if sizes is not None:
-            raise ValueError("sizes are of a new model; a checkpoint brings its own: pass only one")
-        model = _load_model(str(checkpoint), preset, saved, condition_mode, horizon)
+    if checkpoint is not None and sizes is not None:
+        raise ValueError("sizes are of a new model; a checkpoint brings its own: pass only one")
+    source = None if checkpoint is None else _find_source(str(checkpoint), preset, base)
+    saved = {} if source is None else _read_policy_file(source.folder, preset)
+    if source is not None:
+        config = _checkpoint_config(source, saved, condition_mode, horizon)
+    elif model_config is not None:
+        config = Pi0CFGRLConfig.from_dict(model_config)
+    elif preset == "tiny":
+        config = tiny_config(sizes or TinySizes(), horizon or chunk_size, condition_mode or "token")
     else:
-        if model_config is not None:
-            config = Pi0CFGRLConfig.from_dict(model_config)
-        elif preset == "tiny":
-            config = tiny_config(
-                sizes or TinySizes(), horizon or chunk_size, condition_mode or "token"
-            )
-        else:
-            raise ValueError(
-                "preset 'pi0' needs a checkpoint: pass checkpoint= a PI0 checkpoint folder or hub "
-                "name, such as lerobot/pi0_base (13 GB); for random weights take preset 'tiny'"
-            )
-        model = new_model(config, seed)
-    if preset == "pi0" and tokenizer is None:
-        has_own = folder is not None and (folder / "tokenizer_config.json").is_file()
-        tokenizer = saved.get("tokenizer") or (str(folder) if has_own else PALIGEMMA_TOKENIZER)
-    pretrained = preset == "pi0" and checkpoint is not None
+        raise ValueError(
+            "preset 'pi0' needs a checkpoint: pass checkpoint= a PI0 checkpoint folder or hub "
+            "name, such as lerobot/pi0_base (13 GB); for random weights take preset 'tiny'"
+        )
+    pretrained = preset == "pi0" and source is not None
+    delta = None if source is None else source.delta_actions
+    trainable = trainable or ("expert" if pretrained else "all")
+    frozen_dtype = "bfloat16" if preset == "pi0" and trainable != "all" else "float32"
     policy_config = Pi0PolicyConfig(
         preset=preset,
-        condition_mode=model.condition.mode,
+        condition_mode=config.condition_mode,
         use_prefix_dropout=_first(use_prefix_dropout, saved.get("use_prefix_dropout"), False),
-        delta_actions=_first(delta_actions, saved.get("delta_actions"), preset == "pi0"),
-        trainable=trainable or ("expert" if pretrained else "all"),
-        tokenizer=tokenizer if preset == "pi0" else None,
+        delta_actions=_first(delta_actions, saved.get("delta_actions"), delta, preset == "pi0"),
+        trainable=trainable,
+        vlm_dtype=vlm_dtype or frozen_dtype,
+        tokenizer=_tokenizer_source(tokenizer, source, saved) if preset == "pi0" else None,
     )
+    stats = _find_stats(norm_stats, source, preset)
     prompts: PromptTokenizer = (
-        ByteTokenizer() if tokenizer is None else PaliGemmaTokenizer(tokenizer)
+        ByteTokenizer()
+        if policy_config.tokenizer is None
+        else PaliGemmaTokenizer(policy_config.tokenizer)
     )
-    return Built(model, prompts, _find_stats(norm_stats, folder, preset), policy_config)
+    if source is None:
+        model = new_model(config, seed, DTYPES[policy_config.vlm_dtype])
+        return Built(model, prompts, stats, policy_config, base=None)
+    found = Base(source.name, source.files)
+    if base is not None:
+        found.verify(base)
+    model = load_model(source, config, policy_config.vlm_dtype)
+    return Built(model, prompts, stats, policy_config, found if pretrained else None)
 
 
 def save_checkpoint(
@@ -126,15 +147,18 @@ def save_checkpoint(
     model: Pi0ForCFGRL,
     norm_stats: NormStats,
     config: Pi0PolicyConfig,
+    tokenizer: PromptTokenizer,
     state_dict: dict[str, Tensor] | None = None,
 ) -> None:
-    """Write model.safetensors, config.json, norm_stats.json and pi0_policy.json.
+    """Write model.safetensors, config.json, norm_stats.json, pi0_policy.json and the tokenizer.
 
-    :param state_dict: written in place of the model's own
+    :param state_dict: weights to write in place of the model's own
     """
     folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(folder, state_dict=state_dict)
     norm_stats.save(folder / STATS_FILE)
+    if isinstance(tokenizer, PaliGemmaTokenizer):
+        tokenizer.save_pretrained(folder)
     text = json.dumps(asdict(config), indent=2) + "\n"
     (folder / POLICY_FILE).write_text(text, encoding="utf-8")
 
@@ -167,53 +191,56 @@ def _read_policy_file(folder: Path, preset: str) -> dict[str, Any]:
     return saved
 
 
-def _load_model(
-    checkpoint: str,
-    preset: str,
-    saved: dict[str, Any],
-    condition_mode: str | None,
-    horizon: int | None,
-) -> Pi0ForCFGRL:
+def _find_source(checkpoint: str, preset: str, base: BaseReference | None) -> Source:
     if preset == "tiny" and not Path(checkpoint).is_dir():
         raise FileNotFoundError(
             f"checkpoint folder '{checkpoint}' does not exist; give a folder that "
             "Pi0Policy.save_pretrained wrote"
         )
-    raw, _ = Pi0CFGRLConfig.get_config_dict(checkpoint)
-    kind = raw.get("model_type", raw.get("type"))  # LeRobot's config.json says "type"
-    if kind != "pi0":
-        raise ValueError(f"checkpoint '{checkpoint}' is a model of type '{kind}', not 'pi0'")
-    config = Pi0CFGRLConfig.from_pretrained(checkpoint)
-    trained = saved.get("condition_mode")
+    try:
+        return read_source(checkpoint)
+    except FileNotFoundError as error:
+        if base is None:
+            raise
+        raise missing_base(base, checkpoint, error) from error
+
+
+def _checkpoint_config(
+    source: Source, saved: dict[str, Any], condition_mode: str | None, horizon: int | None
+) -> Pi0CFGRLConfig:
+    config, trained = source.config, saved.get("condition_mode")
     if condition_mode is not None:
         if trained not in (None, condition_mode):
             raise ValueError(
-                f"checkpoint '{checkpoint}' was trained with condition_mode='{trained}', not "
+                f"checkpoint '{source.name}' was trained with condition_mode='{trained}', not "
                 f"'{condition_mode}'; leave condition_mode out, or start from an unconditional "
                 "checkpoint"
             )
         config.condition_mode = check_condition_mode(condition_mode)
     if horizon is not None:
         config.chunk_size = horizon  # no weight depends on it
-    # float32, whatever the file holds: the policy's inputs are float32
-    model = Pi0ForCFGRL.from_pretrained(checkpoint, config=config, dtype=torch.float32)
-    model.drop_unused_embeddings()
-    return model
+    return config
+
+
+def _tokenizer_source(given: str | None, source: Source | None, saved: dict[str, Any]) -> str:
+    own = None if source is None else source.tokenizer
+    return given or own or saved.get("tokenizer") or PALIGEMMA_TOKENIZER
 
 
 def _find_stats(
-    norm_stats: NormStats | str | Path | None, folder: Path | None, preset: str
+    norm_stats: NormStats | str | Path | None, source: Source | None, preset: str
 ) -> NormStats:
     if isinstance(norm_stats, NormStats):
         return norm_stats
     if norm_stats is not None:
         return NormStats.load(norm_stats)
-    if folder is not None and (folder / STATS_FILE).is_file():
-        return NormStats.load(folder / STATS_FILE)
-    if preset == "tiny":
+    stats = None if source is None else source.norm_stats()
+    if stats is None and preset == "tiny":
         return NormStats.identity()
-    raise ValueError(
-        "preset 'pi0' needs normalisation statistics: pass norm_stats= the path of the "
-        "checkpoint's norm_stats.json (openpi keeps it in the checkpoint's assets folder), or "
-        "NormStats.compute(states, actions) of your demonstrations"
-    )
+    if stats is None:
+        raise ValueError(
+            "preset 'pi0' needs normalisation statistics: pass norm_stats= the path of the "
+            "checkpoint's norm_stats.json (openpi keeps it in the checkpoint's assets folder), or "
+            "NormStats.compute(states, actions) of your demonstrations"
+        )
+    return stats

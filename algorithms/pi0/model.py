@@ -39,8 +39,16 @@ class Pi0ForCFGRL(PI0ForConditionalGeneration):
 
     config_class = Pi0CFGRLConfig
     # dit.embed_tokens is never read (the expert takes embeddings): see `drop_unused_embeddings`.
-    _keys_to_ignore_on_load_missing = [r"dit\.embed_tokens"]  # noqa: RUF012
+    # The condition is new to any checkpoint that isn't ours.
+    _keys_to_ignore_on_load_missing = [r"dit\.embed_tokens", r"^condition\."]  # noqa: RUF012
     _keys_to_ignore_on_load_unexpected = [r"dit\.embed_tokens"]  # noqa: RUF012
+    # With dtype=bfloat16 the VLM alone is bfloat16: what trains keeps float32 weights.
+    _keep_in_fp32_modules_strict = [  # noqa: RUF012
+        "dit",
+        "embed_action_time",
+        "action_out_proj",
+        "condition",
+    ]
 
     def __init__(self, config: Pi0CFGRLConfig) -> None:
         super().__init__(config)

@@ -1,5 +1,6 @@
 """The PI0 policy: `CFGRL("Pi0Policy", env)`."""
 
+import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -11,6 +12,7 @@ from stable_baselines3.common.type_aliases import Schedule
 from torch import Tensor
 
 from cfgrl_gym.algorithms.flow import NULL
+from cfgrl_gym.algorithms.pi0.base import BaseReference
 from cfgrl_gym.algorithms.pi0.checkpoint import build, save_checkpoint
 from cfgrl_gym.algorithms.pi0.inputs import (
     check_spaces,
@@ -68,10 +70,13 @@ class Pi0Policy(FlowPolicy):
     :param sizes: sizes of a new tiny model
     :param seed: of a new model's weights and of the adapters'; None draws them from the global
         generator
+    :param vlm_dtype: "float32" or "bfloat16": of the VLM's weights where they are frozen; all that
+        trains is float32. None: "bfloat16" with preset "pi0", else "float32"
     :param tokenizer: preset "pi0": folder or hub name of the tokenizer. None: the checkpoint's
         own, else PaliGemma's on the hub
     :param model_config: configuration of a new model as transformers writes it; overrides
         `sizes`. What `save` keeps, to rebuild the network before its weights are loaded
+    :param base: what `CFGRL.save` keeps of the checkpoint, to know whether it has changed
     :param num_inference_steps: Euler steps of the sampler
     :param guidance: "velocity" guides every denoising step; "action" combines two finished chunks
     :param ema_decay: act with an exponential moving average of the trained weights, of this decay
@@ -104,8 +109,10 @@ class Pi0Policy(FlowPolicy):
         horizon: int | None = None,
         sizes: TinySizes | None = None,
         seed: int | None = 0,
+        vlm_dtype: str | None = None,
         tokenizer: str | None = None,
         model_config: dict[str, Any] | None = None,
+        base: BaseReference | None = None,
         num_inference_steps: int = 10,
         guidance: str = "velocity",
         ema_decay: float | None = None,
@@ -130,8 +137,10 @@ class Pi0Policy(FlowPolicy):
             chunk_size=shape[0] if len(shape) == 2 else 1,
             sizes=sizes,
             seed=seed,
+            vlm_dtype=vlm_dtype,
             tokenizer=tokenizer,
             model_config=model_config,
+            base=base,
         )
         config = built.model.config
         if optimizer_kwargs is None and optimizer_class is torch.optim.AdamW:
@@ -151,6 +160,7 @@ class Pi0Policy(FlowPolicy):
             normalize_images=normalize_images,
         )
         self.config = built.config
+        self.base = built.base
         self.cameras = cameras
         self.tokenizer = built.tokenizer
         self.model = built.model
@@ -349,8 +359,48 @@ class Pi0Policy(FlowPolicy):
         training = self.training
         self.set_training_mode(False)
         merged = merged_state_dict(self.model) if self.config.trainable == "lora" else None
-        save_checkpoint(Path(folder), self.model, self.norm_stats, self.config, merged)
+        save_checkpoint(
+            Path(folder), self.model, self.norm_stats, self.config, self.tokenizer, merged
+        )
         self.set_training_mode(training)
+
+    def _base_reference(self) -> BaseReference | None:
+        """The checkpoint that the frozen weights can be had from again; None if there is none."""
+        if self.base is None or all(p.requires_grad for p in self.parameters()):
+            return None
+        reference = self.base.reference()
+        if reference is None:
+            warnings.warn(
+                f"the base checkpoint '{self.base.name}' has changed since it was loaded: all of "
+                "the weights are saved, not only what was trained",
+                stacklevel=4,
+            )
+        return reference
+
+    def _frozen(self) -> set[str]:
+        return {name for name, p in self.named_parameters() if not p.requires_grad}
+
+    def constructor_arguments(self) -> dict[str, Any]:
+        arguments = super().constructor_arguments()
+        reference = self._base_reference()
+        if reference is not None:
+            assert self.base is not None
+            arguments |= {"checkpoint": reference.name, "base": reference, "model_config": None}
+            tokenizer = self.config.tokenizer
+            if tokenizer and Path(tokenizer).resolve() == self.base.folder:
+                arguments["tokenizer"] = None  # it comes, and moves, with the checkpoint
+        return arguments
+
+    def state_to_save(self) -> dict[str, Any]:
+        state = self.state_dict()
+        if self._base_reference() is None:
+            return state
+        frozen = self._frozen()
+        return {name: value for name, value in state.items() if name not in frozen}
+
+    def complete_state(self, state: dict[str, Any]) -> dict[str, Any]:
+        own = dict(self.named_parameters())
+        return {**{name: own[name].detach() for name in self._frozen()}, **state}
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         data = super()._get_constructor_parameters()
@@ -366,6 +416,7 @@ class Pi0Policy(FlowPolicy):
             lora_rank=self.lora_rank,
             gradient_checkpointing=self.gradient_checkpointing,
             horizon=self.horizon,
+            vlm_dtype=self.config.vlm_dtype,
             tokenizer=self.config.tokenizer,
             model_config=self.model.config.to_dict(),
             num_inference_steps=self.num_inference_steps,

@@ -1,6 +1,7 @@
 """The two sizes of PI0: `tiny`, for a CPU, and `pi0`, the full 3.3 B model."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -10,7 +11,6 @@ from cfgrl_gym.algorithms.pi0.tokenizer import BYTE_IMAGE_TOKEN_ID, BYTE_VOCAB_S
 from cfgrl_gym.wrappers.norm_stats import ACTION_DIM, STATE_DIM
 
 PRESETS = ("tiny", "pi0")
-PALIGEMMA_TOKENIZER = "google/paligemma-3b-pt-224"
 
 
 @dataclass(frozen=True)
@@ -90,12 +90,20 @@ def tiny_config(sizes: TinySizes, horizon: int, condition_mode: str = "token") -
     )
 
 
-def new_model(config: Pi0CFGRLConfig, seed: int | None) -> Pi0ForCFGRL:
+def new_model(
+    config: Pi0CFGRLConfig, seed: int | None, vlm_dtype: torch.dtype = torch.float32
+) -> Pi0ForCFGRL:
     """A randomly initialised model.
 
     :param seed: of the initial weights; the global generator is left as it was. None draws from
         the global generator
+    :param vlm_dtype: of the VLM's weights; the others are float32
     """
+    # The configuration of a model that was loaded says in which dtype: that is not how to make one.
+    vlm: Any = config.vlm_config
+    parts: tuple[Any, ...] = (config, config.dit_config, vlm, vlm.text_config, vlm.vision_config)
+    for part in parts:
+        part.dtype = torch.float32
     if seed is None:
         model = Pi0ForCFGRL(config)
     else:
@@ -103,4 +111,7 @@ def new_model(config: Pi0CFGRLConfig, seed: int | None) -> Pi0ForCFGRL:
             torch.manual_seed(seed)
             model = Pi0ForCFGRL(config)
     model.drop_unused_embeddings()
+    # Parameters only: the rotary embeddings' buffers must stay float32.
+    for parameter in model.model.vlm.parameters():
+        parameter.data = parameter.data.to(vlm_dtype)
     return model

@@ -4,9 +4,11 @@ Two tokenizers with one interface: bytes, for the tiny preset, and PaliGemma's, 
 """
 
 import warnings
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from huggingface_hub import snapshot_download
 from torch import Tensor
 
 PAD_ID, BOS_ID, FIRST_BYTE_ID = 0, 2, 3  # PaliGemma's pad, eos (1, unused) and bos
@@ -14,6 +16,21 @@ BYTE_IMAGE_TOKEN_ID = FIRST_BYTE_ID + 256
 BYTE_VOCAB_SIZE = BYTE_IMAGE_TOKEN_ID + 1  # 260
 
 PALIGEMMA_PROMPT_TOKENS = 48  # openpi, models/pi0.py: max_token_len
+PALIGEMMA_TOKENIZER = "google/paligemma-3b-pt-224"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+)
+_HELP = (
+    "PI0 needs PaliGemma's tokenizer: accept the licence at "
+    f"https://huggingface.co/{PALIGEMMA_TOKENIZER}, download tokenizer.json, "
+    "tokenizer_config.json and special_tokens_map.json (or tokenizer.model) from "
+    "there, and put them into the checkpoint's folder, or into any folder and pass "
+    "tokenizer=FOLDER"
+)
 
 
 class PromptTokenizer(Protocol):
@@ -44,6 +61,8 @@ class PaliGemmaTokenizer:
     """PaliGemma's tokenizer, as openpi uses it (`models/tokenizer.py`).
 
     :param source: a folder that holds the tokenizer, or its name on the hub
+    :raises FileNotFoundError: it isn't there, and there is no network or no permission to fetch it
+    :raises ValueError: its files can't be read, or are another model's
     """
 
     max_tokens = PALIGEMMA_PROMPT_TOKENS
@@ -52,20 +71,59 @@ class PaliGemmaTokenizer:
     def __init__(self, source: str) -> None:
         from transformers import AutoTokenizer
 
+        folder = _tokenizer_folder(source)
         try:
-            self._tokenizer: Any = AutoTokenizer.from_pretrained(source)
-        except (OSError, ValueError) as error:
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        except (OSError, ValueError, KeyError) as error:
             raise ValueError(
-                f"no tokenizer could be loaded from '{source}' ({error}); pass tokenizer= the "
-                "folder or hub name of PaliGemma's (google/paligemma-3b-pt-224 needs its licence "
-                "accepted on the hub)"
+                f"no tokenizer could be read from '{folder}' ({error!r}). {_HELP}"
             ) from error
+        if self._tokenizer.bos_token_id is None:
+            raise ValueError(
+                f"the tokenizer in '{folder}' has no <bos>, as PaliGemma's has. {_HELP}"
+            )
+
+    def save_pretrained(self, folder: Path) -> None:
+        """Write the tokenizer's files."""
+        self._tokenizer.save_pretrained(folder)
 
     def encode(self, text: str) -> list[int]:
         cleaned = text.strip().replace("_", " ").replace("\n", " ")
         ids = self._tokenizer.encode(cleaned, add_special_tokens=False)
         newline = self._tokenizer.encode("\n", add_special_tokens=False)
         return [self._tokenizer.bos_token_id, *ids, *newline]
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a tokenizer's files lie in this folder."""
+    return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
+
+
+def _tokenizer_folder(source: str) -> Path:
+    """Where the tokenizer's files are, fetched from the hub if need be (once: then from cache)."""
+    folder = Path(source).expanduser()
+    if has_tokenizer(folder):
+        return folder
+    if folder.is_dir():
+        raise FileNotFoundError(f"folder '{source}' holds no tokenizer. {_HELP}")
+    try:
+        # The cache first: with the files there, a network that is down need not be waited for.
+        cached = Path(snapshot_download(source, local_files_only=True))
+        if has_tokenizer(cached):
+            return cached
+    except (OSError, ValueError):  # not in the cache, or no hub name
+        pass
+    try:
+        fetched = Path(snapshot_download(source, allow_patterns=list(TOKENIZER_FILES)))
+    except (OSError, ValueError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise FileNotFoundError(
+            f"tokenizer '{source}' is no local folder and could not be had from the hub "
+            f"({reason}). {_HELP}"
+        ) from error
+    if not has_tokenizer(fetched):
+        raise FileNotFoundError(f"hub repository '{source}' holds no tokenizer. {_HELP}")
+    return fetched
 
 
 def tokenize(

@@ -11,8 +11,9 @@ from typing import Any
 from stable_baselines3.common.utils import get_device
 
 from cfgrl_gym.algorithms import CFGRL
-from cfgrl_gym.algorithms.pi0 import Pi0CFGRLConfig, Pi0Policy
+from cfgrl_gym.algorithms.pi0 import Pi0Policy
 from cfgrl_gym.algorithms.pi0.checkpoint import POLICY_FILE
+from cfgrl_gym.algorithms.pi0.formats import Source, read_source
 from cfgrl_gym.cli.configs import EvalConfig, TrainConfig
 from cfgrl_gym.cli.environments import libero_spaces
 from cfgrl_gym.cli.run_folder import POLICY_FOLDER
@@ -26,6 +27,7 @@ class Checkpoint:
     preset: str
     horizon: int
     image_size: int
+    source: Source
 
 
 def find_checkpoint(policy: str, preset: str | None) -> Checkpoint:
@@ -39,11 +41,6 @@ def find_checkpoint(policy: str, preset: str | None) -> Checkpoint:
     if (folder / POLICY_FOLDER / POLICY_FILE).is_file():
         folder = folder / POLICY_FOLDER
     if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise FileNotFoundError(
-                f"folder '{folder}' holds no policy (no config.json); give what `cfgrl sft` or "
-                "`cfgrl train` wrote, or a PI0 checkpoint"
-            )
         path = str(folder)
         preset = preset or _saved_preset(folder / POLICY_FILE)
     elif preset != "pi0":
@@ -53,9 +50,9 @@ def find_checkpoint(policy: str, preset: str | None) -> Checkpoint:
         )
     else:
         path = policy
-    config = Pi0CFGRLConfig.from_pretrained(path)
-    size = config.vlm_config.vision_config.image_size  # type: ignore[union-attr]
-    return Checkpoint(path, preset, config.chunk_size, size)
+    source = read_source(path)
+    vision: Any = source.config.vlm_config.vision_config  # type: ignore[union-attr]
+    return Checkpoint(path, preset, source.config.chunk_size, vision.image_size, source)
 
 
 def _saved_preset(file: Path) -> str:

@@ -8,7 +8,6 @@ from stable_baselines3.common.logger import configure
 from stable_baselines3.common.utils import get_device
 
 from cfgrl_gym.algorithms.pi0 import NormStats, Pi0Policy, TinySizes
-from cfgrl_gym.algorithms.pi0.checkpoint import STATS_FILE
 from cfgrl_gym.algorithms.warm_start import WarmStartConfig, demonstration_stats, warm_start
 from cfgrl_gym.cli.configs import SftConfig
 from cfgrl_gym.cli.environments import libero_spaces
@@ -80,7 +79,7 @@ def build_policy(config: SftConfig, demonstrations: list[Demonstration]) -> Pi0P
         checkpoint = find_checkpoint(config.policy, config.preset)
         arguments = {"preset": checkpoint.preset, "checkpoint": checkpoint.path}
         image_size = checkpoint.image_size
-        own_stats = (Path(checkpoint.path) / STATS_FILE).is_file()
+        own_stats = checkpoint.source.norm_stats() is not None
     if (config.policy is not None or config.preset == "pi0") and sizes != TinySizes():
         raise ValueError(
             "image_size, patch_size and the other sizes are those of a new tiny model; leave them "

@@ -1,0 +1,90 @@
+"""A model from a checkpoint's weights: every tensor accounted for."""
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from cfgrl_gym.algorithms.pi0.condition import Pi0CFGRLConfig
+from cfgrl_gym.algorithms.pi0.formats import Source
+from cfgrl_gym.algorithms.pi0.model import Pi0ForCFGRL
+from cfgrl_gym.algorithms.pi0.stats_files import OLD_BUFFER_PREFIXES
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+SHOWN = 5  # tensor names in an error message
+
+
+def load_model(source: Source, config: Pi0CFGRLConfig, vlm_dtype: str) -> Pi0ForCFGRL:
+    """The checkpoint's model.
+
+    :param vlm_dtype: "float32" or "bfloat16". Expert, projections and condition are float32,
+        whatever the file holds
+    :raises ValueError: tensors are missing, superfluous or of another shape
+    """
+    state = _read_state(source)
+    model, report = Pi0ForCFGRL.from_pretrained(
+        None,
+        config=config,
+        state_dict=state,
+        dtype=DTYPES[vlm_dtype],
+        ignore_mismatched_sizes=True,  # counted below, with the rest
+        output_loading_info=True,
+    )
+    missing = set(report["missing_keys"])
+    if any(name.startswith("condition.") for name in state):
+        missing |= {f"condition.{name}" for name in model.condition.state_dict()} - set(state)
+    shapes = [
+        f"{name} {tuple(found)}, not {tuple(wanted)}"
+        for name, found, wanted in report["mismatched_keys"]
+    ]
+    problems = [
+        f"{what} {len(names)} {'tensor' if len(names) == 1 else 'tensors'} ({_some(names)})"
+        for what, names in (
+            ("lacks", sorted(missing)),
+            ("has unknown", sorted(report["unexpected_keys"])),
+            ("has in another shape", sorted(shapes)),
+        )
+        if names
+    ]
+    if problems:
+        raise ValueError(
+            f"checkpoint '{source.name}' {'; it '.join(problems)}. It is not a complete PI0 "
+            "checkpoint in transformers', LeRobot's or openpi's format: download or convert it "
+            "again"
+        )
+    model.condition.float()  # where it is new, it was made in the VLM's dtype
+    _own_memory(model, state)
+    model.drop_unused_embeddings()
+    return model
+
+
+def _read_state(source: Source) -> dict[str, Tensor]:
+    """The file's tensors, mapped, not read; without LeRobot's old statistics."""
+    state = {}
+    for file in source.files:
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 (no mapping: it has keys() only)
+                if not name.removeprefix("model.").startswith(OLD_BUFFER_PREFIXES):
+                    state[name] = tensors.get_tensor(name)
+    # LeRobot's names are openpi's behind "model.", which together with SigLIP's older name
+    # "vision_tower.vision_model." is more than transformers' conversion can undo.
+    if any(name.startswith("model.paligemma_with_expert.") for name in state):
+        state = {name.removeprefix("model."): tensor for name, tensor in state.items()}
+    # transformers reads the VLM's lm_head as its embeddings, and over them where a file has both.
+    # PI0 has no use for an lm_head: embeddings that are there are the ones that were trained.
+    if any(name.endswith("language_model.embed_tokens.weight") for name in state):
+        state = {name: t for name, t in state.items() if "paligemma.lm_head" not in name}
+    return state
+
+
+def _own_memory(model: Pi0ForCFGRL, state: dict[str, Tensor]) -> None:
+    """Parameters that still point into a mapped file get memory of their own: the file may be
+    written anew, by a save into the same folder for one."""
+    mapped = {tensor.data_ptr() for tensor in state.values()}
+    for parameter in model.parameters():
+        if parameter.data_ptr() in mapped:
+            parameter.data = parameter.data.clone()
+
+
+def _some(names: list[str]) -> str:
+    more = len(names) - SHOWN
+    return ", ".join(names[:SHOWN]) + (f" and {more} more" if more > 0 else "")
