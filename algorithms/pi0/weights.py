@@ -1,5 +1,7 @@
 """A model from a checkpoint's weights: every tensor accounted for."""
 
+from typing import Any
+
 import torch
 from safetensors import safe_open
 from torch import Tensor
@@ -21,7 +23,7 @@ def load_model(source: Source, config: Pi0CFGRLConfig, vlm_dtype: str) -> Pi0For
     :raises ValueError: tensors are missing, superfluous or of another shape
     """
     state = _read_state(source)
-    model, report = Pi0ForCFGRL.from_pretrained(
+    loaded: Any = Pi0ForCFGRL.from_pretrained(
         None,
         config=config,
         state_dict=state,
@@ -29,6 +31,8 @@ def load_model(source: Source, config: Pi0CFGRLConfig, vlm_dtype: str) -> Pi0For
         ignore_mismatched_sizes=True,  # counted below, with the rest
         output_loading_info=True,
     )
+    model: Pi0ForCFGRL = loaded[0]
+    report: dict[str, Any] = loaded[1]
     missing = set(report["missing_keys"])
     if any(name.startswith("condition.") for name in state):
         missing |= {f"condition.{name}" for name in model.condition.state_dict()} - set(state)

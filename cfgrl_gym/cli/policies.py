@@ -66,7 +66,7 @@ def _saved_preset(file: Path) -> str:
 
 def policy_arguments(config: TrainConfig | EvalConfig, checkpoint: Checkpoint) -> dict[str, Any]:
     """Keyword arguments of `Pi0Policy`, beside its spaces."""
-    arguments = {
+    arguments: dict[str, Any] = {
         "preset": checkpoint.preset,
         "checkpoint": checkpoint.path,
         "norm_stats": config.norm_stats,
