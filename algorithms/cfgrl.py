@@ -1,7 +1,6 @@
 """CFGRL, reinforcement learning by guidance, as an SB3 algorithm."""
 
 import math
-import warnings
 from collections import deque
 from functools import partial
 from time import perf_counter
@@ -12,7 +11,6 @@ import torch
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
-from stable_baselines3.common.save_util import load_from_zip_file
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
 from stable_baselines3.common.utils import safe_mean
 from stable_baselines3.common.vec_env import VecEnv
@@ -20,12 +18,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from cfgrl_gym.algorithms.checks import check_parameters, check_stride
 from cfgrl_gym.algorithms.collector import Collector
-from cfgrl_gym.algorithms.device_memory import (
-    GIB,
-    available_bytes,
-    available_host_bytes,
-    check_weights_fit,
-)
+from cfgrl_gym.algorithms.device_memory import check_weights_fit
 from cfgrl_gym.algorithms.flow import interpolate
 from cfgrl_gym.algorithms.groups import (
     GroupPlan,
@@ -36,13 +29,12 @@ from cfgrl_gym.algorithms.groups import (
     torch_generator,
 )
 from cfgrl_gym.algorithms.labels import LabelSource, Negatives, drop_condition
+from cfgrl_gym.algorithms.memory_plan import plan_memory
 from cfgrl_gym.algorithms.metrics import UpdateMetrics, rollout_metrics
-from cfgrl_gym.algorithms.micro_batches import MicroBatches
 from cfgrl_gym.algorithms.mlp_policy import MlpPolicy
 from cfgrl_gym.algorithms.policies import FlowPolicy
-from cfgrl_gym.algorithms.prefix_memory import PrefixMemory
 from cfgrl_gym.algorithms.samples import labelled_windows, window_losses
-from cfgrl_gym.algorithms.saved_model import saved_policy_kwargs
+from cfgrl_gym.algorithms.saved_model import SavesWhatWasTrained
 from cfgrl_gym.algorithms.vec_env import as_vec_env, init_states
 from cfgrl_gym.algorithms.windows import WindowBatch
 
@@ -52,7 +44,7 @@ SelfCFGRL = TypeVar("SelfCFGRL", bound="CFGRL")
 PLAN, NOISE, UPDATE = range(3)
 
 
-class CFGRL(OnPolicyAlgorithm):
+class CFGRL(SavesWhatWasTrained, OnPolicyAlgorithm):
     """Classifier-free guidance reinforcement learning (Frans et al. 2025, arXiv 2505.23458).
 
     Groups of K episodes from one start give leave-one-out advantages; the advantage of each
@@ -200,42 +192,6 @@ class CFGRL(OnPolicyAlgorithm):
         unsaved = ["windows", "_last_obs", "_prefixes", "_micro_batches"]
         return [*super()._excluded_save_params(), *unsaved]
 
-    def save(self, path: Any, exclude: Any = None, include: Any = None) -> None:
-        """SB3's .zip. It needs no other file to be loaded, except where a frozen base makes most of
-        the policy: of that it keeps the place and the hash (see `Pi0Policy`'s `base`)."""
-        self.policy_kwargs = self.policy.constructor_arguments()
-        super().save(path, exclude, include)
-
-    @classmethod
-    def load(  # type: ignore[override]
-        cls: type[SelfCFGRL], path: Any, *args: Any, checkpoint: Any = None, **kwargs: Any
-    ) -> SelfCFGRL:
-        """SB3's `load`.
-
-        :param checkpoint: where the policy's base is now, if it isn't where it was
-        :raises FileNotFoundError: the base isn't there
-        :raises ValueError: the base has changed
-        """
-        if checkpoint is not None:
-            objects = kwargs.get("custom_objects") or {}
-            policy_kwargs = {**saved_policy_kwargs(path), "checkpoint": str(checkpoint)}
-            kwargs["custom_objects"] = {**objects, "policy_kwargs": policy_kwargs}
-        return super().load(path, *args, **kwargs)
-
-    def get_parameters(self) -> dict[str, dict[str, Any]]:
-        return {**super().get_parameters(), "policy": self.policy.state_to_save()}
-
-    def set_parameters(
-        self, load_path_or_dict: Any, exact_match: bool = True, device: Any = "auto"
-    ) -> None:
-        parameters = load_path_or_dict
-        if not isinstance(parameters, dict):
-            _, parameters, _ = load_from_zip_file(parameters, device=device, load_data=False)
-        if "policy" in parameters:
-            state = self.policy.complete_state(parameters["policy"])
-            parameters = {**parameters, "policy": state}
-        super().set_parameters(parameters, exact_match, device)
-
     # What an iteration needs ------------------------------------------------------------------
 
     @property
@@ -263,32 +219,6 @@ class CFGRL(OnPolicyAlgorithm):
             count = self.max_groups_tried or 3 * count
         rng = np.random.default_rng(seed_sequence(self._entropy, PLAN, self._iteration))
         return draw_plan(rng, count, self.rloo_batch_size, init_states(env))
-
-    def _plan_memory(self) -> None:
-        """Decide on micro-batches and on the room for prefixes.
-
-        :raises MemoryError: the device can't hold an update
-        """
-        free = available_bytes(self.device, self.policy)
-        if self.device_memory is not None:
-            free = min(free, int(self.device_memory * GIB))
-        plan = self.policy.plan_update(self.batch_size, free)
-        if plan.batch_size < self.batch_size:
-            warnings.warn(
-                f"batches of {self.batch_size} don't fit in {free / GIB:.1f} GiB: going on with "
-                f"micro-batches of {plan.batch_size}, which changes memory and speed only",
-                stacklevel=3,
-            )
-        self._micro_batches = MicroBatches(plan.batch_size)
-        host = available_host_bytes() // 2
-        if self.prefix_memory is not None:
-            host = int(self.prefix_memory * GIB)
-        self._prefixes = PrefixMemory(self.policy, plan.room, host)
-        if self.verbose and plan.needed is not None:
-            print(
-                f"Memory: an update on micro-batches of {plan.batch_size} needs about "
-                f"{plan.needed / GIB:.2f} of {free / GIB:.2f} GiB; {self._prefixes}"
-            )
 
     # Collect ----------------------------------------------------------------------------------
 
@@ -418,7 +348,9 @@ class CFGRL(OnPolicyAlgorithm):
         total_timesteps, callback = self._setup_learn(
             total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
         )
-        self._plan_memory()
+        self._micro_batches, self._prefixes = plan_memory(
+            self.policy, self.batch_size, self.device_memory, self.prefix_memory, self.verbose
+        )
         callback.on_training_start(locals(), globals())
         assert self.env is not None
         iteration = 0

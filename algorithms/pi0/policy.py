@@ -1,6 +1,5 @@
 """The PI0 policy: `CFGRL("Pi0Policy", env)`."""
 
-import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -22,9 +21,10 @@ from cfgrl_gym.algorithms.pi0.inputs import (
 )
 from cfgrl_gym.algorithms.pi0.lora import LORA_RANK, add_lora, check_lora, merged_state_dict
 from cfgrl_gym.algorithms.pi0.memory import plan_update
+from cfgrl_gym.algorithms.pi0.on_base import OnBase
 from cfgrl_gym.algorithms.pi0.prefix import Prefix, join, select_rows
 from cfgrl_gym.algorithms.pi0.presets import TinySizes
-from cfgrl_gym.algorithms.policies import FlowPolicy, Inputs, Observation, PrefixRow, UpdatePlan
+from cfgrl_gym.algorithms.policies import Inputs, Observation, PrefixRow, UpdatePlan
 from cfgrl_gym.wrappers.norm_stats import Moments, NormStats
 from cfgrl_gym.wrappers.transforms import (
     ActionsFromModel,
@@ -37,7 +37,7 @@ from cfgrl_gym.wrappers.transforms import (
 OPENPI_ADAMW = {"betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 1e-10}
 
 
-class Pi0Policy(FlowPolicy):
+class Pi0Policy(OnBase):
     """PI0 with an optimality condition, for LIBERO's observations.
 
     :param observation_space: Dict of uint8 images (H, W, 3) under PI0's camera names (base_0_rgb;
@@ -329,7 +329,7 @@ class Pi0Policy(FlowPolicy):
         )
 
     def plan_update(self, batch_size: int, free: int) -> UpdatePlan:
-        """See `FlowPolicy.plan_update`; from an estimate that allocates nothing, in a second."""
+        """See `FlowPolicy`; from an estimate that allocates nothing, in a second."""
         plan = plan_update(
             self.model,
             batch_size,
@@ -363,44 +363,6 @@ class Pi0Policy(FlowPolicy):
             Path(folder), self.model, self.norm_stats, self.config, self.tokenizer, merged
         )
         self.set_training_mode(training)
-
-    def _base_reference(self) -> BaseReference | None:
-        """The checkpoint that the frozen weights can be had from again; None if there is none."""
-        if self.base is None or all(p.requires_grad for p in self.parameters()):
-            return None
-        reference = self.base.reference()
-        if reference is None:
-            warnings.warn(
-                f"the base checkpoint '{self.base.name}' has changed since it was loaded: all of "
-                "the weights are saved, not only what was trained",
-                stacklevel=4,
-            )
-        return reference
-
-    def _frozen(self) -> set[str]:
-        return {name for name, p in self.named_parameters() if not p.requires_grad}
-
-    def constructor_arguments(self) -> dict[str, Any]:
-        arguments = super().constructor_arguments()
-        reference = self._base_reference()
-        if reference is not None:
-            assert self.base is not None
-            arguments |= {"checkpoint": reference.name, "base": reference, "model_config": None}
-            tokenizer = self.config.tokenizer
-            if tokenizer and Path(tokenizer).resolve() == self.base.folder:
-                arguments["tokenizer"] = None  # it comes, and moves, with the checkpoint
-        return arguments
-
-    def state_to_save(self) -> dict[str, Any]:
-        state = self.state_dict()
-        if self._base_reference() is None:
-            return state
-        frozen = self._frozen()
-        return {name: value for name, value in state.items() if name not in frozen}
-
-    def complete_state(self, state: dict[str, Any]) -> dict[str, Any]:
-        own = dict(self.named_parameters())
-        return {**{name: own[name].detach() for name in self._frozen()}, **state}
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         data = super()._get_constructor_parameters()
