@@ -4,11 +4,12 @@
     python benchmarks/update_cost.py --size full   # a quarter of an hour on 2 CPU cores
 
 One epoch over the same windows both ways, with CFGRL's own update: VLM frozen, random weights,
-two cameras; the full size computes in bfloat16. Also the gradients of the first step both ways, the
+two cameras; the full size computes in bfloat16. Also the gradients of a micro-batch both ways, the
 loss curves of 50 steps (tiny only: at full size they would take an hour), and the floating-point
 operations at full size, counted on the meta device.
 """
 
+import argparse
 import sys
 from functools import partial
 from typing import Any
@@ -98,10 +99,13 @@ def first_gradients(update: Update) -> list[Tensor]:
 
 
 def compare_gradients(policy: Pi0Policy, args: Any) -> dict[str, float]:
-    """Distance of the two ways' gradients of one step, relative to their norm."""
-    kept = Update(policy, args, kept=True)
+    """Distance of the two ways' gradients of one micro-batch, relative to their norm."""
+    few = argparse.Namespace(
+        **{**vars(args), "windows": args.micro_batch, "step": args.micro_batch}
+    )
+    kept = Update(policy, few, kept=True)
     kept.act()
-    one, other = first_gradients(kept), first_gradients(Update(policy, args, kept=False))
+    one, other = first_gradients(kept), first_gradients(Update(policy, few, kept=False))
     difference = sum(float((a - b).square().sum()) for a, b in zip(one, other, strict=True))
     norm = sum(float(a.square().sum()) for a in one)
     return {
@@ -188,7 +192,7 @@ def main() -> int:
         "settings": {**vars(args), "out": str(args.out), "actions": CHUNK},
         "machine": machine(args.device),
         "flops_of_a_window_at_full_size": full_size_flops(),
-        "gradients_of_a_step": compare_gradients(policy, args),
+        "gradients": compare_gradients(policy, args),
         "epoch": compare_epochs(policy, args),
     }
     if args.size == "tiny":
@@ -196,7 +200,7 @@ def main() -> int:
     keep(args.out, f"{args.size}, {args.device}", report)
     print(f"an epoch recomputed takes {report['epoch']['ratio']:.1f} times one from kept prefixes")
     print(f"by operations at full size: {full_size_flops()['recomputed_to_kept']:.1f} times")
-    print(f"gradients: {report['gradients_of_a_step']}")
+    print(f"gradients: {report['gradients']}")
     return 0
 
 
