@@ -313,13 +313,13 @@ class CFGRL(SavesWhatWasTrained, OnPolicyAlgorithm):
 
         for name, value in metrics.summary().items():
             self.logger.record(name, value)
-        self.logger.record("train/guidance_gap", self._guidance_gap(windows[order], generator))
+        probe = windows[order[: self._micro_batches.size]]
+        self.logger.record("train/guidance_gap", self._guidance_gap(probe, generator))
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
         self.logger.record("time/seconds_update", perf_counter() - began)
 
-    def _guidance_gap(self, windows: WindowBatch, generator: torch.Generator) -> float:
-        """How far v_1 and v_∅ are apart, on as many windows as fit."""
-        probe = windows[torch.arange(min(len(windows), self._micro_batches.size))]
+    def _guidance_gap(self, probe: WindowBatch, generator: torch.Generator) -> float:
+        """How far v_1 and v_∅ are apart on these windows."""
         t, noise = self.policy.draw_flow(len(probe), generator)
         prefix = self._prefixes.recall(probe.observations, probe.prefixes)
         x_t = interpolate(probe.model_actions, noise, t)

@@ -23,6 +23,10 @@ def check_parameters(algorithm: "CFGRL") -> None:
     share = algorithm.early_stop_percentage
     if not 0 < share <= 1:
         raise ValueError(f"early_stop_percentage must be in (0, 1]; got {share}")
+    for name in ("device_memory", "prefix_memory"):
+        gib = getattr(algorithm, name)
+        if gib is not None and not gib >= 0:
+            raise ValueError(f"{name} is in GiB and must not be negative; got {gib}")
     tried, needed = algorithm.max_groups_tried, algorithm.groups_needed
     if tried is not None and tried < needed:
         raise ValueError(f"max_groups_tried={tried} can't give the {needed} valid groups asked for")
