@@ -7,11 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pi0_folders import STATS, lerobot, small_config
 from pi0_support import PromptEnv, make_observation
 from safetensors.torch import load_file, save_file
 from stable_baselines3.common.vec_env import DummyVecEnv
-from test_pi0_checkpoint import STATS
-from test_pi0_formats import lerobot, small_config
 
 from cfgrl_gym.algorithms import CFGRL
 from cfgrl_gym.algorithms.pi0 import Pi0Policy

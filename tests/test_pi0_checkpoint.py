@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pi0_folders import STATS, save_word_tokenizer
 from pi0_support import (
     HORIZON,
     MODES,
@@ -17,16 +18,9 @@ from pi0_support import (
     make_spaces,
     plain_pi0,
 )
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import PreTrainedTokenizerFast
 
-from cfgrl_gym.algorithms.pi0 import NormStats, Pi0Policy
+from cfgrl_gym.algorithms.pi0 import Pi0Policy
 from cfgrl_gym.algorithms.pi0.tokenizer import ByteTokenizer, PaliGemmaTokenizer, tokenize
-from cfgrl_gym.wrappers.norm_stats import Moments
-
-STATS = NormStats(Moments((0.1,) * 8, (0.7,) * 8), Moments((-0.2,) * 7, (0.3,) * 7))
 
 
 def predictions(policy: Pi0Policy) -> np.ndarray:
@@ -36,15 +30,6 @@ def predictions(policy: Pi0Policy) -> np.ndarray:
 
 def restore(checkpoint: Path | str, **kwargs: Any) -> Pi0Policy:
     return Pi0Policy(*make_spaces(), lambda _: 1e-3, checkpoint=checkpoint, **kwargs)
-
-
-def save_word_tokenizer(folder: Path) -> None:
-    words = {"<pad>": 0, "<eos>": 1, "<bos>": 2, "<unk>": 3, "pick": 4, "up": 5, "can": 6}
-    tokenizer = Tokenizer(WordLevel(words, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = WhitespaceSplit()
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<bos>", pad_token="<pad>", unk_token="<unk>"
-    ).save_pretrained(folder)
 
 
 @pytest.mark.parametrize("mode", MODES)
