@@ -4,7 +4,7 @@
     python benchmarks/update_cost.py --size full   # a quarter of an hour on 2 CPU cores
 
 One epoch over the same windows both ways, with CFGRL's own update: VLM frozen, random weights,
-two cameras; the full size computes in bfloat16. Also the gradients of a micro-batch both ways, the
+two cameras; the full size computes in bfloat16. Also the gradients of a few windows both ways, the
 loss curves of 50 steps (tiny only: at full size they would take an hour), and the floating-point
 operations at full size, counted on the meta device.
 """
@@ -99,10 +99,9 @@ def first_gradients(update: Update) -> list[Tensor]:
 
 
 def compare_gradients(policy: Pi0Policy, args: Any) -> dict[str, float]:
-    """Distance of the two ways' gradients of one micro-batch, relative to their norm."""
-    few = argparse.Namespace(
-        **{**vars(args), "windows": args.micro_batch, "step": args.micro_batch}
-    )
+    """Distance of the two ways' gradients of a few windows, relative to their norm."""
+    number = min(8, args.micro_batch)
+    few = argparse.Namespace(**{**vars(args), "windows": number, "step": number})
     kept = Update(policy, few, kept=True)
     kept.act()
     one, other = first_gradients(kept), first_gradients(Update(policy, few, kept=False))
@@ -182,7 +181,7 @@ def main() -> int:
     parser = arguments(__doc__, "update_cost.json")
     parser.add_argument("--windows", type=int, default=64, help="of the epoch (%(default)s)")
     parser.add_argument("--step", type=int, default=32, help="windows a step (%(default)s)")
-    parser.add_argument("--micro_batch", type=int, default=8, help="windows a pass (%(default)s)")
+    parser.add_argument("--micro_batch", type=int, default=32, help="windows a pass (%(default)s)")
     parser.add_argument("--repeats", type=int, default=1, help="epochs each way (%(default)s)")
     args = parser.parse_args()
     policy = make_policy(args.size, args.device, args.seed)

@@ -1,12 +1,15 @@
 """The passes of acting and training: prefix, branches side by side, checkpointed, compiled."""
 
 import shutil
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from pi0_support import (
     HORIZON,
     MODES,
+    SIZES,
     make_inputs,
     make_model,
     make_observation,
@@ -18,6 +21,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from cfgrl_gym.algorithms.flow import NEGATIVE, NULL, POSITIVE
 from cfgrl_gym.algorithms.pi0 import Pi0ForCFGRL, Pi0Policy
 from cfgrl_gym.algorithms.pi0.prefix import Prefix, join
+from cfgrl_gym.algorithms.pi0.presets import new_model, tiny_config
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 PREFIX = ("input_ids", "pixel_values", "pixel_attention_mask", "attention_mask")
@@ -95,15 +99,23 @@ def test_joined_prefixes_of_unequal_length_serve_each_row_as_before() -> None:
 
 
 @torch.no_grad()
-def test_eager_attention_gives_the_same_and_others_are_refused(model: Pi0ForCFGRL) -> None:
+def test_eager_attention_gives_the_same(model: Pi0ForCFGRL) -> None:
     inputs, labels = make_inputs(), torch.tensor([1, NULL, 0, 1])
     expected = model(**inputs, is_positive=labels).logits
     model.set_attn_implementation("eager")
     close(model(**inputs, is_positive=labels).logits, expected)
-    for config in (model.model.dit.config, model.model.vlm.language_model.config):
-        config._attn_implementation = "flash_attention_2"
-    with pytest.raises(ValueError, match="'flash_attention_2' has no mask of blocks"):
-        model(**inputs, is_positive=labels)
+
+
+@torch.no_grad()
+def test_several_key_value_heads_are_those_of_transformers_too() -> None:
+    config: Any = tiny_config(replace(SIZES, num_heads=4), HORIZON)
+    for part in (config.dit_config, config.vlm_config.text_config):
+        part.num_key_value_heads = 2
+    model, inputs = new_model(config, seed=0).eval(), make_inputs()
+    (velocity,) = model.branch_velocities(
+        prefix_of(model, inputs), inputs["state"], inputs["noise"], inputs["timestep"], (NULL,)
+    )
+    close(velocity, plain_pi0(model)(**inputs).logits)
 
 
 def gradients(policy: Pi0Policy) -> tuple[dict[str, torch.Tensor], int]:

@@ -13,7 +13,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from cfgrl_gym.algorithms.flow import NULL, interpolate, sample_noise, sample_time
 from cfgrl_gym.algorithms.pi0.condition import OptimalityCondition, Pi0CFGRLConfig, as_labels
-from cfgrl_gym.algorithms.pi0.prefix import Joined, Prefix, attention_bias, run_prefix
+from cfgrl_gym.algorithms.pi0.expert_layer import attention_bias, run_layer
+from cfgrl_gym.algorithms.pi0.prefix import Prefix, run_prefix
 
 
 class Pi0ForCFGRL(PI0ForConditionalGeneration):
@@ -253,27 +254,19 @@ class Pi0ForCFGRL(PI0ForConditionalGeneration):
         """
         dit: Any = self.model.dit
         hidden = torch.cat([state_token, *(tokens for tokens, _ in blocks)], dim=1)
-        mask = attention_bias(_suffix_mask(prefix.attention_mask, blocks), dit, hidden.dtype)
         # An absent token isn't counted, so the tokens after it keep their positions.
         first = prefix.attention_mask.sum(1, keepdim=True)  # of the state token, (batch, 1)
         positions = [first, *(first + present.cumsum(1) for _, present in blocks)]
         rotary = dit.rotary_emb(hidden, position_ids=torch.cat(positions, dim=1))
 
-        def run(layer: nn.Module, before: Tensor, hidden: Tensor) -> Tensor:
-            output: Tensor = layer(
-                hidden,
-                attention_mask=mask,
-                past_key_values=Joined(before),
-                position_embeddings=rotary,
-            )
-            return output
-
+        allowed = _suffix_mask(prefix.attention_mask, blocks)
+        bias = attention_bias(allowed, dit.config, hidden.dtype)
         for index, layer in enumerate(dit.layers):
-            call = partial(run, layer, prefix.keys_values[:, index])
+            arguments = (layer, hidden, rotary, bias, prefix.keys_values[:, index])
             if self.checkpointing and torch.is_grad_enabled():
-                hidden = checkpoint(call, hidden, use_reentrant=False)
+                hidden = checkpoint(run_layer, *arguments, use_reentrant=False)
             else:
-                hidden = call(hidden)
+                hidden = run_layer(*arguments)
         hidden = dit.norm(hidden)[:, 1:]
         ends = [tokens.shape[1] for tokens, _ in blocks]
         return [
@@ -283,7 +276,7 @@ class Pi0ForCFGRL(PI0ForConditionalGeneration):
 
 
 def _suffix_mask(prefix_mask: Tensor, blocks: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """Which keys (prefix, state, blocks) each suffix token sees, bool (batch, 1, suffix, keys).
+    """Which keys (prefix, state, blocks) each suffix token sees, bool (batch, suffix, keys).
 
     As transformers' PI0Model.forward: prefix and state are one block, actions see all before them.
     """
@@ -295,4 +288,4 @@ def _suffix_mask(prefix_mask: Tensor, blocks: list[tuple[Tensor, Tensor]]) -> Te
     exists = torch.cat([torch.ones_like(prefix_mask[:, :1]), *(p for _, p in blocks)], dim=1).bool()
     suffix = sees & exists[:, None]  # (batch, suffix, suffix)
     prefix = prefix_mask.bool()[:, None].expand(-1, block.shape[0], -1)
-    return torch.cat([prefix, suffix], dim=2)[:, None]
+    return torch.cat([prefix, suffix], dim=2)

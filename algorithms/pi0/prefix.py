@@ -77,42 +77,14 @@ def select_rows(rows: Tensor, yes: Prefix, no: Prefix) -> Prefix:
     )
 
 
-def attention_bias(allowed: Tensor, model: Any, dtype: torch.dtype) -> Tensor:
-    """A mask in the form that the model's attention takes.
+class Recorder:
+    """What a Gemma attention layer asks of a cache; keeps the keys and values that it is shown."""
 
-    :param allowed: bool (batch, 1, queries, keys)
-    :raises ValueError: for an attention that can't take a mask of blocks
-    """
-    implementation = model.config._attn_implementation
-    if implementation == "sdpa":
-        return allowed
-    if implementation == "eager":
-        return torch.zeros_like(allowed, dtype=dtype).masked_fill(~allowed, torch.finfo(dtype).min)
-    raise ValueError(
-        f"attention implementation '{implementation}' has no mask of blocks, which PI0 needs; load "
-        "the model with attn_implementation='sdpa' or 'eager'"
-    )
-
-
-class Joined:
-    """What a Gemma attention layer asks of a cache: keys and values before its own, if any.
-
-    :param before: (batch, 2, kv_heads, tokens, head_dim), or None
-    """
-
-    def __init__(self, before: Tensor | None = None) -> None:
-        self.before = before
-        self.own: Tensor | None = None  # (batch, 2, kv_heads, tokens, head_dim)
+    keys_values: Tensor  # (batch, 2, kv_heads, tokens, head_dim)
 
     def update(self, keys: Tensor, values: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-        if self.before is None:
-            self.own = torch.stack([keys, values], 1)
-            return keys, values
-        before_keys, before_values = self.before.unbind(1)
-        return (
-            torch.cat([before_keys.to(keys.dtype), keys], dim=2),
-            torch.cat([before_values.to(values.dtype), values], dim=2),
-        )
+        self.keys_values = torch.stack([keys, values], 1)
+        return keys, values
 
 
 def run_prefix(
@@ -127,17 +99,16 @@ def run_prefix(
     :param checkpointing: keep only each layer's input for the backward pass
     """
     allowed = attention_mask.bool()[:, None, None, :].expand(-1, 1, embeds.shape[1], -1)
-    mask = attention_bias(allowed, language_model, embeds.dtype)
+    mask = _mask(allowed, language_model.config, embeds.dtype)
     position_ids = attention_mask.cumsum(-1) - 1
     rotary = language_model.rotary_emb(embeds, position_ids=position_ids)
 
     def run(layer: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        cache = Joined()
+        cache = Recorder()
         hidden = layer(
             hidden, attention_mask=mask, past_key_values=cache, position_embeddings=rotary
         )
-        assert cache.own is not None
-        return hidden, cache.own
+        return hidden, cache.keys_values
 
     *layers, last = language_model.layers
     hidden, keys_values = embeds, []
@@ -149,6 +120,16 @@ def run_prefix(
         keys_values.append(own)
     keys_values.append(_keys_values(last, hidden, rotary))
     return Prefix(torch.stack(keys_values, 1), attention_mask)
+
+
+def _mask(allowed: Tensor, config: Any, dtype: torch.dtype) -> Tensor:
+    """In the form that transformers' attention takes: bool for sdpa, added for eager.
+
+    :param allowed: bool (batch, 1, tokens, tokens)
+    """
+    if config._attn_implementation == "eager":
+        return torch.zeros_like(allowed, dtype=dtype).masked_fill(~allowed, torch.finfo(dtype).min)
+    return allowed
 
 
 def _keys_values(layer: Any, hidden: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
