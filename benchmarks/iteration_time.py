@@ -10,9 +10,11 @@ With --policy the iterations start from a trained policy instead.
 
 import sys
 from statistics import median
+from time import perf_counter
 from typing import Any
 
-from pi0_timing import arguments, keep, machine, seconds
+from pi0_timing import arguments, keep, machine
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.logger import KVWriter, Logger
 
@@ -23,14 +25,28 @@ PARTS = ("simulation", "inference", "update")
 CHUNK, IMAGE_SIZE = 16, 112  # of a random policy
 
 
-class Recorder(KVWriter):
-    """Keeps what each iteration logs."""
+class Clock(BaseCallback):
+    """Knows when the iteration began; what `learn` does once, before, is no part of it."""
 
-    def __init__(self) -> None:
+    began = 0.0
+
+    def _on_rollout_start(self) -> None:
+        self.began = perf_counter()
+
+    def _on_step(self) -> bool:
+        return True
+
+
+class Recorder(KVWriter):
+    """Keeps what each iteration logs, and its seconds as a whole."""
+
+    def __init__(self, clock: Clock) -> None:
+        self.clock = clock
         self.iterations: list[dict[str, float]] = []
 
     def write(self, key_values: dict[str, Any], *_: Any, **__: Any) -> None:
         spent = {part: float(key_values[f"time/seconds_{part}"]) for part in PARTS}
+        spent["whole"] = perf_counter() - self.clock.began
         self.iterations.append(
             {**spent, "control_steps_so_far": key_values["rollout/control_steps"]}
         )
@@ -53,12 +69,13 @@ def measure(env: Any, trainable: str, policy: dict[str, Any], args: Any) -> dict
         seed=args.seed,
         device="cpu",
     )
-    recorder = Recorder()
+    clock = Clock()
+    recorder = Recorder(clock)
     algorithm.set_logger(Logger(folder=None, output_formats=[recorder]))
     while len(recorder.iterations) < args.iterations:
-        whole, _ = seconds(lambda: algorithm.learn(1, reset_num_timesteps=False))
+        algorithm.learn(1, clock, reset_num_timesteps=False)
         assert algorithm.windows is not None
-        recorder.iterations[-1] |= {"whole": whole, "windows": len(algorithm.windows)}
+        recorder.iterations[-1]["windows"] = len(algorithm.windows)
     medians = {part: median(run[part] for run in recorder.iterations) for part in (*PARTS, "whole")}
     return {
         "trainable": trainable,
