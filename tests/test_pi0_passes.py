@@ -1,6 +1,5 @@
 """The passes of acting and training: prefix, branches side by side, checkpointed, compiled."""
 
-import shutil
 from dataclasses import replace
 from typing import Any
 
@@ -152,15 +151,6 @@ def test_checkpointing_saves_memory_and_leaves_the_gradients(trainable: str) -> 
     for name, gradient in expected.items():
         torch.testing.assert_close(actual[name], gradient, atol=1e-6, rtol=1e-5)
     assert part < 0.7 * whole
-
-
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
-def test_compiled_denoising_is_one_graph_with_the_same_result() -> None:
-    plain, compiled = make_policy(), make_policy(compile_denoising=True)
-    noise = torch.randn(3, HORIZON, 32, generator=torch.Generator().manual_seed(0))
-    # fullgraph=True: a graph break is an error
-    actual = compiled.act(make_observation(), noise=noise, cfg_scale=1.5).model_actions
-    close(actual, plain.act(make_observation(), noise=noise, cfg_scale=1.5).model_actions)
 
 
 def test_deterministic_prediction_ignores_batch_generator_and_what_came_before() -> None:

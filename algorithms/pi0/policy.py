@@ -13,6 +13,7 @@ from torch import Tensor
 from cfgrl_gym.algorithms.flow import NULL
 from cfgrl_gym.algorithms.pi0.base import BaseReference
 from cfgrl_gym.algorithms.pi0.checkpoint import build, save_checkpoint
+from cfgrl_gym.algorithms.pi0.compiled import compiled
 from cfgrl_gym.algorithms.pi0.inputs import (
     check_spaces,
     encode_cameras,
@@ -82,7 +83,8 @@ class Pi0Policy(OnBase):
     :param ema_decay: act with an exponential moving average of the trained weights, of this decay
         an optimizer step; None: with the weights themselves
     :param compile_denoising: run the denoising steps through torch.compile (on a GPU with CUDA
-        graphs). The first chunk of each batch size then takes minutes at full size
+        graphs). The first chunk of each batch size then takes minutes at full size, and after
+        eight different shapes new ones run as without it
     :param optimizer_class: of `policy.optimizer`
     :param optimizer_kwargs: None: openpi's AdamW settings where the class is AdamW
 
@@ -179,9 +181,7 @@ class Pi0Policy(OnBase):
         self.compile_denoising = compile_denoising
         self._branch_velocities = self.model.branch_velocities
         if compile_denoising:
-            self._branch_velocities = torch.compile(
-                self.model.branch_velocities, fullgraph=True, dynamic=False, mode="reduce-overhead"
-            )
+            self._branch_velocities = compiled(self.model.branch_velocities)
         self.frozen_prefix = self.config.trainable == "expert"
         if self.frozen_prefix:
             self.model.model.vlm.requires_grad_(False)
