@@ -30,11 +30,14 @@ class SavesWhatWasTrained(BaseAlgorithm):
 
         :param checkpoint: where the policy's base is now, if it isn't where it was
         :raises FileNotFoundError: the base isn't there
-        :raises ValueError: the base has changed
+        :raises ValueError: the base has changed, or there is none
         """
         if checkpoint is not None:
             objects = kwargs.get("custom_objects") or {}
-            policy_kwargs = {**saved_policy_kwargs(path), "checkpoint": str(checkpoint)}
+            policy_kwargs = saved_policy_kwargs(path)
+            if policy_kwargs.get("base") is None:
+                raise ValueError(f"'{path}' holds all of its weights; leave checkpoint out")
+            policy_kwargs = {**policy_kwargs, "checkpoint": str(checkpoint)}
             kwargs["custom_objects"] = {**objects, "policy_kwargs": policy_kwargs}
         return super().load(path, *args, **kwargs)
 

@@ -122,6 +122,18 @@ def test_a_base_that_changes_during_a_run_is_saved_whole(base: Path, tmp_path: P
     assert np.array_equal(actions(load(tmp_path / "trained")), expected)
 
 
+def test_frozen_weights_that_are_not_the_bases_are_saved(base: Path, tmp_path: Path) -> None:
+    algorithm = make(base)
+    state = algorithm.policy.state_dict()
+    name = next(name for name in state if ".vlm." in name)
+    algorithm.policy.load_state_dict({**state, name: state[name] + 1})
+    expected = actions(algorithm)
+    algorithm.save(tmp_path / "trained")
+    assert np.array_equal(actions(load(tmp_path / "trained")), expected)
+    with pytest.raises(ValueError, match="holds all of its weights; leave checkpoint out"):
+        load(tmp_path / "trained", checkpoint=base)
+
+
 def test_the_policy_alone_is_saved_whole(base: Path, tmp_path: Path) -> None:
     policy = make(base).policy
     expected = policy.predict(make_observation(), deterministic=True)[0]

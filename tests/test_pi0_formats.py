@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 import torch
 from pi0_folders import (
+    EXPERT,
     FORMATS,
+    LEROBOT_CONFIG,
     OPENPI_CONFIG,
     STATS,
     VLM,
@@ -28,7 +30,7 @@ from pi0_support import (
 )
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import PI0Config
+from transformers import PI0Config, PI0ForConditionalGeneration
 
 from cfgrl_gym.algorithms.pi0 import NormStats, Pi0ForCFGRL, Pi0Policy
 from cfgrl_gym.algorithms.pi0.condition import Pi0CFGRLConfig
@@ -323,3 +325,31 @@ def test_local_folders_ask_no_network(
     monkeypatch.setattr("socket.socket.connect", no_network)
     monkeypatch.setattr("socket.getaddrinfo", no_network)
     assert isinstance(policy_of(folder, norm_stats=None).norm_stats, NormStats)
+
+
+@pytest.mark.parametrize("prefix", ["model.", ""])
+def test_lerobots_names_are_written_as_they_were_read(
+    prefix: str, model: Pi0ForCFGRL, tmp_path: Path
+) -> None:
+    tensors = {f"{prefix}{name}": tensor for name, tensor in openpi_tensors(model).items()}
+    write(tmp_path / "in", LEROBOT_CONFIG, tensors)
+    policy_of(tmp_path / "in").save_pretrained(tmp_path / "out")
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    del tensors[f"{prefix}{EXPERT}lm_head.weight"]  # nothing reads it
+    assert set(written) - set(tensors) == {f"{prefix}condition.embedding"}
+    assert all(torch.equal(written[name], tensor) for name, tensor in tensors.items())
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_plain_transformers_reloads_what_a_bfloat16_vlm_saves(
+    form: str, model: Pi0ForCFGRL, tmp_path: Path
+) -> None:
+    policy = policy_of(FORMATS[form](tmp_path / "in", model), vlm_dtype=None)
+    policy.save_pretrained(tmp_path / "out")
+    plain = PI0ForConditionalGeneration.from_pretrained(tmp_path / "out")
+    for name, parameter in policy.model.named_parameters():
+        if not name.startswith("condition."):
+            assert torch.equal(plain.get_parameter(name), parameter.float()), name
+    again = policy_of(tmp_path / "out", vlm_dtype=None)
+    for name, parameter in policy.model.named_parameters():
+        assert torch.equal(again.model.get_parameter(name), parameter), name

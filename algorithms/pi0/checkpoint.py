@@ -19,7 +19,7 @@ from cfgrl_gym.algorithms.pi0.tokenizer import (
     PaliGemmaTokenizer,
     PromptTokenizer,
 )
-from cfgrl_gym.algorithms.pi0.weights import DTYPES, load_model
+from cfgrl_gym.algorithms.pi0.weights import DTYPES, is_conditional, load_model
 from cfgrl_gym.wrappers.norm_stats import NormStats
 
 POLICY_FILE = "pi0_policy.json"
@@ -103,7 +103,7 @@ def build(
     source = None if checkpoint is None else _find_source(str(checkpoint), preset, base)
     saved = {} if source is None else _read_policy_file(source.folder, preset)
     if source is not None:
-        config = _checkpoint_config(source, saved, condition_mode, horizon)
+        config = _checkpoint_config(source, condition_mode, horizon)
     elif model_config is not None:
         config = Pi0CFGRLConfig.from_dict(model_config)
     elif preset == "tiny":
@@ -206,15 +206,15 @@ def _find_source(checkpoint: str, preset: str, base: BaseReference | None) -> So
 
 
 def _checkpoint_config(
-    source: Source, saved: dict[str, Any], condition_mode: str | None, horizon: int | None
+    source: Source, condition_mode: str | None, horizon: int | None
 ) -> Pi0CFGRLConfig:
-    config, trained = source.config, saved.get("condition_mode")
+    config = source.config
     if condition_mode is not None:
-        if trained not in (None, condition_mode):
+        if is_conditional(source.shapes) and config.condition_mode != condition_mode:
             raise ValueError(
-                f"checkpoint '{source.name}' was trained with condition_mode='{trained}', not "
-                f"'{condition_mode}'; leave condition_mode out, or start from an unconditional "
-                "checkpoint"
+                f"checkpoint '{source.name}' was trained with "
+                f"condition_mode='{config.condition_mode}', not '{condition_mode}'; leave "
+                "condition_mode out, or start from an unconditional checkpoint"
             )
         config.condition_mode = check_condition_mode(condition_mode)
     if horizon is not None:

@@ -57,6 +57,17 @@ class Pi0ForCFGRL(PI0ForConditionalGeneration):
         self.condition = OptimalityCondition(mode, self.expert_hidden_size)
         self.checkpointing = False
 
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """Tensor names are transformers' own PI0's, so its conversion of the hub's names, which
+        skips custom code, applies: in when loading and back when saving."""
+        return False
+
+    @property
+    def dtype(self) -> torch.dtype:  # type: ignore[override]
+        """Of what trains, and what config.json says; a frozen VLM's weights may be bfloat16."""
+        return self.action_out_proj.weight.dtype
+
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, OptimalityCondition):

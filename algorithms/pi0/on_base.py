@@ -1,8 +1,11 @@
 """What is saved of a policy whose frozen weights are a checkpoint's."""
 
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from cfgrl_gym.algorithms.pi0.base import Base, BaseReference
 from cfgrl_gym.algorithms.pi0.checkpoint import Pi0PolicyConfig
@@ -53,3 +56,16 @@ class OnBase(FlowPolicy):
     def complete_state(self, state: dict[str, Any]) -> dict[str, Any]:
         own = dict(self.named_parameters())
         return {**{name: own[name].detach() for name in self._frozen()}, **state}
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """As in torch; frozen weights that aren't the base's are then saved with the rest."""
+        if self.base is not None:
+            own = dict(self.named_parameters())
+            if any(
+                name in state_dict and not torch.equal(own[name], state_dict[name].to(own[name]))
+                for name in self._frozen()
+            ):
+                self.base = None
+        return super().load_state_dict(state_dict, strict, assign)

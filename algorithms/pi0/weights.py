@@ -1,5 +1,6 @@
 """A model from a checkpoint's weights: every tensor accounted for."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -34,8 +35,9 @@ def load_model(source: Source, config: Pi0CFGRLConfig, vlm_dtype: str) -> Pi0For
     model: Pi0ForCFGRL = loaded[0]
     report: dict[str, Any] = loaded[1]
     missing = set(report["missing_keys"])
-    if any(name.startswith("condition.") for name in state):
-        missing |= {f"condition.{name}" for name in model.condition.state_dict()} - set(state)
+    if is_conditional(state):
+        found = {name.removeprefix("model.") for name in state}
+        missing |= {f"condition.{name}" for name in model.condition.state_dict()} - found
     shapes = [
         f"{name} {tuple(found)}, not {tuple(wanted)}"
         for name, found, wanted in report["mismatched_keys"]
@@ -58,7 +60,17 @@ def load_model(source: Source, config: Pi0CFGRLConfig, vlm_dtype: str) -> Pi0For
     model.condition.float()  # where it is new, it was made in the VLM's dtype
     _own_memory(model, state)
     model.drop_unused_embeddings()
+    # from_pretrained notes its dtype; who rebuilds or reloads the model means the expert's.
+    whole: Any = model.config
+    vlm = whole.vlm_config
+    for part in (whole, vlm, vlm.text_config, vlm.vision_config, whole.dit_config):
+        part.dtype = torch.float32
     return model
+
+
+def is_conditional(names: Iterable[str]) -> bool:
+    """Whether tensors of these names include an optimality condition."""
+    return any(name.removeprefix("model.").startswith("condition.") for name in names)
 
 
 def _read_state(source: Source) -> dict[str, Tensor]:
@@ -69,10 +81,6 @@ def _read_state(source: Source) -> dict[str, Tensor]:
             for name in tensors.keys():  # noqa: SIM118 (no mapping: it has keys() only)
                 if not name.removeprefix("model.").startswith(OLD_BUFFER_PREFIXES):
                     state[name] = tensors.get_tensor(name)
-    # LeRobot's names are openpi's behind "model.", which together with SigLIP's older name
-    # "vision_tower.vision_model." is more than transformers' conversion can undo.
-    if any(name.startswith("model.paligemma_with_expert.") for name in state):
-        state = {name.removeprefix("model."): tensor for name, tensor in state.items()}
     # transformers reads the VLM's lm_head as its embeddings, and over them where a file has both.
     # PI0 has no use for an lm_head: embeddings that are there are the ones that were trained.
     if any(name.endswith("language_model.embed_tokens.weight") for name in state):
