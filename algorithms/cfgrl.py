@@ -17,7 +17,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from torch.nn.utils import clip_grad_norm_
 
 from cfgrl_gym.algorithms.checks import check_parameters, check_stride
-from cfgrl_gym.algorithms.collector import Collector
+from cfgrl_gym.algorithms.collector import Collector, Episode
 from cfgrl_gym.algorithms.device_memory import check_weights_fit
 from cfgrl_gym.algorithms.flow import interpolate
 from cfgrl_gym.algorithms.groups import (
@@ -36,7 +36,7 @@ from cfgrl_gym.algorithms.policies import FlowPolicy
 from cfgrl_gym.algorithms.samples import labelled_windows, window_losses
 from cfgrl_gym.algorithms.saved_model import SavesWhatWasTrained
 from cfgrl_gym.algorithms.vec_env import as_vec_env, init_states
-from cfgrl_gym.algorithms.windows import WindowBatch
+from cfgrl_gym.algorithms.windows import WindowBatch, join_windows
 
 SelfCFGRL = TypeVar("SelfCFGRL", bound="CFGRL")
 
@@ -74,6 +74,8 @@ class CFGRL(SavesWhatWasTrained, OnPolicyAlgorithm):
     :param max_grad_norm: gradients are clipped to this norm
     :param window_stride: control steps between windows. None: the chunk. Less than a chunk needs
         an environment that gives the observations inside it (`observation_stride`)
+    :param replay_iterations: learn from the windows of this many earlier iterations too, with the
+        labels they had then. They are not saved: a loaded model begins without
     :param device_memory: GiB of the device's memory that the policy, its update and the prefixes
         kept on it may take. None: all that is free
     :param prefix_memory: GiB of the host's memory for prefixes (what a frozen VLM computes of an
@@ -112,6 +114,7 @@ class CFGRL(SavesWhatWasTrained, OnPolicyAlgorithm):
         gradient_accumulation_steps: int = 1,
         max_grad_norm: float = 1.0,
         window_stride: int | None = None,
+        replay_iterations: int = 0,
         device_memory: float | None = None,
         prefix_memory: float | None = None,
         stats_window_size: int = 100,
@@ -136,6 +139,7 @@ class CFGRL(SavesWhatWasTrained, OnPolicyAlgorithm):
         self.batch_size = batch_size
         self.gradient_accumulation_steps = gradient_accumulation_steps
         self.window_stride = window_stride
+        self.replay_iterations = replay_iterations
         self.device_memory = device_memory
         self.prefix_memory = prefix_memory
         check_parameters(self)
@@ -165,7 +169,8 @@ class CFGRL(SavesWhatWasTrained, OnPolicyAlgorithm):
         self._iteration = 0
         self._control_steps = 0
         self._task_successes: dict[int, deque[bool]] = {}
-        self.windows: WindowBatch | None = None
+        self._recent: deque[WindowBatch] = deque()  # of each iteration that an update learns from
+        self.windows: WindowBatch | None = None  # all of these
         if _init_setup_model:
             self._setup_model()
 
@@ -189,7 +194,7 @@ class CFGRL(SavesWhatWasTrained, OnPolicyAlgorithm):
         check_stride(self._stride, self.policy.chunk_size)
 
     def _excluded_save_params(self) -> list[str]:
-        unsaved = ["windows", "_last_obs", "_prefixes", "_micro_batches"]
+        unsaved = ["windows", "_recent", "_last_obs", "_prefixes", "_micro_batches"]
         return [*super()._excluded_save_params(), *unsaved]
 
     # What an iteration needs ------------------------------------------------------------------
@@ -228,9 +233,9 @@ class CFGRL(SavesWhatWasTrained, OnPolicyAlgorithm):
         :return: False if the callback asked to stop
         """
         self.policy.set_training_mode(False)
-        if self.windows is not None:
-            self.windows.forget_prefixes()
         self.windows = None
+        while len(self._recent) > self.replay_iterations:
+            self._recent.popleft().forget_prefixes()
         plan = self._draw_plan(env)
         collector = Collector(env, self.policy, plan, self._noise, self.cfg_scale, self._prefixes)
         selection = Selection([], [], complete=False)
@@ -252,20 +257,27 @@ class CFGRL(SavesWhatWasTrained, OnPolicyAlgorithm):
             groups = (group.index for group in plan.groups)
             collector.forget_prefixes(set(groups) - set(selection.kept))
 
-        self.windows = labelled_windows(
-            [collector.episodes(group) for group in selection.kept],
+        windows = self.label([collector.episodes(group) for group in selection.kept])
+        self._count_episodes(collector)
+        for name, value in rollout_metrics(collector, selection, windows).items():
+            self.logger.record(name, value)
+        if windows is not None:
+            self._recent.append(windows)
+            self.windows = join_windows(self._recent)
+        callback.update_locals(locals())
+        callback.on_rollout_end()
+        return True
+
+    def label(self, groups: list[list[Episode]]) -> WindowBatch | None:
+        """The labelled windows of these groups of K episodes: what an update learns from."""
+        return labelled_windows(
+            groups,
             self.policy,
             stride=self._stride,
             source=self.label_source,
             threshold=self.label_threshold,
             negatives=self.negatives,
         )
-        self._count_episodes(collector)
-        for name, value in rollout_metrics(collector, selection, self.windows).items():
-            self.logger.record(name, value)
-        callback.update_locals(locals())
-        callback.on_rollout_end()
-        return True
 
     def _count_episodes(self, collector: Collector) -> None:
         """Add all finished episodes to the statistics that SB3 averages over a window."""

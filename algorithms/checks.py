@@ -18,6 +18,11 @@ def check_parameters(algorithm: "CFGRL") -> None:
     for name in ("groups_per_iteration", "n_epochs", "batch_size", "gradient_accumulation_steps"):
         if getattr(algorithm, name) < 1:
             raise ValueError(f"{name} must be at least 1; got {getattr(algorithm, name)}")
+    if algorithm.replay_iterations < 0:
+        raise ValueError(
+            "replay_iterations must be 0 (none) or the number of earlier iterations to learn from; "
+            f"got {algorithm.replay_iterations}"
+        )
     if not 0 <= algorithm.dropout_prob <= 1:
         raise ValueError(f"dropout_prob must be in [0, 1]; got {algorithm.dropout_prob}")
     share = algorithm.early_stop_percentage

@@ -1,6 +1,6 @@
 """Cutting episodes into windows: what one sample of the flow-matching loss is made of."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -74,6 +74,22 @@ def batch_windows(windows: list[Window], labels: NDArray[np.int64]) -> WindowBat
         torch.from_numpy(np.stack([window.action_is_pad for window in windows])),
         torch.from_numpy(labels),
         [window.prefix for window in windows],
+    )
+
+
+def join_windows(batches: Sequence[WindowBatch]) -> WindowBatch:
+    """All the windows of several batches, in their order."""
+    if len(batches) == 1:
+        return batches[0]
+    observations = [batch.observations for batch in batches]
+    return WindowBatch(
+        {key: np.concatenate([o[key] for o in observations]) for key in observations[0]}
+        if isinstance(observations[0], dict)
+        else np.concatenate(observations),
+        torch.cat([batch.model_actions for batch in batches]),
+        torch.cat([batch.action_is_pad for batch in batches]),
+        torch.cat([batch.labels for batch in batches]),
+        [prefix for batch in batches for prefix in batch.prefixes],
     )
 
 

@@ -12,7 +12,7 @@ from cfgrl_gym.wrappers.norm_stats import ACTION_DIM, STATE_DIM
 from cfgrl_gym.wrappers.transforms import image_to_model, resize_with_pad
 
 CAMERAS = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")  # PI0's three slots, in order
-REQUIRED_KEYS = ("base_0_rgb", "state", "prompt")
+REQUIRED_KEYS = ("state", "prompt")
 _FIX = (
     "Pi0Policy takes the observations of LiberoChunked-v0; for another LIBERO environment wrap it "
     "in cfgrl_gym.wrappers.TwoTestObservation"
@@ -26,16 +26,18 @@ def check_spaces(observation_space: spaces.Space, action_space: spaces.Space) ->
     """
     if not isinstance(observation_space, spaces.Dict):
         raise ValueError(
-            f"the observation space is {observation_space}; expected a Dict with "
-            f"{', '.join(REQUIRED_KEYS)}. {_FIX}"
+            f"the observation space is {observation_space}; expected a Dict with a camera "
+            f"({', '.join(CAMERAS)}), {', '.join(REQUIRED_KEYS)}. {_FIX}"
         )
     missing = [key for key in REQUIRED_KEYS if key not in observation_space.spaces]
+    cameras = tuple(name for name in CAMERAS if name in observation_space.spaces)
+    if not cameras:
+        missing.append(f"a camera ({', '.join(CAMERAS)})")
     if missing:
         raise ValueError(
             f"the observation space lacks {', '.join(missing)} "
             f"(it has {', '.join(observation_space.spaces)}). {_FIX}"
         )
-    cameras = tuple(name for name in CAMERAS if name in observation_space.spaces)
     for name in cameras:
         box = observation_space.spaces[name]
         if box.dtype != np.uint8 or len(box.shape or ()) != 3 or 3 not in box.shape:  # type: ignore[operator]

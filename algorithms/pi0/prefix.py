@@ -82,7 +82,13 @@ class Recorder:
 
     keys_values: Tensor  # (batch, 2, kv_heads, tokens, head_dim)
 
-    def update(self, keys: Tensor, values: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self,
+        keys: Tensor,
+        values: Tensor,
+        *_: Any,
+        **__: Any,  # by position or name, by version
+    ) -> tuple[Tensor, Tensor]:
         self.keys_values = torch.stack([keys, values], 1)
         return keys, values
 
