@@ -350,8 +350,10 @@ class CFGRL(SavesWhatWasTrained, OnPolicyAlgorithm):
         tb_log_name: str = "CFGRL",
         reset_num_timesteps: bool = True,
         progress_bar: bool = False,
+        max_iterations: int | None = None,
     ) -> SelfCFGRL:
-        """Collect, label and update until `total_timesteps` environment steps were made.
+        """Collect, label and update until `total_timesteps` environment steps were made, or after
+        `max_iterations` collections and updates.
 
         Steps are counted as in SB3, summed over environments; a chunk of actions is one. Other
         than in SB3's `OnPolicyAlgorithm`, an iteration's update is logged with its rollout, and
@@ -369,7 +371,7 @@ class CFGRL(SavesWhatWasTrained, OnPolicyAlgorithm):
         callback.on_training_start(locals(), globals())
         assert self.env is not None
         iteration = 0
-        while self.num_timesteps < total_timesteps:
+        while self.num_timesteps < total_timesteps and iteration != max_iterations:
             self._update_current_progress_remaining(self.num_timesteps, total_timesteps)
             if not self.collect_rollouts(self.env, callback):
                 break

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -50,7 +50,8 @@ class Evaluation:
     """Outcomes in the order in which the starts were given."""
 
     episodes: tuple[EpisodeOutcome, ...]
-    guidance_gap: float  # mean ‖v_1 - v_∅‖ (root mean square) where the policy acted
+    # Rounds differently in another batch.
+    guidance_gap: float = field(compare=False)  # mean ‖v_1 - v_∅‖ (root mean square) where the policy acted
 
     @property
     def successes(self) -> int:

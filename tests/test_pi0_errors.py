@@ -10,17 +10,17 @@ from pi0_support import make_observation, make_policy, make_spaces
 from cfgrl_gym.algorithms.pi0 import Pi0Policy
 
 
-def _without(key: str) -> spaces.Dict:
+def _without(*keys: str) -> spaces.Dict:
     space = make_spaces()[0]
-    return spaces.Dict({name: part for name, part in space.spaces.items() if name != key})
+    return spaces.Dict({name: part for name, part in space.spaces.items() if name not in keys})
 
 
 @pytest.mark.parametrize(
     ("observation_space", "action_shape", "message"),
     [
-        (spaces.Box(-1, 1, (8,)), (6, 7), "expected a Dict with base_0_rgb"),
+        (spaces.Box(-1, 1, (8,)), (6, 7), "expected a Dict with a camera"),
         (_without("prompt"), (6, 7), "lacks prompt .*TwoTestObservation"),
-        (_without("base_0_rgb"), (6, 7), "lacks base_0_rgb"),
+        (_without("base_0_rgb", "left_wrist_0_rgb"), (6, 7), r"lacks a camera \(base_0_rgb"),
         (spaces.Dict({**make_spaces()[0].spaces, "state": spaces.Box(-1, 1, (9,))}), (6, 7), "9"),
         (make_spaces()[0], (6, 8), "OSC_POSE delta and gripper"),
     ],

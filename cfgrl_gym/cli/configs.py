@@ -150,6 +150,7 @@ class PolicyOptions:
     :param delta_actions: the model's actions are relative to the state in the first 6 dimensions.
         null: what the folder says, else true for pi0
     :param num_inference_steps: denoising steps of the sampler
+    :param guidance: velocity guides every denoising step; action combines two finished chunks
     :param device: auto, cpu, cuda, ...
     """
 
@@ -158,6 +159,7 @@ class PolicyOptions:
     norm_stats: str | None = None
     delta_actions: bool | None = None
     num_inference_steps: int = 10
+    guidance: Literal["velocity", "action"] = "velocity"
     device: str = "auto"
 
     def __post_init__(self) -> None:
@@ -210,6 +212,7 @@ class TrainConfig(LiberoOptions, PolicyOptions):
         optimizer step. null: with the weights themselves
     :param total_timesteps: environment steps, summed over environments; a chunk of actions is one.
         The iteration that reaches the number is finished
+    :param max_iterations: end after so many iterations, if total_timesteps doesn't end it before
     :param learning_rate: of the optimizer, constant
     :param rloo_batch_size: K, episodes of a group, all from the same start
     :param groups_per_iteration: groups asked for before each update
@@ -251,6 +254,7 @@ class TrainConfig(LiberoOptions, PolicyOptions):
     gradient_checkpointing: bool = False
     ema_decay: float | None = None
     total_timesteps: int = 10_000
+    max_iterations: int | None = None
     learning_rate: float = 3e-4
     rloo_batch_size: int = 8
     groups_per_iteration: int = 4
@@ -284,6 +288,7 @@ class TrainConfig(LiberoOptions, PolicyOptions):
         _at_least(
             1,
             total_timesteps=self.total_timesteps,
+            max_iterations=self.max_iterations,
             window_stride=self.window_stride,
             save_every=self.save_every,
             eval_every=self.eval_every,

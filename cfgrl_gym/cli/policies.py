@@ -83,6 +83,7 @@ def policy_arguments(config: TrainConfig | EvalConfig, checkpoint: Checkpoint) -
         "norm_stats": config.norm_stats,
         "delta_actions": config.delta_actions,
         "num_inference_steps": config.num_inference_steps,
+        "guidance": config.guidance,
     }
     if isinstance(config, TrainConfig):
         arguments |= {
@@ -115,6 +116,7 @@ def load_policy(config: EvalConfig) -> Pi0Policy:
                 "--chunk_size out, or evaluate the policy folder beside it"
             )
         policy.num_inference_steps = config.num_inference_steps
+        policy.guidance = config.guidance
         return policy
     checkpoint = find_checkpoint(config.policy, config.preset)
     spaces = libero_spaces(

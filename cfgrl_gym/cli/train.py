@@ -204,7 +204,9 @@ def run(config: TrainConfig, algorithm: type[CFGRL] = CFGRL) -> Path:
             ) as progress,
             saving_when_stopped(lambda: save(model, out)),
         ):
-            model.learn(config.total_timesteps, callback=progress)
+            model.learn(
+                config.total_timesteps, callback=progress, max_iterations=config.max_iterations
+            )
         model.logger.close()
         save(model, out)
     print(f"policy: {out / POLICY_FOLDER}")

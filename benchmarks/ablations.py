@@ -1,0 +1,128 @@
+"""What each choice of the method is worth: one option changed at a time, each cell a training.
+
+All cells train on the main task with one seed and the budget of `learning_curve.py`, whose CFGRL
+run of that seed is the baseline. Condition modes start from the shipped policy's v_∅ with a fresh
+condition each, because a trained condition has a mode already. Stopped, it goes on where it was.
+Writes <results>/ablations.json.
+
+    python benchmarks/ablations.py --help
+"""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import learning_curve
+from safetensors.torch import load_file, save_file
+from study_results import describe, read_evaluation, read_training, write_result
+from study_runs import EvaluationOf, Job, Training, run_jobs
+from study_settings import (
+    EVALUATION_SEED,
+    N_ENVS,
+    START,
+    SUITE,
+    Study,
+    parse_study,
+    training_options,
+)
+
+from cfgrl_gym.algorithms.pi0.condition import CONDITION_MODES
+from cfgrl_gym.algorithms.pi0.shipped import find_shipped
+
+PART = "ablations"
+SCALES = (1.0, 2.0)
+
+
+def cells(study: Study, unconditional: Path) -> dict[str, dict[str, Any]]:
+    """Options that differ from the baseline's, by the cell's name."""
+    groups = study.budget.groups
+    options: dict[str, dict[str, Any]] = {
+        f"dropout_prob={p:g}": {"dropout_prob": p} for p in (0.0, 0.05, 0.2)
+    }
+    options |= {
+        f"label_source={source}": {"label_source": source}
+        for source in ("window_rloo", "window_return")
+    }
+    options |= {
+        f"condition_mode={mode}": {"policy": str(unconditional), "condition_mode": mode}
+        for mode in CONDITION_MODES
+    }
+    options["negatives=zero"] = {"negatives": "zero"}
+    options |= {
+        f"K={k}": {"rloo_batch_size": k, "groups_per_iteration": groups * 8 // k} for k in (2, 4)
+    }
+    # As many groups tried as the baseline has; those with equal returns are not learned from.
+    options["dynamic_sampling"] = {
+        "enable_dynamic_sampling": True,
+        "early_stop_percentage": 1.0,
+        "max_groups_tried": groups,
+    }
+    options |= {f"rollout_cfg_scale={w:g}": {"cfg_scale": w} for w in (1.5, 2.0)}
+    options["replay_iterations=2"] = {"replay_iterations": 2}
+    options["label_threshold=0.5"] = {"label_threshold": 0.5}
+    options |= {f"learning_rate={rate:g}": {"learning_rate": rate} for rate in (2e-4, 1e-3)}
+    return options
+
+
+def unconditional_start(folder: Path) -> Path:
+    """The shipped policy without its condition: v_∅ alone."""
+    source = Path(find_shipped(START))
+    if not folder.is_dir():
+        new = folder.with_name(f".{folder.name}.new")
+        shutil.rmtree(new, ignore_errors=True)
+        shutil.copytree(source, new)
+        file = new / "model.safetensors"
+        weights = load_file(file)
+        kept = {name: w for name, w in weights.items() if not name.startswith("condition.")}
+        save_file(kept, file, metadata={"format": "pt"})
+        new.rename(folder)
+    return folder
+
+
+def main() -> None:
+    study = parse_study(__doc__)
+    folder = study.folder / PART
+    folder.mkdir(parents=True, exist_ok=True)
+    seed = study.seeds[0]
+    baseline = learning_curve.training(study, "CFGRL", study.main_task, seed)
+    run_jobs([baseline], study.jobs)
+    trainings = {
+        name: Training(
+            folder / name,
+            "CFGRL",
+            training_options(study, study.main_task, seed, **({"cfg_scale": 1.0} | changed)),
+            sweep=SCALES,
+        )
+        for name, changed in cells(study, unconditional_start(folder / "unconditional")).items()
+    }
+    action = EvaluationOf(
+        folder / "guidance=action",
+        {
+            "policy": str(baseline.folder),
+            "suite": SUITE,
+            "task_id": study.main_task,
+            "cfg_scale": list(SCALES),
+            "guidance": "action",
+            "n_envs": N_ENVS,
+            "seed": EVALUATION_SEED,
+            "video": False,
+        },
+    )
+    jobs: list[Job] = [*trainings.values(), action]
+    run_jobs(jobs, study.jobs)
+    base = read_training(baseline.folder)
+    rows = [{"cell": "baseline", "final": base["evaluations"][-1]["results"], "run": base}]
+    for name, training in trainings.items():
+        run = read_training(training.folder)
+        rows.append({"cell": name, "final": run["final"], "run": run})
+    rows.append(
+        {"cell": action.folder.name, "final": read_evaluation(action.folder, base["options"])}
+    )
+    write_result(study.results / f"{PART}.json", cells=rows)
+    for row in rows:
+        results = "  ".join(f"w={r['cfg_scale']:g}: {describe(r)}" for r in row["final"])
+        print(f"{row['cell']:>28}  {results}")
+
+
+if __name__ == "__main__":
+    main()

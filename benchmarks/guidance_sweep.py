@@ -1,0 +1,89 @@
+"""Success over cfg_scale for one trained policy, with the guidance gap ‖v_1 - v_∅‖ beside it.
+
+The policy is that of `learning_curve.py`'s CFGRL run on the main task with the first seed (which is
+trained if it isn't there), and the shipped policy that it began as, for comparison. Each value of w
+is evaluated on all 50 benchmark states with several seeds of the sampling noise. Writes
+<results>/guidance_sweep.json and .png.
+
+    python benchmarks/guidance_sweep.py --help
+"""
+
+from pathlib import Path
+from typing import Any
+
+import learning_curve
+from study_results import describe, pool, read_evaluation, save_figure, write_result
+from study_runs import EvaluationOf, run_jobs
+from study_settings import EVALUATION_SEED, N_ENVS, START, SUITE, Study, parse_study
+
+PART = "guidance_sweep"
+SCALES = (0.0, 1.0, 1.25, 1.5, 2.0, 3.0, 5.0)
+NOISE_SEEDS = (EVALUATION_SEED, EVALUATION_SEED + 1)
+
+
+def evaluation(study: Study, name: str, policy: str | Path, scales: Any, seed: int) -> EvaluationOf:
+    options = {
+        "policy": str(policy),
+        "suite": SUITE,
+        "task_id": study.main_task,
+        "cfg_scale": list(scales),
+        "n_envs": N_ENVS,
+        "seed": seed,
+        "video": seed == NOISE_SEEDS[0],
+    }
+    return EvaluationOf(study.folder / PART / f"{name}-noise{seed}", options)
+
+
+def sweep(jobs: list[EvaluationOf]) -> list[dict[str, Any]]:
+    """Each w's results pooled over the seeds of the noise."""
+    each = [read_evaluation(job.folder) for job in jobs]
+    return [
+        {"cfg_scale": results[0]["cfg_scale"], **pool(results), "by_noise_seed": list(results)}
+        for results in zip(*each, strict=True)
+    ]
+
+
+def plot(trained: list[dict[str, Any]], path: Path) -> None:
+    from matplotlib import pyplot as plt
+
+    scales = [point["cfg_scale"] for point in trained]
+    rates = [point["success_rate"] for point in trained]
+    bars = [[abs(p["success_rate"] - p["interval_95"][i]) for p in trained] for i in (0, 1)]
+    best = max(trained, key=lambda point: point["success_rate"])
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    left.errorbar(scales, rates, yerr=bars, marker="o", capsize=3, color="#0072B2")
+    left.plot(best["cfg_scale"], best["success_rate"], "*", markersize=16, color="#D55E00")
+    left.annotate(
+        f"w = {best['cfg_scale']:g}",
+        (best["cfg_scale"], best["success_rate"]),
+        textcoords="offset points",
+        xytext=(8, 8),
+    )
+    left.set(xlabel="cfg_scale w", ylabel="success rate (95% Wilson)", ylim=(0, 1))
+    right.plot(scales, [point["guidance_gap"] for point in trained], marker="o", color="#009E73")
+    right.set(xlabel="cfg_scale w", ylabel="‖v_1 - v_∅‖ where the policy acted", ylim=(0, None))
+    save_figure(figure, path)
+
+
+def main() -> None:
+    study = parse_study(__doc__)
+    training = learning_curve.training(study, "CFGRL", study.main_task, study.seeds[0])
+    run_jobs([training], study.jobs)
+    after = [evaluation(study, "after", training.folder, SCALES, s) for s in NOISE_SEEDS]
+    before = [evaluation(study, "before", START, (0.0, 1.0, 2.0), s) for s in NOISE_SEEDS]
+    run_jobs([*after, *before], study.jobs)
+    trained, shipped = sweep(after), sweep(before)
+    write_result(
+        study.results / f"{PART}.json",
+        policy=training.folder.name,
+        task_id=study.main_task,
+        sweep=trained,
+        before_training=shipped,
+    )
+    plot(trained, study.results / f"{PART}.png")
+    for point in trained:
+        print(f"w = {point['cfg_scale']:<5g} {describe(point)}  gap {point['guidance_gap']:.4f}")
+
+
+if __name__ == "__main__":
+    main()

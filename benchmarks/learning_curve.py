@@ -1,0 +1,106 @@
+"""CFGRL against its controls on real LIBERO: success over episodes and over seconds.
+
+Trainings start from the shipped policy and have the same budget of episodes: CFGRL, filtered
+behaviour cloning, and advantage-weighted regression of the flow-matching loss (`controls.py`), with
+several seeds on one task and one on others. Each is evaluated on all 50 benchmark states before
+training and after every iteration; trainings start from the first 25 of them. Stopped, it goes on
+where it was. Writes <results>/learning_curve.json and .png.
+
+    python benchmarks/learning_curve.py --help
+"""
+
+from typing import Any
+
+from study_results import curve, read_training, save_figure, write_result
+from study_runs import ALGORITHMS, Training, run_jobs
+from study_settings import Study, parse_study, training_options
+
+PART = "learning_curve"
+# Guidance while collecting, and the values evaluated: the controls act as v_∅ alone, w = 0.
+COLLECTING = {"CFGRL": 1.0, "FilteredBC": 0.0, "AdvantageWeighted": 0.0}
+EVALUATED = {"CFGRL": [1.0, 2.0], "FilteredBC": [0.0], "AdvantageWeighted": [0.0]}
+COLOURS = {
+    ("CFGRL", 1.0): "#56B4E9",
+    ("CFGRL", 2.0): "#0072B2",
+    ("FilteredBC", 0.0): "#E69F00",
+    ("AdvantageWeighted", 0.0): "#009E73",
+}
+
+
+def training(study: Study, algorithm: str, task: int, seed: int) -> Training:
+    options = training_options(
+        study,
+        task,
+        seed,
+        COLLECTING[algorithm],
+        eval_every=1,
+        eval_cfg_scale=EVALUATED[algorithm],
+    )
+    return Training(study.folder / PART / f"{algorithm}-task{task}-seed{seed}", algorithm, options)
+
+
+def trainings(study: Study) -> list[Training]:
+    """Every training, those with several seeds first."""
+    pairs = [(study.main_task, seed) for seed in study.seeds]
+    pairs += [(task, study.seeds[0]) for task in study.other_tasks]
+    return [training(study, a, task, seed) for task, seed in pairs for a in ALGORITHMS]
+
+
+def plot(runs: list[dict[str, Any]], study: Study) -> None:
+    """A row for episodes and one for seconds, a column for each task."""
+    from matplotlib import pyplot as plt
+
+    tasks = [study.main_task, *study.other_tasks]
+    figure, axes = plt.subplots(
+        2, len(tasks), figsize=(3.6 * len(tasks), 6), sharey=True, squeeze=False,
+        layout="constrained",
+    )  # fmt: skip
+    for column, task in enumerate(tasks):
+        for row, (axis, label) in enumerate(
+            (("episodes", "training episodes"), ("seconds", "training seconds (one core)"))
+        ):
+            ax = axes[row][column]
+            for (name, w), colour in COLOURS.items():
+                points = curve(runs, name, task, w)
+                if not points:
+                    continue
+                x = [point[axis] for point in points]
+                rate = [point["success_rate"] for point in points]
+                low, high = zip(*(point["interval_95"] for point in points), strict=True)
+                title = name if name != "CFGRL" else f"CFGRL, w = {w:g}"
+                ax.plot(x, rate, marker="o", markersize=3, color=colour, label=title)
+                ax.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
+            ax.set(xlabel=label, ylim=(0, 1))
+            if column == 0:
+                ax.set_ylabel("success rate (95% Wilson)")
+        seeds = len(study.seeds) if task == study.main_task else 1
+        axes[0][column].set_title(f"task {task}, {seeds} seed{'s' if seeds > 1 else ''}")
+    axes[0][0].legend(fontsize=8)
+    save_figure(figure, study.results / f"{PART}.png")
+
+
+def main() -> None:
+    study = parse_study(__doc__)
+    jobs = trainings(study)
+    run_jobs(jobs, study.jobs)
+    runs = [read_training(job.folder) for job in jobs]
+    write_result(study.results / f"{PART}.json", runs=runs, summary=summary(runs, study))
+    plot(runs, study)
+
+
+def summary(runs: list[dict[str, Any]], study: Study) -> list[dict[str, Any]]:
+    """Before and after of each method on each task, pooled over seeds."""
+    rows = []
+    for task in (study.main_task, *study.other_tasks):
+        for name, w in COLOURS:
+            points = curve(runs, name, task, w)
+            if points:
+                rows.append(
+                    {"algorithm": name, "cfg_scale": w, "task": task}
+                    | {"before": points[0], "after": points[-1]}
+                )
+    return rows
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""What the study's runs have in common: the policy they start from, tasks, budget, seeds."""
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+START = "libero_tiny"
+SUITE = "libero_object"
+MAIN_TASK = 8
+OTHER_TASKS = (0, 6)
+# Benchmark states that trainings start from; evaluations are on all 50, and the other half of them
+# no training has seen.
+TRAINING_STATES = tuple(range(25))
+EVALUATION_SEED = 1000  # of the sampling noise; trainings have the small ones
+N_ENVS = 8
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much each training of the study gets.
+
+    :param iterations: of collection and update
+    :param groups: of K = 8 episodes, each iteration
+    """
+
+    iterations: int = 3
+    groups: int = 12
+
+
+@dataclass(frozen=True)
+class Study:
+    """Where a study's runs and results go, and how large it is.
+
+    :param folder: of the runs
+    :param results: of the JSON and the pictures
+    :param jobs: runs at the same time
+    :param main_task: the task with several seeds and all ablations
+    :param other_tasks: with one seed each
+    :param seeds: of the main task
+    :param small: one task and one seed, for a first look
+    """
+
+    folder: Path
+    results: Path
+    jobs: int
+    main_task: int
+    other_tasks: tuple[int, ...]
+    seeds: tuple[int, ...]
+    budget: Budget
+    small: bool
+
+
+def training_options(
+    study: Study, task: int, seed: int, cfg_scale: float, **changed: Any
+) -> dict[str, Any]:
+    """Options of `cfgrl train` for one training of the study.
+
+    :param cfg_scale: guidance while collecting
+    :param changed: what an ablation changes
+    """
+    return {
+        "policy": START,
+        "suite": SUITE,
+        "task_id": task,
+        "init_states": list(TRAINING_STATES),
+        "max_episode_steps": 160,  # a success takes about 110; evaluations have LIBERO's 280
+        "n_envs": N_ENVS,
+        "total_timesteps": 10**9,
+        "max_iterations": study.budget.iterations,
+        "groups_per_iteration": study.budget.groups,
+        "enable_dynamic_sampling": False,  # so that each run has as many episodes
+        "trainable": "expert",
+        "learning_rate": 5e-4,
+        "ema_decay": 0.98,
+        "n_epochs": 8,
+        "cfg_scale": cfg_scale,
+        "seed": seed,
+        **changed,
+    }
+
+
+def parse_study(description: str | None) -> Study:
+    """The command line that all parts of the study share."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--study", type=Path, default=Path("runs/study"), help="runs (default: %(default)s)")
+    add("--results", type=Path, default=Path("benchmarks/results"), help="JSON and pictures")
+    add("--jobs", type=int, default=2, help="runs at the same time (default: %(default)s)")
+    add("--task_id", type=int, default=MAIN_TASK, help="the task with several seeds")
+    add("--other_tasks", type=int, nargs="*", default=list(OTHER_TASKS), help="with one seed")
+    add("--seeds", type=int, default=3, help="of the main task (default: %(default)s)")
+    add("--iterations", type=int, default=Budget.iterations, help="of each training")
+    add("--groups", type=int, default=Budget.groups, help="of 8 episodes, each iteration")
+    add("--small", action="store_true", help="one task, one seed, 2 iterations of 8 groups")
+    given = parser.parse_args()
+    if given.small:
+        given.seeds, given.other_tasks, given.iterations, given.groups = 1, [], 2, 8
+    return Study(
+        folder=given.study,
+        results=given.results,
+        jobs=given.jobs,
+        main_task=given.task_id,
+        other_tasks=tuple(given.other_tasks),
+        seeds=tuple(range(given.seeds)),
+        budget=Budget(given.iterations, given.groups),
+        small=given.small,
+    )
