@@ -1,5 +1,6 @@
 """Success before and after training: which evaluation belongs to which training, and pooling."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -10,6 +11,9 @@ from cfgrl_gym.cli.run_folder import MODEL_FILE
 
 # Options of an evaluation that change what is measured; null is the policy's own.
 _PROTOCOL = ("chunk_size", "max_episode_steps", "num_inference_steps")
+
+
+_Key = tuple[Setting, float]  # and cfg_scale
 
 
 @dataclass(frozen=True)
@@ -24,10 +28,12 @@ class Measured:
 
 @dataclass
 class Links:
-    """Evaluations by the policy they are of; each belongs to all the trainings it fits."""
+    """What belongs together. `after` and `before`: of a training's name, evaluations;
+    `started_from`: of a policy, trainings."""
 
     after: dict[str, list[EvaluationRun]] = field(default_factory=dict)
     before: dict[str, list[EvaluationRun]] = field(default_factory=dict)
+    started_from: dict[str, list[Training]] = field(default_factory=dict)
 
     def role(self, evaluation: EvaluationRun) -> str:
         """before, after, or neither."""
@@ -43,7 +49,8 @@ def link(runs: Runs) -> Links:
     links = Links()
     for training in runs.trainings:
         own = _own_policies(training)
-        start = plain_policy(str(training.config.get("policy")))
+        start = start_policy(training)
+        links.started_from.setdefault(start, []).append(training)
         inside = [
             evaluation
             for evaluation in runs.evaluations
@@ -60,6 +67,11 @@ def link(runs: Runs) -> Links:
             if evaluation not in inside and plain_policy(evaluation.policy) == start
         ]
     return links
+
+
+def start_policy(training: Training) -> str:
+    """The policy that it started from, in one spelling."""
+    return plain_policy(str(training.config.get("policy")))
 
 
 def _owner(evaluation: EvaluationRun, trainings: Sequence[Training]) -> Training | None:
@@ -117,74 +129,56 @@ class Comparison:
 
 def compare(method: Method, links: Links) -> list[Comparison]:
     """Before and after for every setting and cfg_scale that was evaluated."""
-    before: dict[tuple[Setting, float], Pooled] = {}
-    candidates = [m for t in method.trainings for m in _before(t, links)]
-    for key in _keys(candidates):
-        before[key] = _pool_before([m for m in candidates if _key(m) == key], links, method)
-    after: dict[tuple[Setting, float], list[tuple[Training, Measured]]] = {}
+    before: dict[_Key, list[Measured]] = {}
+    starts: Counter[_Key] = Counter()
+    for start in dict.fromkeys(map(start_policy, method.trainings)):
+        for key, ones in _before(start, links).items():
+            before.setdefault(key, []).extend(ones)
+            starts[key] += 1
+    after: dict[_Key, list[tuple[Training, Measured]]] = {}
     for training in method.trainings:
-        found = [m for e in links.after[training.name] for m in _of_run(e)]
-        found += _of_checkup(training, -1)
-        for key in _keys(found):
-            # Evaluations of one policy may share episodes: the largest counts, not their sum.
-            best = max((m for m in found if _key(m) == key), key=_episodes)
-            after.setdefault(key, []).append((training, best))
+        measured = _largest(links.after[training.name])
+        for key, one in {**_by_key(_of_checkup(training, -1)), **measured}.items():
+            after.setdefault(key, []).append((training, one))
     rows = []
     for key in sorted({*before, *after}, key=lambda k: (k[0].suite, k[0].tasks, k[1])):
         ones = after.get(key, [])
+        start_pooled = _pooled(before[key], starts[key]) if key in before else None
         pooled = _pooled([m for _, m in ones], len(ones)) if ones else None
         by_seed = tuple((training, m.result) for training, m in ones)
-        rows.append(Comparison(method, *key, before.get(key), pooled, by_seed))
+        rows.append(Comparison(method, *key, start_pooled, pooled, by_seed))
     return rows
 
 
-def _before(training: Training, links: Links) -> list[Measured]:
-    found = [m for e in links.before[training.name] for m in _of_run(e)]
-    return found + _of_checkup(training, 0)
+def _before(start: str, links: Links) -> dict[_Key, list[Measured]]:
+    """What is known of a policy before any training: its largest evaluation, else those that its
+    trainings began with, where equal episodes count once."""
+    trainings = links.started_from[start]
+    found: dict[_Key, list[Measured]] = {}
+    for training in trainings:
+        for one in _of_checkup(training, 0):
+            found.setdefault(_key(one), []).append(one)
+    runs = dict.fromkeys(run for training in trainings for run in links.before[training.name])
+    largest = {key: [one] for key, one in _largest(list(runs)).items()}
+    return {key: distinct(ones) for key, ones in found.items()} | largest
 
 
-def _key(measured: Measured) -> tuple[Setting, float]:
+def _key(measured: Measured) -> _Key:
     return measured.setting, measured.result.cfg_scale
 
 
-def _keys(measured: Sequence[Measured]) -> list[tuple[Setting, float]]:
-    return list(dict.fromkeys(map(_key, measured)))
+def _by_key(measured: Sequence[Measured]) -> dict[_Key, Measured]:
+    return {_key(one): one for one in measured}
 
 
-def _episodes(measured: Measured) -> int:
-    return measured.result.rate.episodes
-
-
-def _pool_before(candidates: list[Measured], links: Links, method: Method) -> Pooled:
-    """Every start policy once: its largest evaluation, or all of its trainings' own ones.
-
-    Trainings that start from one policy evaluate it again and again. Where that gave the very same
-    episodes, they count once.
-    """
-    chosen: list[Measured] = []
-    starts = dict.fromkeys(plain_policy(str(t.config.get("policy"))) for t in method.trainings)
-    policies = 0
-    for start in starts:
-        members = {
-            t.name for t in method.trainings if plain_policy(str(t.config.get("policy"))) == start
-        }
-        standalone = [
-            m
-            for m in candidates
-            if isinstance(m.run, EvaluationRun) and plain_policy(m.run.policy) == start
-        ]
-        own = distinct([m for m in candidates if m.run.name in members])
-        largest = max(standalone, key=_episodes, default=None)
-        if largest is None or sum(map(_episodes, own)) > _episodes(largest):
-            chosen += own
-        else:
-            chosen.append(largest)
-        policies += bool(own or standalone)
-    return _pooled(chosen, policies)
+def _largest(evaluations: Sequence[EvaluationRun]) -> dict[_Key, Measured]:
+    """Evaluations of one policy may share episodes: the largest counts, not their sum."""
+    measured = [one for evaluation in evaluations for one in _of_run(evaluation)]
+    return _by_key(sorted(measured, key=lambda one: one.result.rate.episodes))
 
 
 def distinct(measured: Sequence[Measured]) -> list[Measured]:
-    """Without those whose episodes are, one by one, another's."""
+    """Without those whose episodes are, one by one, another's: a policy measured again."""
     kept: dict[object, Measured] = {}
     for one in measured:
         kept.setdefault(one.result.episodes or one.source, one)

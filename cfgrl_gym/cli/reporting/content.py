@@ -15,21 +15,11 @@ from cfgrl_gym.cli.reporting.comparison import (
     protocol_notes,
 )
 from cfgrl_gym.cli.reporting.curves import Panel, Point, learning_curves, without_curve
+from cfgrl_gym.cli.reporting.films import Film, films
 from cfgrl_gym.cli.reporting.methods import Method, group_methods, repeated_seeds
-from cfgrl_gym.cli.reporting.runs import EvaluationRun, Result, Run, Runs, Setting, Training
-from cfgrl_gym.cli.reporting.strips import Strip, read_strip
+from cfgrl_gym.cli.reporting.runs import Result, Runs, Training
 from cfgrl_gym.cli.reporting.summary import count
 from cfgrl_gym.cli.reporting.sweeps import Sweep, sweeps
-
-
-@dataclass(frozen=True)
-class Film:
-    """A video of a run and what is known of it."""
-
-    run: Run
-    name: str
-    caption: str
-    strip: Strip
 
 
 @dataclass(frozen=True)
@@ -65,7 +55,6 @@ def collect(runs: Runs, title: str, embed_videos: bool) -> Report:
 
     methods.sort(key=rank)
     comparisons = [row for method in methods for row in rows[id(method)]]
-    every: list[Run] = [*runs.evaluations, *runs.trainings]
     return Report(
         title=title,
         created=datetime.now().astimezone(),
@@ -77,11 +66,7 @@ def collect(runs: Runs, title: str, embed_videos: bool) -> Report:
         sweeps=tuple(sweeps(comparisons, runs.evaluations, links)),
         times=tuple(time_spent(methods)),
         checks=tuple(checks(methods)),
-        films=tuple(
-            Film(run, file.stem, _caption(run, file.stem, links), read_strip(file, embed_videos))
-            for run in every
-            for file in run.videos
-        ),
+        films=films(runs, methods, links, embed_videos),
         notes=tuple(_notes(runs, methods, links)),
     )
 
@@ -103,20 +88,6 @@ def _notes(runs: Runs, methods: Sequence[Method], links: Links) -> list[str]:
             "version, which doesn't count episodes)."
         )
     return list(dict.fromkeys(notes))
-
-
-def _caption(run: Run, name: str, links: Links) -> str:
-    if isinstance(run, Training):
-        return "after training"
-    assert isinstance(run, EvaluationRun)
-    parts = {"before": ["before training"], "after": ["after training"]}.get(links.role(run), [])
-    first = run.results[0]  # the one that `cfgrl eval` records
-    wanted = {"success": True, "failure": False}.get(name)
-    shown = next((e for e in first.episodes if e.success == wanted), None)
-    if shown is None:
-        return ", ".join([*parts, str(Setting(run.suite, tuple(first.tasks)))])
-    where = f"{run.suite} task {shown.task_id}, initial state {shown.init_state_id}"
-    return ", ".join([*parts, where, f"w = {first.cfg_scale:g}"])
 
 
 def training_episodes(method: Method) -> str:

@@ -8,7 +8,6 @@ from matplotlib.patches import Patch
 
 from cfgrl_gym.cli.reporting.checks import PARTS, TimeSpent
 from cfgrl_gym.cli.reporting.figures import (
-    PALETTE,
     drawing,
     grid,
     inline_svg,
@@ -19,11 +18,15 @@ from cfgrl_gym.cli.reporting.figures import (
 from cfgrl_gym.cli.reporting.methods import Method
 from cfgrl_gym.cli.reporting.plots import Palette
 
+# of the parts, and of the text on them
+_COLOURS = (("#0072b2", "#ffffff"), ("#56b4e9", "#111111"), ("#e69f00", "#111111"))
 LOGGED = (
     ("train/loss", "loss"),
     ("train/grad_norm", "gradient norm"),
     ("train/guidance_gap", "guidance gap ‖v₁ − v∅‖"),
     ("rollout/positive_share", "share of windows labelled positive"),
+    ("train/dropout_rate", "share of conditions dropped"),
+    ("rollout/groups_discarded", "groups discarded"),
 )
 
 
@@ -34,12 +37,12 @@ def time_plot(spent: Sequence[TimeSpent], name: str) -> Markup:
         figure, (axes,) = grid(1, 1, 0.6 + 0.42 * len(spent))
         for place, one in enumerate(spent):
             left = 0.0
-            for part, seconds, colour in zip(PARTS, one.seconds, PALETTE[::2], strict=False):
+            for part, seconds, (colour, text) in zip(PARTS, one.seconds, _COLOURS, strict=True):
                 axes.barh(-place, seconds / length, 0.62, left / length, color=colour, label=part)
                 if seconds > 0.07 * max(s.total for s in spent):
                     share = f"{seconds / one.total:.0%}"
                     middle = (left + seconds / 2) / length
-                    axes.text(middle, -place, share, ha="center", va="center", color="white")
+                    axes.text(middle, -place, share, ha="center", va="center", color=text)
                 left += seconds
         axes.set_yticks([-place for place in range(len(spent))])
         runs = [f"{s.method.label} ({s.runs} run{'s' * (s.runs > 1)})" for s in spent]
@@ -47,7 +50,7 @@ def time_plot(spent: Sequence[TimeSpent], name: str) -> Markup:
         axes.tick_params(axis="y", length=0)
         axes.yaxis.grid(False)
         axes.set_xlabel(f"{unit} of a training, mean over its runs")
-        handles = [Patch(color=colour) for colour in PALETTE[: 2 * len(PARTS) : 2]]
+        handles = [Patch(color=colour) for colour, _ in _COLOURS]
         legend_on_top(figure, handles, PARTS)
         return inline_svg(figure, name, "Time of a training in simulation, inference and update")
 
@@ -62,7 +65,7 @@ def log_plot(methods: Sequence[Method], palette: Palette, name: str) -> Markup |
     if not shown:
         return None
     with drawing(name):
-        figure, every = grid(len(shown), 2, 1.9)
+        figure, every = grid(len(shown), 3, 2.0)
         for axes, (column, label) in zip(every, shown, strict=True):
             for method in methods:
                 for training in method.trainings:
@@ -72,7 +75,7 @@ def log_plot(methods: Sequence[Method], palette: Palette, name: str) -> Markup |
             axes.set_title(label)
             axes.set_ylim(bottom=0)
             whole_numbers(axes)
-        for axes in every[-2:]:
+        for axes in every[-3:]:
             axes.set_xlabel("iteration")
         handles = [Line2D([], [], color=palette.colour(method)) for method in methods]
         legend_on_top(figure, handles, [method.label for method in methods])

@@ -22,6 +22,7 @@ from cfgrl_gym.cli.reporting.summary import (
     against_baseline,
     best_scales,
     count,
+    counts_text,
     highlights,
     percent,
     rate_text,
@@ -42,7 +43,12 @@ def render(report: Report) -> str:
         lstrip_blocks=True,
     )
     environment.filters.update(
-        percent=percent, count=count, rate=rate_text, value=value_text, episodes=training_episodes
+        percent=percent,
+        count=count,
+        rate=rate_text,
+        counts=counts_text,
+        value=value_text,
+        episodes=training_episodes,
     )
     palette = Palette(report.methods)
     comparisons = report.comparisons
@@ -68,7 +74,7 @@ def _plots(report: Report, palette: Palette) -> dict[str, Any]:
     by_setting: dict[Setting, list[Comparison]] = {}
     for row in report.comparisons:
         by_setting.setdefault(row.setting, []).append(row)
-    colours = {f"{m.label}, after training": palette.colour(m) for m in report.methods}
+    colours = {f"{m.label} (after training)": palette.colour(m) for m in report.methods}
     return {
         "comparisons": [
             (setting, comparison_plot(members, palette, f"c{number}", str(setting)))

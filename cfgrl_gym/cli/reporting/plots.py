@@ -47,15 +47,19 @@ def comparison_plot(
     rows: Sequence[Comparison], palette: Palette, name: str, setting: str
 ) -> Markup:
     """Before and after with their intervals, a line for each method and cfg_scale."""
+    places = []
+    for number, row in enumerate(rows):
+        apart = number and row.method is not rows[number - 1].method
+        places.append((places[-1] if places else 1) - (1.6 if apart else 1))
     with drawing(name):
-        figure, (axes,) = grid(1, 1, 0.55 + 0.36 * len(rows))
-        for place, row in enumerate(rows):
+        figure, (axes,) = grid(1, 1, 0.7 - 0.3 * places[-1])
+        for place, row in zip(places, rows, strict=True):
             colour = palette.colour(row.method)
-            for pooled, shift, fill in ((row.before, 0.14, PAPER), (row.after, -0.14, colour)):
+            for pooled, shift, fill in ((row.before, 0.16, PAPER), (row.after, -0.16, colour)):
                 if pooled is not None:
                     axes.errorbar(
                         [pooled.rate.share],
-                        [-place + shift],
+                        [place + shift],
                         xerr=bars([pooled.rate]),
                         fmt=palette.marker(row.method),
                         color=colour,
@@ -63,9 +67,8 @@ def comparison_plot(
                         capsize=2.5,
                         elinewidth=1.4,
                     )
-        axes.set_yticks([-place for place in range(len(rows))])
-        axes.set_yticklabels([f"{row.method.label}, w = {row.cfg_scale:g}" for row in rows])
-        axes.set_ylim(-len(rows) + 0.5, 0.5)
+        axes.set_yticks(places, [f"{row.method.label}, w = {row.cfg_scale:g}" for row in rows])
+        axes.set_ylim(places[-1] - 0.6, 0.6)
         axes.yaxis.grid(False)
         axes.tick_params(axis="y", length=0)
         percent_axis(axes, "x")
@@ -116,6 +119,7 @@ def sweep_plot(sweep: Sweep, colour: str, name: str) -> Markup:
         top.set_ylabel(SUCCESS)
         if gaps:
             bottom.plot(*zip(*gaps, strict=True), color=colour, marker="s")
+            bottom.margins(y=0.15)
             bottom.set_ylim(bottom=0)
             bottom.set_ylabel("guidance gap")
         bottom.set_xlabel("cfg_scale w")

@@ -23,9 +23,13 @@ def count(number: int, noun: str) -> str:
 
 def rate_text(rate: Rate) -> str:
     """62% (93 of 150, 95% interval 54% to 69%)."""
+    return f"{percent(rate.share, rate.episodes)} ({counts_text(rate)})"
+
+
+def counts_text(rate: Rate) -> str:
+    """93 of 150, 95% interval 54% to 69%."""
     low, high = (percent(end, rate.episodes) for end in rate.interval)
-    share = percent(rate.share, rate.episodes)
-    return f"{share} ({rate.successes} of {rate.episodes}, 95% interval {low} to {high})"
+    return f"{rate.successes} of {rate.episodes}, 95% interval {low} to {high}"
 
 
 @dataclass(frozen=True)
@@ -34,12 +38,14 @@ class Highlight:
 
     :param before: of the method that was best afterwards; None where nothing was evaluated before
     :param compared: how many methods and scales the best afterwards was picked from
+    :param compared_before: how many scales the best before was picked from
     """
 
     setting: Setting
     before: Comparison | None
     after: Comparison
     compared: int
+    compared_before: int
 
     @property
     def before_pooled(self) -> Pooled | None:
@@ -75,9 +81,10 @@ def highlights(comparisons: Sequence[Comparison]) -> list[Highlight]:
         top = best(rows, "after")
         if top is None:
             continue
-        start = best([row for row in rows if row.method is top[0].method], "before")
+        mine = [row for row in rows if row.method is top[0].method and row.before is not None]
+        start = best(mine, "before")
         compared = sum(row.after is not None for row in rows)
-        found.append(Highlight(setting, start[0] if start else None, top[0], compared))
+        found.append(Highlight(setting, start[0] if start else None, top[0], compared, len(mine)))
     return found
 
 

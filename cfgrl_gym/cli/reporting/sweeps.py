@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cfgrl_gym.cli.reporting.comparison import Comparison, Links
-from cfgrl_gym.cli.reporting.rates import UNDECIDED, Pooled, Rate, verdict
+from cfgrl_gym.cli.reporting.rates import UNDECIDED, Pooled, verdict
 from cfgrl_gym.cli.reporting.runs import EvaluationRun, Result, Setting
 
 FEWEST = 3
@@ -75,7 +75,7 @@ def _of_method(rows: Sequence[Comparison]) -> Sweep:
         for training, result in row.by_seed:
             by_training.setdefault(training.name, []).append(result)
     by_run = tuple(tuple(results) for results in by_training.values())
-    return Sweep(f"{rows[0].method.label}, after training", rows[0].setting, tuple(points), by_run)
+    return Sweep(f"{rows[0].method.label} (after training)", rows[0].setting, tuple(points), by_run)
 
 
 def _of_evaluation(evaluation: EvaluationRun, role: str) -> Sweep:
@@ -84,7 +84,7 @@ def _of_evaluation(evaluation: EvaluationRun, role: str) -> Sweep:
         ScalePoint(r.cfg_scale, Pooled(r.rate, 1, (evaluation.name,)), r.guidance_gap)
         for r in results
     )
-    about = f"{evaluation.name}, before training" if role == "before" else evaluation.name
+    about = f"{evaluation.name} (before training)" if role == "before" else evaluation.name
     setting = Setting(evaluation.suite, tuple(results[0].tasks))
     return Sweep(about, setting, points, (tuple(results),))
 
@@ -92,9 +92,3 @@ def _of_evaluation(evaluation: EvaluationRun, role: str) -> Sweep:
 def _mean_gap(results: Sequence[Result]) -> float | None:
     gaps = [result.guidance_gap for result in results if result.guidance_gap is not None]
     return sum(gaps) / len(gaps) if gaps else None
-
-
-def pooled_range(points: Sequence[ScalePoint]) -> tuple[Rate, Rate]:
-    """The points with the fewest and the most episodes."""
-    rates = sorted((p.pooled.rate for p in points), key=lambda rate: rate.episodes)
-    return rates[0], rates[-1]
