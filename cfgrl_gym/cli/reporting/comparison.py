@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from cfgrl_gym.cli.reporting.methods import Method, plain_policy
+from cfgrl_gym.cli.reporting.methods import Method, plain_policy, value_text
 from cfgrl_gym.cli.reporting.rates import Pooled, Rate, total, verdict
 from cfgrl_gym.cli.reporting.runs import EvaluationRun, Result, Run, Runs, Setting, Training
 from cfgrl_gym.cli.run_folder import MODEL_FILE
@@ -199,7 +199,8 @@ def protocol_notes(method: Method, links: Links) -> list[str]:
                 for name in _PROTOCOL:
                     a, b = before.config.get(name), after.config.get(name)
                     if a != b:
-                        notes.add(f"{before.name} has {name} {a}, {after.name} has {b}")
+                        one, two = value_text(a), value_text(b)
+                        notes.add(f"{before.name} has {name} {one}, {after.name} has {two}")
     return sorted(notes)
 
 

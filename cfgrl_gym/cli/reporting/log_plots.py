@@ -1,6 +1,7 @@
 """Figures of the trainings' logs: where the time goes, and losses by iteration."""
 
 from collections.abc import Iterable, Sequence
+from itertools import accumulate
 
 from markupsafe import Markup
 from matplotlib.lines import Line2D
@@ -26,8 +27,10 @@ LOGGED = (
     ("train/guidance_gap", "guidance gap ‖v₁ − v∅‖"),
     ("rollout/positive_share", "share of windows labelled positive"),
     ("train/dropout_rate", "share of conditions dropped"),
-    ("rollout/groups_discarded", "groups discarded"),
+    ("rollout/groups_discarded", "groups discarded so far"),
 )
+
+SUMMED = ("rollout/groups_discarded",)
 
 
 def time_plot(spent: Sequence[TimeSpent], name: str) -> Markup:
@@ -70,6 +73,8 @@ def log_plot(methods: Sequence[Method], palette: Palette, name: str) -> Markup |
             for method in methods:
                 for training in method.trainings:
                     xs, ys = _over_iterations(training.rows, column)
+                    if column in SUMMED:
+                        ys = list(accumulate(ys))
                     mark = palette.marker(method) if len(xs) == 1 else None
                     axes.plot(xs, ys, color=palette.colour(method), lw=1.1, alpha=0.8, marker=mark)
             axes.set_title(label)
