@@ -17,7 +17,7 @@ from cfgrl_gym.cli.configs import ReportConfig
 from cfgrl_gym.cli.report import run
 
 VOID = {"meta", "img", "br", "wbr"}
-HOSTILE = "<script>alert(\"1\")</script> & 'x'"
+HOSTILE = "<script>alert(\"1\")</script> & 'x' $\\frac{1$"  # the end isn't mathtext either
 RESULTS = [result(w, {0: (4, 10)}, gap=w) for w in (1.0, 1.5, 2.0)]
 
 

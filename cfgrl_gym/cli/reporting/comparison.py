@@ -132,14 +132,17 @@ def compare(method: Method, links: Links) -> list[Comparison]:
     before: dict[_Key, list[Measured]] = {}
     starts: Counter[_Key] = Counter()
     for start in dict.fromkeys(map(start_policy, method.trainings)):
-        for key, ones in _before(start, links).items():
-            before.setdefault(key, []).extend(ones)
+        for key, measured in _before(start, links).items():
+            before.setdefault(key, []).extend(measured)
             starts[key] += 1
     after: dict[_Key, list[tuple[Training, Measured]]] = {}
     for training in method.trainings:
-        measured = _largest(links.after[training.name])
-        for key, one in {**_by_key(_of_checkup(training, -1)), **measured}.items():
+        last, evaluated = _of_checkup(training, -1), _largest(links.after[training.name])
+        for key, one in {**_by_key(last), **evaluated}.items():
             after.setdefault(key, []).append((training, one))
+    # A start may have been measured on more than this method was.
+    settings = {setting for setting, _ in after}
+    before = {key: ones for key, ones in before.items() if not after or key[0] in settings}
     rows = []
     for key in sorted({*before, *after}, key=lambda k: (k[0].suite, k[0].tasks, k[1])):
         ones = after.get(key, [])

@@ -9,7 +9,7 @@ from cfgrl_gym.cli.reporting.methods import Method
 from cfgrl_gym.cli.reporting.rates import Rate, total
 from cfgrl_gym.cli.reporting.runs import Checkup, Result, Setting, Training
 
-EVALUATED, TRAINING = "evaluated", "training episodes"
+EVALUATED, TRAINING = "evaluated", "while training"
 BINS = 12  # points of a curve that is made of training episodes
 CROWDED = 6  # lines, after which each cfg_scale has a panel of its own
 LAST = math.inf  # stands for the last evaluation, whichever iteration that was

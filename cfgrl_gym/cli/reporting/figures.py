@@ -18,8 +18,9 @@ PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", INK
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
 WIDTH = 10.0  # inches, at 72 points
-_STYLE = {
+_STYLE: Any = {
     "svg.fonttype": "none",
+    "text.parse_math": False,  # a name may have dollar signs
     "font.size": 9.5,
     "axes.titlesize": 10,
     "axes.titlelocation": "left",

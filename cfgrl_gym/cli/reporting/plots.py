@@ -47,7 +47,7 @@ def comparison_plot(
     rows: Sequence[Comparison], palette: Palette, name: str, setting: str
 ) -> Markup:
     """Before and after with their intervals, a line for each method and cfg_scale."""
-    places = []
+    places: list[float] = []
     for number, row in enumerate(rows):
         apart = number and row.method is not rows[number - 1].method
         places.append((places[-1] if places else 1) - (1.6 if apart else 1))
@@ -88,10 +88,9 @@ def sweep_plot(sweep: Sweep, colour: str, name: str) -> Markup:
     rates = [point.pooled.rate for point in sweep.points]
     gaps = [(p.cfg_scale, p.gap) for p in sweep.points if p.gap is not None]
     with drawing(name):
-        figure, every = grid(2 if gaps else 1, 1, 1.0, sharex=True)
+        ratios = [1.7, 1] if gaps else [1]
+        figure, every = grid(len(ratios), 1, 1.0, sharex=True, height_ratios=ratios)
         figure.set_size_inches(5.4, 4.3 if gaps else 2.9)
-        if gaps:
-            every[0].get_gridspec().set_height_ratios([1.7, 1])
         top, bottom = every[0], every[-1]
         for results in sweep.by_run if len(sweep.by_run) > 1 else ():
             xs = [result.cfg_scale for result in results]

@@ -133,7 +133,8 @@ def find_runs(folders: Sequence[str]) -> Runs:
         elif "total_timesteps" in config:
             table, checkups = folder / TABLE_FILE, folder / EVALUATIONS_FILE
             rows = read_table(table) if table.is_file() else ()
-            suite, measured = str(config.get("suite", "?")), ()
+            suite = str(config.get("suite", "?"))
+            measured: tuple[Checkup, ...] = ()
             if checkups.is_file():
                 suite, measured = read_json(checkups, _checkups)
             if rows or measured:
