@@ -100,15 +100,17 @@ def test_seeds_and_folders_make_no_method_and_options_do(tmp_path: Path) -> None
     assert "algorithm CFGRL → FilteredBC; learning_rate 0.0003 → 1e-05<" in page
 
 
-def test_of_equally_common_methods_the_one_most_like_the_others_is_the_baseline(
-    tmp_path: Path,
+@pytest.mark.parametrize(("seeds", "expected"), [(1, ["b"]), (2, ["a0", "a1"])])
+def test_the_baseline_is_the_most_common_method_or_else_most_like_the_others(
+    seeds: int, expected: list[str], tmp_path: Path
 ) -> None:
-    make_training(tmp_path / "a", dropout_prob=0.0)
+    for seed in range(seeds):
+        make_training(tmp_path / f"a{seed}", dropout_prob=0.0, seed=seed)
     make_training(tmp_path / "b")
     make_training(tmp_path / "c", n_epochs=8)
     data, _ = report(tmp_path)
     (baseline,) = [m for m in data["methods"] if m["baseline"]]
-    assert baseline["trainings"] == ["b"]
+    assert baseline["trainings"] == expected
 
 
 @pytest.mark.parametrize(("noises", "episodes"), [((0, 0, 0), 10), ((0, 1, 2), 30)])

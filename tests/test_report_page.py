@@ -119,12 +119,14 @@ def test_a_single_run_makes_a_page(kind: str, tmp_path: Path) -> None:
 def test_names_are_shown_and_not_run(tmp_path: Path) -> None:
     folder = tmp_path / "runs" / HOSTILE.replace("/", "∕")
     training = make_training(folder, policy=HOSTILE, evaluations=[(1, 9, 9.0, RESULTS)])
-    make_evaluation(training / "eval", RESULTS, HOSTILE, suite=HOSTILE, videos=["success"])
+    make_evaluation(training / "eval", RESULTS, "runs/x", suite=HOSTILE, videos=["success"])
+    make_evaluation(tmp_path / "runs" / "c", RESULTS, HOSTILE)
     make_training(tmp_path / "runs" / "b", algorithm=HOSTILE)
     page = report(tmp_path / "runs", title=HOSTILE)
     assert [tag for tag, _ in page.tags].count("script") == 1
     assert page.texts.count(HOSTILE) >= 2  # the title, in the head and as a heading
     assert any(folder.name in text for text in page.texts)
+    assert any(HOSTILE in label for label in page.values("aria-label"))
     assert json.loads(page.data)["title"] == HOSTILE
     assert any(HOSTILE in m["method"] for m in json.loads(page.data)["methods"])
     handlers = [a for _, given in page.tags for a in given if a.startswith("on")]
