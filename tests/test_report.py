@@ -113,6 +113,26 @@ def test_the_baseline_is_the_most_common_method_or_else_most_like_the_others(
     assert baseline["trainings"] == expected
 
 
+def test_methods_are_compared_with_the_baseline_and_come_after_it(tmp_path: Path) -> None:
+    studied: list[tuple[str, int, dict[str, Any]]] = [
+        ("a0", 20, {"seed": 0}),
+        ("a1", 20, {"seed": 1}),
+        ("b", 21, {"n_epochs": 8}),
+        ("c", 45, {"dropout_prob": 0.0}),
+    ]
+    for name, successes, options in studied:
+        training = make_training(tmp_path / name, **options)
+        make_evaluation(training / "eval", [one_task(1.0, successes, 50)], policy=f"runs/{name}")
+    assert wilson(45, 50)[0] > wilson(40, 100)[1] > wilson(21, 50)[0]
+    data, _ = report(tmp_path)
+    found = [(row["method"], row["after_against_baseline"]) for row in data["comparisons"]]
+    assert found == [
+        ("CFGRL", None),
+        ("CFGRL, dropout_prob 0", "higher"),
+        ("CFGRL, n_epochs 8", "not distinguishable at 95%"),
+    ]
+
+
 @pytest.mark.parametrize(("noises", "episodes"), [((0, 0, 0), 10), ((0, 1, 2), 30)])
 def test_a_start_that_was_measured_again_counts_once(
     noises: tuple[int, ...], episodes: int, tmp_path: Path

@@ -18,7 +18,7 @@ from cfgrl_gym.cli.reporting.curves import Panel, Point, learning_curves, withou
 from cfgrl_gym.cli.reporting.films import Film, films
 from cfgrl_gym.cli.reporting.methods import Method, group_methods, repeated_seeds
 from cfgrl_gym.cli.reporting.runs import Result, Runs, Training
-from cfgrl_gym.cli.reporting.summary import count
+from cfgrl_gym.cli.reporting.summary import against_baseline, count
 from cfgrl_gym.cli.reporting.sweeps import Sweep, sweeps
 
 
@@ -141,6 +141,7 @@ def as_json(report: Report) -> dict[str, Any]:
                 "before": row.before and row.before.as_json(),
                 "after": row.after and row.after.as_json(),
                 "after_against_before": row.verdict,
+                "after_against_baseline": against_baseline(row, report.comparisons),
                 "by_training": {t.name: _result_json(result) for t, result in row.by_seed},
             }
             for row in report.comparisons
