@@ -167,7 +167,8 @@ class CFGRL(SavesWhatWasTrained, OnPolicyAlgorithm):
         # All randomness derives from this seed and the iteration; no generator has a state to keep.
         self._entropy = int(np.random.SeedSequence().generate_state(1)[0]) if seed is None else seed
         self._iteration = 0
-        self._control_steps = 0
+        self.num_control_steps = 0
+        self.num_episodes = 0  # finished ones, of all iterations
         self._task_successes: dict[int, deque[bool]] = {}
         self._recent: deque[WindowBatch] = deque()  # of each iteration that an update learns from
         self.windows: WindowBatch | None = None  # all of these
@@ -293,8 +294,10 @@ class CFGRL(SavesWhatWasTrained, OnPolicyAlgorithm):
                     self._task_successes.setdefault(task, recent).append(episode.success)
         for task, successes in self._task_successes.items():
             self.logger.record(f"rollout/success_rate/task_{task}", safe_mean(successes))
-        self._control_steps += collector.control_steps
-        self.logger.record("rollout/control_steps", self._control_steps)
+        self.num_control_steps += collector.control_steps
+        self.num_episodes += len(collector.finished)
+        self.logger.record("rollout/control_steps", self.num_control_steps)
+        self.logger.record("rollout/episodes", self.num_episodes)
 
     # Update -----------------------------------------------------------------------------------
 
@@ -356,7 +359,7 @@ class CFGRL(SavesWhatWasTrained, OnPolicyAlgorithm):
         its episodes take, so its end may lie beyond `total_timesteps`.
         """
         if reset_num_timesteps:
-            self._control_steps = 0
+            self.num_control_steps = self.num_episodes = 0
         total_timesteps, callback = self._setup_learn(
             total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
         )

@@ -4,12 +4,16 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from stable_baselines3.common.vec_env import VecEnv
 
-from cfgrl_gym.algorithms.collector import Collector
+from cfgrl_gym.algorithms.collector import Chunk, Collector, stack
+from cfgrl_gym.algorithms.flow import interpolate
 from cfgrl_gym.algorithms.groups import Group, GroupPlan, Start, torch_generator
 from cfgrl_gym.algorithms.policies import FlowPolicy
+
+GAP_CHUNKS, GAP_BATCH = 256, 32  # over how many chunks the guidance gap is averaged, at a time
 
 
 def wilson_interval(
@@ -46,6 +50,7 @@ class Evaluation:
     """Outcomes in the order in which the starts were given."""
 
     episodes: tuple[EpisodeOutcome, ...]
+    guidance_gap: float  # mean ‖v_1 - v_∅‖ (root mean square) where the policy acted
 
     @property
     def successes(self) -> int:
@@ -70,7 +75,8 @@ def evaluate(
     seed: int = 0,
     on_episode: Callable[[int, int], None] = lambda episodes, successes: None,
 ) -> Evaluation:
-    """Run one episode from each start; results don't depend on the number of environments.
+    """Run one episode from each start. An episode's noise depends on its start alone (and on how
+    often it came before), so its outcome depends neither on the others nor on the environments.
 
     :param cfg_scale: guidance; None: the policy's own
     :param seed: of the sampling noise
@@ -79,8 +85,10 @@ def evaluate(
     if not starts:
         raise ValueError("no starts to evaluate from were given")
 
+    keys = [(*_key(start), starts[:i].count(start)) for i, start in enumerate(starts)]
+
     def noise(group: int, member: int, chunk: int) -> torch.Tensor:
-        generator = torch_generator(seed, group, chunk)
+        generator = torch_generator(seed, *keys[group], chunk)
         return torch.randn(policy.horizon, policy.action_width, generator=generator)
 
     plan = GroupPlan(tuple(Group(i, start) for i, start in enumerate(starts)), group_size=1)
@@ -107,5 +115,25 @@ def evaluate(
                 control_steps=len(episode.rewards),
             )
             for episode in ordered
-        )
+        ),
+        _guidance_gap(policy, [chunk for episode in ordered for chunk in episode.chunks], seed),
     )
+
+
+def _key(start: Start) -> tuple[int, ...]:
+    parts = (start.task_id, start.init_state_id, start.seed)
+    return tuple(0 if part is None else 1 + part for part in parts)
+
+
+def _guidance_gap(policy: FlowPolicy, chunks: list[Chunk], seed: int) -> float:
+    """Mean over chunks, spread evenly, between their noise and what was sampled."""
+    chosen = chunks[:: math.ceil(len(chunks) / GAP_CHUNKS)]
+    generator = torch_generator(seed)
+    gaps = []
+    for start in range(0, len(chosen), GAP_BATCH):
+        part = chosen[start : start + GAP_BATCH]
+        t, noise = policy.draw_flow(len(part), generator)
+        actions = torch.from_numpy(np.stack([chunk.model_actions for chunk in part]))
+        observations = stack([chunk.observation for chunk in part])
+        gaps.append(policy.guidance_gap(observations, interpolate(actions, noise, t), t).cpu())
+    return torch.cat(gaps).mean().item()

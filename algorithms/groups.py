@@ -73,22 +73,22 @@ def draw_plan(
     rng: np.random.Generator,
     count: int,
     group_size: int,
-    init_states: Mapping[int, int | None] | None,
+    init_states: Mapping[int, Sequence[int] | None] | None,
 ) -> GroupPlan:
     """Draw the starts of `count` groups.
 
     Tasks, and the initial states of each task, are drawn without replacement until all have
     had their turn.
 
-    :param init_states: number of initial states of each task (None: unbounded, ids are seeds);
+    :param init_states: ids of the initial states of each task (None: unbounded, ids are seeds);
         None for an environment that starts from a reset seed
     """
     if init_states is None:
         starts = [Start(seed=seed) for seed in islice(_random_seeds(rng), count)]
     else:
         states = {
-            task: _random_seeds(rng) if n is None else _shuffled_forever(range(n), rng)
-            for task, n in init_states.items()
+            task: _random_seeds(rng) if ids is None else _shuffled_forever(ids, rng)
+            for task, ids in init_states.items()
         }
         tasks = _shuffled_forever(list(init_states), rng)
         starts = [

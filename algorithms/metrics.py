@@ -16,6 +16,8 @@ def rollout_metrics(
     metrics: dict[str, float] = {
         "rollout/groups_kept": len(selection.kept),
         "rollout/groups_discarded": len(selection.discarded),
+        "rollout/iteration_success_rate": sum(e.succeeded for e in collector.finished)
+        / len(collector.finished),
         "time/control_steps_per_second": collector.control_steps
         / (collector.seconds_simulation + collector.seconds_inference),
         "time/seconds_simulation": collector.seconds_simulation,
@@ -45,7 +47,7 @@ class UpdateMetrics:
         self.dropped.append(dropped)
 
     def summary(self) -> dict[str, float]:
-        """Loss in total and by branch, share of the conditions dropped, gradient norm."""
+        """Loss in total and by branch, conditions and how many were dropped, gradient norm."""
         loss, labels, dropped = map(torch.cat, (self.losses, self.labels, self.dropped))
         metrics = {
             "train/loss": loss.mean().item(),
@@ -56,5 +58,11 @@ class UpdateMetrics:
                 metrics[f"train/loss_{name}"] = loss[dropped == label].mean().item()
         conditioned = labels != NULL
         if conditioned.any():
-            metrics["train/dropout_rate"] = (dropped == NULL)[conditioned].float().mean().item()
+            count, dropped_count = (
+                conditioned.sum().item(),
+                (dropped == NULL)[conditioned].sum().item(),
+            )
+            metrics["train/conditioned_count"] = count
+            metrics["train/dropout_count"] = dropped_count
+            metrics["train/dropout_rate"] = dropped_count / count
         return metrics

@@ -1,5 +1,7 @@
 """At the door of the algorithm: what environments CFGRL takes, and what they offer."""
 
+from collections.abc import Sequence
+
 import numpy as np
 from gymnasium import spaces
 from stable_baselines3.common.env_util import is_wrapped
@@ -55,8 +57,8 @@ def as_vec_env(env: GymEnv, verbose: int = 0, monitor_wrapper: bool = True) -> V
     return env
 
 
-def init_states(env: VecEnv) -> dict[int, int | None] | None:
-    """Number of initial states of each task (None: unbounded); None for an environment without
+def init_states(env: VecEnv) -> dict[int, Sequence[int] | None] | None:
+    """Ids of each task's initial states (None: any seed will do); None for an environment without
     a queue of episodes, which starts from a reset seed.
 
     :raises ValueError: if the environments offer different tasks
@@ -69,4 +71,4 @@ def init_states(env: VecEnv) -> dict[int, int | None] | None:
             f"every environment must offer the same tasks, because any may run any group; got "
             f"{sorted(set(tasks))}"
         )
-    return {task: env.env_method("num_init_states", task, indices=[0])[0] for task in tasks[0]}
+    return {task: env.env_method("init_state_ids", task, indices=[0])[0] for task in tasks[0]}

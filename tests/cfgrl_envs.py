@@ -31,8 +31,8 @@ class QueueEnv(gym.Env):
         self.queue: list[dict[str, Any]] = []
         self.resets: list[tuple[int, int, str]] = []  # (task, start, by what)
 
-    def num_init_states(self, task_id: int) -> int | None:
-        return 5 if task_id == 0 else None
+    def init_state_ids(self, task_id: int) -> range | None:
+        return range(5) if task_id == 0 else None
 
     def queue_episode(self, task_id: int | None = None, init_state_id: int | None = None) -> None:
         self.queue.append({"task_id": task_id, "init_state_id": init_state_id})

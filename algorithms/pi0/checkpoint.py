@@ -1,6 +1,7 @@
 """Building a PI0 policy's parts: new, or from a checkpoint; and writing a checkpoint."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from cfgrl_gym.algorithms.pi0.condition import Pi0CFGRLConfig, check_condition_m
 from cfgrl_gym.algorithms.pi0.formats import Source, read_source
 from cfgrl_gym.algorithms.pi0.model import Pi0ForCFGRL
 from cfgrl_gym.algorithms.pi0.presets import PRESETS, TinySizes, new_model, tiny_config
+from cfgrl_gym.algorithms.pi0.shipped import SHIPPED, find_shipped
 from cfgrl_gym.algorithms.pi0.stats_files import STATS_FILE
 from cfgrl_gym.algorithms.pi0.tokenizer import (
     PALIGEMMA_TOKENIZER,
@@ -37,6 +39,7 @@ class Pi0PolicyConfig:
     :param trainable: "expert", "all" or "lora"
     :param vlm_dtype: "float32" or "bfloat16", of the VLM's weights
     :param tokenizer: folder or hub name of preset "pi0"'s tokenizer; None for bytes
+    :param cameras: PI0's names of the images it looks at; None in files of before there was this
     """
 
     preset: str
@@ -46,6 +49,7 @@ class Pi0PolicyConfig:
     trainable: str
     vlm_dtype: str
     tokenizer: str | None
+    cameras: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.preset not in PRESETS:
@@ -90,8 +94,12 @@ def build(
     tokenizer: str | None,
     model_config: dict[str, Any] | None,
     base: BaseReference | None,
+    cameras: Sequence[str] | None,
+    available: tuple[str, ...],
 ) -> Built:
     """The parts of a policy, from the constructor's arguments (see `Pi0Policy`).
+
+    :param available: the cameras that the observation space has
 
     An argument that is None takes the checkpoint's value, or the preset's. Weights are read last:
     whatever else is wrong is said before.
@@ -100,7 +108,7 @@ def build(
         raise ValueError(f"preset must be one of {PRESETS}; got {preset!r}")
     if checkpoint is not None and sizes is not None:
         raise ValueError("sizes are of a new model; a checkpoint brings its own: pass only one")
-    source = None if checkpoint is None else _find_source(str(checkpoint), preset, base)
+    source = None if checkpoint is None else _find_source(find_shipped(checkpoint), preset, base)
     saved = {} if source is None else _read_policy_file(source.folder, preset)
     if source is not None:
         config = _checkpoint_config(source, condition_mode, horizon)
@@ -125,6 +133,7 @@ def build(
         trainable=trainable,
         vlm_dtype=vlm_dtype or frozen_dtype,
         tokenizer=_tokenizer_source(tokenizer, source, saved) if preset == "pi0" else None,
+        cameras=_choose_cameras(cameras or saved.get("cameras"), available),
     )
     stats = _find_stats(norm_stats, source, preset)
     prompts: PromptTokenizer = (
@@ -181,7 +190,7 @@ def _read_policy_file(folder: Path, preset: str) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         raise ValueError(f"'{path}' is not JSON ({error}); save the policy again") from error
     expected = {field.name for field in fields(Pi0PolicyConfig)}
-    if not isinstance(saved, dict) or set(saved) != expected:
+    if not isinstance(saved, dict) or set(saved) | {"cameras"} != expected:
         raise ValueError(f"'{path}' should hold {sorted(expected)}; save the policy again")
     if saved["preset"] != preset:
         raise ValueError(
@@ -191,11 +200,23 @@ def _read_policy_file(folder: Path, preset: str) -> dict[str, Any]:
     return saved
 
 
+def _choose_cameras(wanted: Sequence[str] | None, available: tuple[str, ...]) -> tuple[str, ...]:
+    if wanted is None:
+        return available
+    missing = [name for name in wanted if name not in available]
+    if missing:
+        raise ValueError(
+            f"the policy looks at {', '.join(wanted)}, but the observations have "
+            f"{', '.join(available)}: make the environment with the cameras of {', '.join(missing)}"
+        )
+    return tuple(name for name in available if name in wanted)
+
+
 def _find_source(checkpoint: str, preset: str, base: BaseReference | None) -> Source:
     if preset == "tiny" and not Path(checkpoint).is_dir():
         raise FileNotFoundError(
             f"checkpoint folder '{checkpoint}' does not exist; give a folder that "
-            "Pi0Policy.save_pretrained wrote"
+            f"Pi0Policy.save_pretrained wrote, or a policy of the package: {', '.join(SHIPPED)}"
         )
     try:
         return read_source(checkpoint)

@@ -47,8 +47,8 @@ class Pi0Policy(OnBase):
     :param action_space: Box (chunk, 7) or (7,)
     :param lr_schedule: learning rate as a function of the remaining progress
     :param preset: "tiny" (random weights, byte-level tokenizer, for a CPU) or "pi0" (full size)
-    :param checkpoint: folder that `save_pretrained` wrote or, with preset "pi0", any PI0
-        checkpoint folder or hub name. None: random weights
+    :param checkpoint: folder that `save_pretrained` wrote, or "libero_tiny", which comes with the
+        package; with preset "pi0", any PI0 checkpoint folder or hub name. None: random weights
     :param norm_stats: a `NormStats` or the path of openpi's norm_stats.json. None: the checkpoint
         folder's; without a checkpoint, tiny takes mean 0 and standard deviation 1 (states
         and actions reach the model as they are)
@@ -78,6 +78,8 @@ class Pi0Policy(OnBase):
     :param model_config: configuration of a new model as transformers writes it; overrides
         `sizes`. What `save` keeps, to rebuild the network before its weights are loaded
     :param base: what `CFGRL.save` keeps of the checkpoint, to know whether it has changed
+    :param cameras: of the observations' images, those that the policy looks at. None: the
+        checkpoint's, else all
     :param num_inference_steps: Euler steps of the sampler
     :param guidance: "velocity" guides every denoising step; "action" combines two finished chunks
     :param ema_decay: act with an exponential moving average of the trained weights, of this decay
@@ -115,6 +117,7 @@ class Pi0Policy(OnBase):
         tokenizer: str | None = None,
         model_config: dict[str, Any] | None = None,
         base: BaseReference | None = None,
+        cameras: Sequence[str] | None = None,
         num_inference_steps: int = 10,
         guidance: str = "velocity",
         ema_decay: float | None = None,
@@ -123,7 +126,7 @@ class Pi0Policy(OnBase):
         optimizer_kwargs: dict[str, Any] | None = None,
         normalize_images: bool = True,
     ) -> None:
-        cameras = check_spaces(observation_space, action_space)
+        available = check_spaces(observation_space, action_space)
         if trainable == "lora":
             check_lora(lora_rank)  # before a checkpoint is loaded, which takes minutes
         shape = action_space.shape
@@ -143,6 +146,8 @@ class Pi0Policy(OnBase):
             tokenizer=tokenizer,
             model_config=model_config,
             base=base,
+            cameras=cameras,
+            available=available,
         )
         config = built.model.config
         if optimizer_kwargs is None and optimizer_class is torch.optim.AdamW:
@@ -163,14 +168,14 @@ class Pi0Policy(OnBase):
         )
         self.config = built.config
         self.base = built.base
-        self.cameras = cameras
+        self.cameras = built.config.cameras or available
         self.tokenizer = built.tokenizer
         self.model = built.model
         vlm: Any = config.vlm_config
         vision = vlm.vision_config
         self.image_size = vision.image_size
         self.image_token_id: int = vlm.image_token_id
-        self.image_tokens = len(cameras) * (vision.image_size // vision.patch_size) ** 2
+        self.image_tokens = len(self.cameras) * (vision.image_size // vision.patch_size) ** 2
         for part in ("state", "actions"):
             for name in ("mean", "std"):
                 self.register_buffer(f"{part}_{name}", torch.empty(0))
@@ -380,6 +385,7 @@ class Pi0Policy(OnBase):
             horizon=self.horizon,
             vlm_dtype=self.config.vlm_dtype,
             tokenizer=self.config.tokenizer,
+            cameras=self.cameras,
             model_config=self.model.config.to_dict(),
             num_inference_steps=self.num_inference_steps,
             guidance=self.guidance,

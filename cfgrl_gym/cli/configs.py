@@ -9,6 +9,7 @@ from typing import Literal
 TaskId = int | list[int] | Literal["all"]
 Preset = Literal["tiny", "pi0"]
 ConditionMode = Literal["token", "bias", "concat"]
+Camera = Literal["agentview", "robot0_eye_in_hand"]
 Trainable = Literal["expert", "all", "lora"]
 
 
@@ -73,6 +74,8 @@ class SftConfig:
     :param norm_stats: openpi's norm_stats.json. null: the policy's own, else computed from the
         demonstrations
     :param std_floor: least standard deviation in computed statistics
+    :param cameras: of a new tiny model: which images it sees, agentview and robot0_eye_in_hand (the
+        wrist's, which costs a third to draw without a GPU). null: both
     :param image_size: of a new tiny model: side of the images it sees, in pixels
     :param patch_size: of a new tiny model: side of an image patch
     :param hidden_size: of a new tiny model: width
@@ -105,6 +108,7 @@ class SftConfig:
     ema_decay: float | None = None
     norm_stats: str | None = None
     std_floor: float = 0.05
+    cameras: list[Camera] | None = None
     image_size: int = 112
     patch_size: int = 16
     hidden_size: int = 128
@@ -138,8 +142,9 @@ class SftConfig:
 class PolicyOptions:
     """The policy that a command starts from.
 
-    :param policy: policy folder (what save_pretrained wrote), the run folder of `cfgrl sft` or
-        `cfgrl train`, or a PI0 checkpoint (with preset pi0, also a name on the Hugging Face hub)
+    :param policy: libero_tiny (comes with the package), a policy folder (what save_pretrained
+        wrote), the run folder of `cfgrl sft` or `cfgrl train`, or a PI0 checkpoint (with preset
+        pi0, also a name on the Hugging Face hub)
     :param preset: tiny or pi0. null: what the folder says
     :param norm_stats: openpi's norm_stats.json. null: the policy folder's own
     :param delta_actions: the model's actions are relative to the state in the first 6 dimensions.
@@ -192,8 +197,8 @@ class LiberoOptions:
 class TrainConfig(LiberoOptions, PolicyOptions):
     """Options of `cfgrl train`.
 
-    :param init_states: start from the states that the benchmark evaluates on, or from random
-        placements
+    :param init_states: start from the states that the benchmark evaluates on (benchmark), from some
+        of them as [0,1,2], so that others stay unseen, or from random placements (random)
     :param condition_mode: how the optimality condition enters, for a checkpoint that has none yet:
         token, bias or concat. null: the policy's, else token
     :param use_prefix_dropout: the unconditional branch doesn't see the instruction either. null:
@@ -224,16 +229,22 @@ class TrainConfig(LiberoOptions, PolicyOptions):
     :param gradient_accumulation_steps: forward passes of one optimizer step
     :param max_grad_norm: gradients are clipped to this norm
     :param window_stride: control steps between windows. null: the chunk
+    :param replay_iterations: learn from the windows of this many earlier iterations too
     :param device_memory: GiB of a GPU's memory that the run may use. null: all that is free
     :param prefix_memory: GiB of the host's memory for what a frozen VLM computed while acting, so
         that the update needs not compute it again. null: half of what is free
+    :param eval_every: iterations between evaluations on the benchmark's initial states and with its
+        time limit; the first is before training, the last after it. null: none
+    :param eval_episodes: the first so many initial states of each task. null: all (LIBERO has 50)
+    :param eval_cfg_scale: guidance in evaluations, or several values as [1,1.5]. null: the policy's
+        own
     :param save_every: iterations between saves of the policy during the run. null: only at its end
     :param video: record an episode at the end
     :param seed: of everything random
     :param out: run folder. null: runs/train-<date-time>
     """
 
-    init_states: Literal["benchmark", "random"] = "benchmark"
+    init_states: Literal["benchmark", "random"] | list[int] = "benchmark"
     condition_mode: ConditionMode | None = None
     use_prefix_dropout: bool | None = None
     trainable: Trainable | None = None
@@ -256,8 +267,12 @@ class TrainConfig(LiberoOptions, PolicyOptions):
     gradient_accumulation_steps: int = 1
     max_grad_norm: float = 1.0
     window_stride: int | None = None
+    replay_iterations: int = 0
     device_memory: float | None = None
     prefix_memory: float | None = None
+    eval_every: int | None = None
+    eval_episodes: int | None = None
+    eval_cfg_scale: float | list[float] | None = None
     save_every: int | None = None
     video: bool = True
     seed: int = 0
@@ -271,7 +286,11 @@ class TrainConfig(LiberoOptions, PolicyOptions):
             total_timesteps=self.total_timesteps,
             window_stride=self.window_stride,
             save_every=self.save_every,
+            eval_every=self.eval_every,
+            eval_episodes=self.eval_episodes,
         )
+        if self.eval_cfg_scale == []:
+            raise ValueError("eval_cfg_scale must not be an empty list")
 
 
 @dataclass(frozen=True, kw_only=True)

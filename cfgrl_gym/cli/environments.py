@@ -1,7 +1,7 @@
 """The LIBERO environments of a command, in threads where there are several."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -20,11 +20,20 @@ from cfgrl_gym.wrappers.two_test import CAMERA_SLOTS, STATE_DIM
 ENVIRONMENT = "cfgrl_gym:LiberoChunked-v0"
 
 
-def libero_spaces(image_size: int, chunk_size: int) -> tuple[spaces.Dict, spaces.Box]:
-    """Observation and action space of `LiberoChunked-v0`, without building one."""
+# The environment's name of a camera: PI0's.
+SLOT_OF_CAMERA = {key.removesuffix("_image"): slot for slot, key in CAMERA_SLOTS.items()}
+
+
+def libero_spaces(
+    image_size: int, chunk_size: int, slots: Iterable[str] = tuple(CAMERA_SLOTS)
+) -> tuple[spaces.Dict, spaces.Box]:
+    """Observation and action space of `LiberoChunked-v0`, without building one.
+
+    :param slots: PI0's names of the cameras
+    """
     image = spaces.Box(0, 255, (image_size, image_size, 3), np.uint8)
     observation: dict[str, spaces.Space[Any]] = {
-        **dict.fromkeys(CAMERA_SLOTS, image),
+        **dict.fromkeys(slots, image),
         "state": spaces.Box(-BOUND, BOUND, (STATE_DIM,), np.float32),
         "prompt": spaces.Box(0, 255, (PROMPT_BYTES,), np.uint8),
     }
@@ -32,10 +41,14 @@ def libero_spaces(image_size: int, chunk_size: int) -> tuple[spaces.Dict, spaces
 
 
 def environment_arguments(
-    options: LiberoOptions, *, chunk_size: int, image_size: int
+    options: LiberoOptions, *, chunk_size: int, image_size: int, slots: Iterable[str]
 ) -> dict[str, Any]:
-    """Arguments of `LiberoChunked-v0`; the two sizes are the policy's where the user gave none."""
+    """Arguments of `LiberoChunked-v0`; the two sizes are the policy's where the user gave none.
+
+    :param slots: PI0's names of the cameras that the policy looks at: no other image is drawn
+    """
     return {
+        "cameras": [camera for camera, slot in SLOT_OF_CAMERA.items() if slot in slots],
         "suite": options.suite,
         "task_id": options.task_id,
         "chunk_size": options.chunk_size or chunk_size,

@@ -1,67 +1,28 @@
 """`cfgrl eval`: success rate over the benchmark's initial states."""
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from stable_baselines3.common.logger import configure
 
-from cfgrl_gym.algorithms.evaluation import Evaluation, evaluate, wilson_interval
 from cfgrl_gym.algorithms.groups import Start
 from cfgrl_gym.cli.configs import EvalConfig
 from cfgrl_gym.cli.environments import environment_arguments, vec_env
+from cfgrl_gym.cli.evaluations import as_list, find_starts, measure
 from cfgrl_gym.cli.policies import load_policy
-from cfgrl_gym.cli.progress import progress_bar
 from cfgrl_gym.cli.run_folder import VIDEO_FILE, choose_folder, create_folder
 from cfgrl_gym.cli.video import record_episode
-from cfgrl_gym.envs.suites import load_init_states, select_tasks
 
 RESULT_FILE = "eval.json"
 
 
-def find_starts(config: EvalConfig) -> list[Start]:
-    """Every episode to run, task by task.
-
-    :raises ValueError: tasks or initial states that don't exist
-    """
-    starts = []
-    for task in select_tasks(config.suite, config.task_id):
-        count = len(load_init_states(config.suite, task.task_id))
-        chosen = config.init_states
-        if chosen is None:
-            chosen = list(range(count if config.episodes is None else config.episodes))
-        for state in chosen:
-            if not 0 <= state < count:
-                raise ValueError(
-                    f"{config.suite} task {task.task_id} has the initial states 0 to {count - 1}; "
-                    f"{state} was asked for: change --episodes or --init_states"
-                )
-            starts.append(Start(task_id=task.task_id, init_state_id=state))
-    return starts
-
-
-def _rate(successes: int, episodes: int) -> dict[str, Any]:
-    return {
-        "success_rate": successes / episodes,
-        "interval_95": list(wilson_interval(successes, episodes)),
-        "successes": successes,
-        "n_episodes": episodes,
-    }
-
-
-def summarize(cfg_scale: float, evaluation: Evaluation) -> dict[str, Any]:
-    """One cfg_scale's part of eval.json."""
-    by_task: dict[int, list[bool]] = {}
-    for episode in evaluation.episodes:
-        assert episode.task_id is not None
-        by_task.setdefault(episode.task_id, []).append(episode.success)
-    return {
-        "cfg_scale": cfg_scale,
-        **_rate(evaluation.successes, len(evaluation.episodes)),
-        "tasks": {str(task): _rate(sum(done), len(done)) for task, done in by_task.items()},
-        "episodes": [asdict(episode) for episode in evaluation.episodes],
-    }
+def examples(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The first success and the first failure among a result's episodes, as far as there are."""
+    found: dict[str, dict[str, Any]] = {}
+    for episode in result["episodes"]:
+        found.setdefault("success" if episode["success"] else "failure", episode)
+    return found
 
 
 def table(results: list[dict[str, Any]]) -> str:
@@ -88,13 +49,15 @@ def run(config: EvalConfig) -> Path:
     :raises FileNotFoundError: no such policy
     :raises FileExistsError: the run folder has something in it
     """
-    starts = find_starts(config)
+    starts = find_starts(config.suite, config.task_id, config.episodes, config.init_states)
     out = choose_folder("eval", config.out)
     policy = load_policy(config)
-    given = policy.cfg_scale if config.cfg_scale is None else config.cfg_scale
-    scales = [float(w) for w in (given if isinstance(given, list) else [given])]
+    scales = as_list(config.cfg_scale) or [policy.cfg_scale]
     arguments = environment_arguments(
-        config, chunk_size=policy.chunk_size, image_size=policy.image_size
+        config,
+        chunk_size=policy.chunk_size,
+        image_size=policy.image_size,
+        slots=policy.cameras,
     )
     results: list[dict[str, Any]] = []
     with vec_env(arguments, config.n_envs) as env:
@@ -103,25 +66,22 @@ def run(config: EvalConfig) -> Path:
         print(f"{about}, {policy.device}; results in {out}")
         logger = configure(str(out), ["csv", "json", "tensorboard"])
         for number, scale in enumerate(scales):
-            with progress_bar(f"cfg_scale {scale:g}", len(starts), "episode") as bar:
-
-                def on_episode(done: int, successes: int, bar: Any = bar) -> None:
-                    bar.set_postfix(success=f"{successes}/{done}", refresh=False)
-                    bar.update(done - bar.n)
-
-                evaluation = evaluate(
-                    policy, env, starts, cfg_scale=scale, seed=config.seed, on_episode=on_episode
-                )
-            results.append(summarize(scale, evaluation))
+            results.append(measure(policy, env, starts, scale, config.seed))
             # Written after every value, so that a sweep that is stopped keeps what it has.
             content = {"policy": config.policy, "suite": config.suite, "results": results}
             text = json.dumps(content, indent=2) + "\n"
             (out / RESULT_FILE).write_text(text, encoding="utf-8")
             logger.record("eval/cfg_scale", scale)
-            logger.record("eval/success_rate", evaluation.success_rate)
+            logger.record("eval/success_rate", results[-1]["success_rate"])
+            logger.record("eval/guidance_gap", results[-1]["guidance_gap"])
             logger.dump(number)
         logger.close()
     print(table(results))
     if config.video:
-        record_episode(policy, arguments, starts[0], out / VIDEO_FILE, scales[0], config.seed)
+        for name, episode in examples(results[0]).items():
+            start = Start(task_id=episode["task_id"], init_state_id=episode["init_state_id"])
+            video = out / f"{name}.mp4"
+            again = record_episode(policy, arguments, start, video, scales[0], config.seed)
+            if again != episode["success"]:  # one environment rounds otherwise than several
+                video.rename(out / VIDEO_FILE)
     return out

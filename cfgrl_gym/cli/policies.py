@@ -14,9 +14,11 @@ from cfgrl_gym.algorithms import CFGRL
 from cfgrl_gym.algorithms.pi0 import Pi0Policy
 from cfgrl_gym.algorithms.pi0.checkpoint import POLICY_FILE
 from cfgrl_gym.algorithms.pi0.formats import Source, read_source
+from cfgrl_gym.algorithms.pi0.shipped import SHIPPED, find_shipped
 from cfgrl_gym.cli.configs import EvalConfig, TrainConfig
 from cfgrl_gym.cli.environments import libero_spaces
 from cfgrl_gym.cli.run_folder import POLICY_FOLDER
+from cfgrl_gym.wrappers.two_test import CAMERA_SLOTS
 
 
 @dataclass(frozen=True)
@@ -27,41 +29,50 @@ class Checkpoint:
     preset: str
     horizon: int
     image_size: int
+    cameras: tuple[str, ...]  # PI0's names
     source: Source
 
 
 def find_checkpoint(policy: str, preset: str | None) -> Checkpoint:
     """The checkpoint that the user names.
 
-    :param policy: a policy folder, a run folder that holds one, or a hub name
+    :param policy: a policy folder, a run folder that holds one, a name in `SHIPPED`, or a hub name
     :param preset: None: what the folder says
     :raises FileNotFoundError: no such folder
     """
-    folder = Path(policy)
+    folder = Path(find_shipped(policy))
     if (folder / POLICY_FOLDER / POLICY_FILE).is_file():
         folder = folder / POLICY_FOLDER
+    saved: dict[str, Any] = {}
     if folder.is_dir():
         path = str(folder)
-        preset = preset or _saved_preset(folder / POLICY_FILE)
+        saved = _saved_policy(folder / POLICY_FILE)
+        preset = preset or saved.get("preset", "pi0")
     elif preset != "pi0":
         raise FileNotFoundError(
             f"policy folder '{policy}' does not exist; give what `cfgrl sft` or `cfgrl train` "
-            "wrote (for a name on the Hugging Face hub add --preset pi0)"
+            f"wrote, or {', '.join(SHIPPED)}, which comes with the package (for a name on the "
+            "Hugging Face hub add --preset pi0)"
         )
     else:
         path = policy
     source = read_source(path)
     vision: Any = source.config.vlm_config.vision_config  # type: ignore[union-attr]
-    return Checkpoint(path, preset, source.config.chunk_size, vision.image_size, source)
+    cameras = tuple(saved.get("cameras") or CAMERA_SLOTS)
+    return Checkpoint(
+        path, str(preset), source.config.chunk_size, vision.image_size, cameras, source
+    )
 
 
-def _saved_preset(file: Path) -> str:
+def _saved_policy(file: Path) -> dict[str, Any]:
     if not file.is_file():
-        return "pi0"
+        return {}
     try:
-        return str(json.loads(file.read_text(encoding="utf-8"))["preset"])
+        saved: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        saved["preset"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"'{file}' is damaged ({error!r}); save the policy again") from error
+    return saved
 
 
 def policy_arguments(config: TrainConfig | EvalConfig, checkpoint: Checkpoint) -> dict[str, Any]:
@@ -106,7 +117,9 @@ def load_policy(config: EvalConfig) -> Pi0Policy:
         policy.num_inference_steps = config.num_inference_steps
         return policy
     checkpoint = find_checkpoint(config.policy, config.preset)
-    spaces = libero_spaces(checkpoint.image_size, config.chunk_size or checkpoint.horizon)
+    spaces = libero_spaces(
+        checkpoint.image_size, config.chunk_size or checkpoint.horizon, checkpoint.cameras
+    )
     arguments = policy_arguments(config, checkpoint)
     policy = Pi0Policy(*spaces, lambda _: 0.0, **arguments)
     return policy.to(get_device(config.device))

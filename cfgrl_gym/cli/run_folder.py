@@ -56,11 +56,14 @@ def choose_folder(command: str, out: str | None) -> Path:
     return folder
 
 
-def create_folder(folder: Path, config: Any) -> None:
-    """Make the folder, with the configuration and the versions of what runs."""
+def create_folder(folder: Path, config: Any, **about: str) -> None:
+    """Make the folder, with the configuration and the versions of what runs.
+
+    :param about: what else is to be known of the run, beside the versions
+    """
     folder.mkdir(parents=True, exist_ok=True)
     write_config(folder / CONFIG_FILE, config)
-    text = json.dumps(versions(), indent=2) + "\n"
+    text = json.dumps(versions() | about, indent=2) + "\n"
     (folder / "versions.json").write_text(text, encoding="utf-8")
 
 

@@ -10,7 +10,7 @@ from stable_baselines3.common.utils import get_device
 from cfgrl_gym.algorithms.pi0 import NormStats, Pi0Policy, TinySizes
 from cfgrl_gym.algorithms.warm_start import WarmStartConfig, demonstration_stats, warm_start
 from cfgrl_gym.cli.configs import SftConfig
-from cfgrl_gym.cli.environments import libero_spaces
+from cfgrl_gym.cli.environments import SLOT_OF_CAMERA, libero_spaces
 from cfgrl_gym.cli.policies import find_checkpoint, saving_when_stopped
 from cfgrl_gym.cli.progress import progress_bar
 from cfgrl_gym.cli.run_folder import POLICY_FOLDER, choose_folder, create_folder, replace_folder
@@ -75,15 +75,17 @@ def build_policy(config: SftConfig, demonstrations: list[Demonstration]) -> Pi0P
     sizes = _sizes(config)
     arguments: dict[str, Any] = {"preset": config.preset or "tiny", "sizes": sizes}
     image_size, own_stats = sizes.image_size, False
+    slots = [SLOT_OF_CAMERA[camera] for camera in config.cameras or SLOT_OF_CAMERA]
     if config.policy is not None:
         checkpoint = find_checkpoint(config.policy, config.preset)
         arguments = {"preset": checkpoint.preset, "checkpoint": checkpoint.path}
-        image_size = checkpoint.image_size
+        image_size, slots = checkpoint.image_size, list(checkpoint.cameras)
         own_stats = checkpoint.source.norm_stats() is not None
-    if (config.policy is not None or config.preset == "pi0") and sizes != TinySizes():
+    given = sizes != TinySizes() or config.cameras is not None
+    if (config.policy is not None or config.preset == "pi0") and given:
         raise ValueError(
-            "image_size, patch_size and the other sizes are those of a new tiny model; leave them "
-            "out with --policy or --preset pi0"
+            "cameras, image_size, patch_size and the other sizes are those of a new tiny model; "
+            "leave them out with --policy or --preset pi0"
         )
     if config.preset == "pi0" and config.policy is None:
         arguments.pop("sizes")
@@ -93,7 +95,7 @@ def build_policy(config: SftConfig, demonstrations: list[Demonstration]) -> Pi0P
         horizon = DEFAULT_HORIZON
     # What environments execute of the horizon is not the policy's to say: chunks of 1 will do.
     policy = Pi0Policy(
-        *libero_spaces(image_size, chunk_size=1),
+        *libero_spaces(image_size, 1, slots),
         lambda _: config.learning_rate,
         norm_stats=NormStats.identity() if compute else config.norm_stats,
         condition_mode=config.condition_mode,

@@ -1,5 +1,7 @@
 """`cfgrl train`: CFGRL on LIBERO."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,9 @@ from cfgrl_gym.algorithms.groups import Start
 from cfgrl_gym.algorithms.pi0 import Pi0Policy
 from cfgrl_gym.cli.configs import TrainConfig
 from cfgrl_gym.cli.environments import environment_arguments, vec_env
+from cfgrl_gym.cli.evaluations import Evaluations, as_list, find_starts
 from cfgrl_gym.cli.policies import (
+    Checkpoint,
     find_checkpoint,
     policy_arguments,
     saving_when_stopped,
@@ -54,19 +58,43 @@ class _IterationLine(KVWriter):
 
 
 class _Progress(BaseCallback):
-    """Progress bar with the success rate, and saves between iterations."""
+    """Progress bar with the success rate; saves and evaluates between iterations."""
 
-    def __init__(self, total: int, folder: Path, save_every: int | None) -> None:
+    def __init__(
+        self,
+        total: int,
+        folder: Path,
+        save_every: int | None,
+        evaluations: Evaluations | None,
+        eval_every: int | None,
+    ) -> None:
         super().__init__()
         self.bar = progress_bar("train", total, "step")
         self.folder = folder
         self.save_every = save_every
+        self.evaluations = evaluations
+        self.eval_every = eval_every
         self.iteration = 0
+
+    def __enter__(self) -> "_Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
 
     def _on_rollout_start(self) -> None:
         if self.save_every and self.iteration and self.iteration % self.save_every == 0:
             save(self.model, self.folder)  # type: ignore[arg-type]
+        if self.eval_every and self.iteration % self.eval_every == 0:
+            self._evaluate()
         self.iteration += 1
+
+    def _on_training_end(self) -> None:
+        self._evaluate()
+
+    def _evaluate(self) -> None:
+        if self.evaluations is not None:
+            self.evaluations.run(self.model, self.iteration)  # type: ignore[arg-type]
 
     def _on_step(self) -> bool:
         self.bar.update(self.num_timesteps - self.bar.n)
@@ -88,8 +116,10 @@ def save(model: CFGRL, folder: Path) -> None:
     new.replace(folder / MODEL_FILE)
 
 
-def _model(config: TrainConfig, env: VecEnv, policy_kwargs: dict[str, Any]) -> CFGRL:
-    return CFGRL(
+def _model(
+    algorithm: type[CFGRL], config: TrainConfig, env: VecEnv, policy_kwargs: dict[str, Any]
+) -> CFGRL:
+    return algorithm(
         "Pi0Policy",
         env,
         learning_rate=config.learning_rate,
@@ -108,6 +138,7 @@ def _model(config: TrainConfig, env: VecEnv, policy_kwargs: dict[str, Any]) -> C
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         max_grad_norm=config.max_grad_norm,
         window_stride=config.window_stride,
+        replay_iterations=config.replay_iterations,
         device_memory=config.device_memory,
         prefix_memory=config.prefix_memory,
         policy_kwargs=policy_kwargs,
@@ -116,9 +147,37 @@ def _model(config: TrainConfig, env: VecEnv, policy_kwargs: dict[str, Any]) -> C
     )
 
 
-def run(config: TrainConfig) -> Path:
+@contextmanager
+def _evaluations(
+    config: TrainConfig, checkpoint: Checkpoint, folder: Path
+) -> Iterator[Evaluations | None]:
+    """On the benchmark's states and with its time limit, whatever is trained on."""
+    if config.eval_every is None:
+        yield None
+        return
+    starts = find_starts(config.suite, config.task_id, config.eval_episodes)
+    arguments = _environment_arguments(config, checkpoint) | {"max_episode_steps": None}
+    with vec_env(arguments, config.n_envs) as env:
+        evaluations = Evaluations(
+            folder, config.suite, env, starts, as_list(config.eval_cfg_scale), config.seed
+        )
+        yield evaluations
+        evaluations.close()
+
+
+def _environment_arguments(config: TrainConfig, checkpoint: Checkpoint) -> dict[str, Any]:
+    return environment_arguments(
+        config,
+        chunk_size=checkpoint.horizon,
+        image_size=checkpoint.image_size,
+        slots=checkpoint.cameras,
+    )
+
+
+def run(config: TrainConfig, algorithm: type[CFGRL] = CFGRL) -> Path:
     """Train and save; returns the run folder.
 
+    :param algorithm: CFGRL, or what is to be compared with it
     :raises ValueError: options that don't fit together
     :raises FileNotFoundError: no such policy
     :raises FileExistsError: the run folder has something in it
@@ -126,22 +185,25 @@ def run(config: TrainConfig) -> Path:
     tasks = select_tasks(config.suite, config.task_id)
     out = choose_folder("train", config.out)
     checkpoint = find_checkpoint(config.policy, config.preset)
-    arguments = environment_arguments(
-        config, chunk_size=checkpoint.horizon, image_size=checkpoint.image_size
-    )
+    arguments = _environment_arguments(config, checkpoint)
     arguments["init_states"] = config.init_states
     stride = config.window_stride
     if stride is not None and stride < arguments["chunk_size"]:
         arguments["observation_stride"] = stride
     with vec_env(arguments, config.n_envs) as env:
-        model = _model(config, env, policy_arguments(config, checkpoint))
-        create_folder(out, config)
+        model = _model(algorithm, config, env, policy_arguments(config, checkpoint))
+        create_folder(out, config, algorithm=algorithm.__name__)
         about = f"chunks of {arguments['chunk_size']} actions, {env.num_envs} environment(s)"
         print(f"{about}, {model.device}; results in {out}")
         formats = [make_output_format(name, str(out)) for name in ("csv", "json", "tensorboard")]
         model.set_logger(Logger(str(out), [*formats, _IterationLine()]))
-        progress = _Progress(config.total_timesteps, out, config.save_every)
-        with progress.bar, saving_when_stopped(lambda: save(model, out)):
+        with (
+            _evaluations(config, checkpoint, out) as evaluations,
+            _Progress(
+                config.total_timesteps, out, config.save_every, evaluations, config.eval_every
+            ) as progress,
+            saving_when_stopped(lambda: save(model, out)),
+        ):
             model.learn(config.total_timesteps, callback=progress)
         model.logger.close()
         save(model, out)

@@ -47,19 +47,21 @@ def record_episode(
     path: Path,
     cfg_scale: float | None,
     seed: int,
-) -> None:
-    """Run one episode and write it as a video; it is the first that `evaluate` would run.
+) -> bool:
+    """Run one episode, as `evaluate` runs it, and write it as a video.
 
     :param arguments: of `LiberoChunked-v0`
     :param path: ends in .mp4
+    :return: whether it succeeded
     """
     frames: list[np.ndarray] = []
     arguments = arguments | {"render_mode": "rgb_array_list"}
     make = partial(gym.make, ENVIRONMENT, **arguments)
     env = DummyVecEnv([lambda: _KeepFrames(make(), frames)])
     try:
-        evaluate(policy, env, [start], cfg_scale=cfg_scale, seed=seed)
+        evaluation = evaluate(policy, env, [start], cfg_scale=cfg_scale, seed=seed)
     finally:
         env.close()
     imageio.mimwrite(path, frames, fps=20)  # type: ignore[arg-type]
     print(f"video: {path}")
+    return evaluation.episodes[0].success

@@ -47,8 +47,9 @@ class LiberoEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
     :param image_size: side of the two camera images in pixels
     :param max_episode_steps: time limit in control steps; None for the suite's own
     :param settle_steps: control steps of no motion after a reset, outside the time limit
-    :param init_states: "benchmark" for the states LIBERO evaluates on, "random" for its placement
-        sampler; an episode's `init_state_id` is then the sampler's seed
+    :param init_states: "benchmark" for the states LIBERO evaluates on, or a list of some of them
+        to draw from (an episode may still be asked to start from another); "random" for its
+        placement sampler: an episode's `init_state_id` is then the sampler's seed
     :param cameras: whose images the observations have: "agentview", "robot0_eye_in_hand" or both
     :param image_quality: "benchmark" for the images that LIBERO gives, or "draft" for ones without
         multisampling that are cheaper to draw in software; NOT the benchmark's images
@@ -70,13 +71,16 @@ class LiberoEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
         image_size: int = 224,
         max_episode_steps: int | None = None,
         settle_steps: int = SETTLE_STEPS,
-        init_states: str = "benchmark",
+        init_states: str | Sequence[int] = "benchmark",
         render_mode: str | None = None,
         cameras: Sequence[str] = CAMERAS,
         image_quality: Quality = "benchmark",
     ) -> None:
-        if init_states not in ("benchmark", "random"):
-            raise ValueError(f"init_states must be 'benchmark' or 'random'; got {init_states!r}")
+        if isinstance(init_states, str) and init_states not in ("benchmark", "random"):
+            raise ValueError(
+                "init_states must be 'benchmark' or 'random', or a list of the benchmark states to "
+                f"draw from; got {init_states!r}"
+            )
         if render_mode not in (None, *RENDER_MODES):
             raise ValueError(
                 f"render_mode must be None or one of {RENDER_MODES}; got {render_mode!r}"
@@ -99,7 +103,7 @@ class LiberoEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
         self.image_size = int(image_size)
         self.max_episode_steps = int(limit)
         self.settle_steps = int(settle_steps)
-        self.init_states = init_states
+        self.init_states = init_states if isinstance(init_states, str) else tuple(init_states)
         self.render_mode = render_mode
         self.cameras = tuple(camera for camera in CAMERAS if camera in cameras)
         self.image_quality: Quality = image_quality
@@ -141,6 +145,22 @@ class LiberoEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
         if self.init_states == "random":
             return None
         return len(load_init_states(self.suite, task_id))
+
+    def init_state_ids(self, task_id: int) -> Sequence[int] | None:
+        """Those that episodes of a task are drawn from; None with init_states="random".
+
+        :raises ValueError: `init_states` names a state that the task hasn't
+        """
+        count = self.num_init_states(task_id)
+        if count is None or isinstance(self.init_states, str):
+            return None if count is None else range(count)
+        beyond = [i for i in self.init_states if not 0 <= i < count]
+        if beyond or not self.init_states:
+            raise ValueError(
+                f"init_states must name some of the {count} benchmark states (0 to {count - 1}) of "
+                f"{self.suite} task {task_id}; got {beyond or 'none'}"
+            )
+        return self.init_states
 
     def queue_episode(self, task_id: int | None = None, init_state_id: int | None = None) -> None:
         """Add an episode to the queue that resets without options take from, first in first out.
@@ -189,7 +209,8 @@ class LiberoEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
         # Drawn even where they are given, so that what is chosen doesn't shift later draws.
         drawn_task = self.task_ids[int(self.np_random.integers(len(self._tasks)))]
         task_id = int(drawn_task if chosen[0] is None else chosen[0])
-        drawn_state = int(self.np_random.integers(self.num_init_states(task_id) or SAMPLER_SEEDS))
+        ids = self.init_state_ids(task_id) or range(SAMPLER_SEEDS)
+        drawn_state = ids[int(self.np_random.integers(len(ids)))]
         return task_id, int(drawn_state if chosen[1] is None else chosen[1])
 
     # Gymnasium --------------------------------------------------------------------------------
@@ -205,7 +226,7 @@ class LiberoEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
         task_id, self._init_state_id = self._next_episode(options)
         self._task = self._tasks[task_id]
         simulator = self._simulator = self._built(self._task)
-        if self.init_states == "benchmark":
+        if self.init_states != "random":
             states = load_init_states(self.suite, task_id)
             simulator.reset(LIBERO_SEED, states[self._init_state_id])
         else:

@@ -1,0 +1,153 @@
+"""Success on the benchmark's initial states: of one policy, or between training's iterations."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from stable_baselines3.common.logger import Logger, make_output_format
+from stable_baselines3.common.vec_env import VecEnv
+
+from cfgrl_gym.algorithms import CFGRL
+from cfgrl_gym.algorithms.evaluation import Evaluation, evaluate, wilson_interval
+from cfgrl_gym.algorithms.groups import Start
+from cfgrl_gym.algorithms.policies import FlowPolicy
+from cfgrl_gym.cli.progress import progress_bar
+from cfgrl_gym.envs.suites import load_init_states, select_tasks
+
+EVALUATIONS_FILE = "evaluations.json"
+
+
+def find_starts(
+    suite: str, task_id: Any, episodes: int | None, init_states: list[int] | None = None
+) -> list[Start]:
+    """Every episode to run, task by task.
+
+    :param episodes: the first so many initial states of each task; None: all
+    :param init_states: exactly these instead
+    :raises ValueError: tasks or initial states that don't exist
+    """
+    starts = []
+    for task in select_tasks(suite, task_id):
+        count = len(load_init_states(suite, task.task_id))
+        chosen = init_states
+        if chosen is None:
+            chosen = list(range(count if episodes is None else episodes))
+        for state in chosen:
+            if not 0 <= state < count:
+                raise ValueError(
+                    f"{suite} task {task.task_id} has the initial states 0 to {count - 1}; "
+                    f"{state} was asked for: change --episodes or --init_states"
+                )
+            starts.append(Start(task_id=task.task_id, init_state_id=state))
+    return starts
+
+
+def as_list(given: float | list[float] | None) -> list[float]:
+    """The values that an option for one or several names; none for None."""
+    if given is None:
+        return []
+    return [float(value) for value in (given if isinstance(given, list) else [given])]
+
+
+def _rate(successes: int, episodes: int) -> dict[str, Any]:
+    return {
+        "success_rate": successes / episodes,
+        "interval_95": list(wilson_interval(successes, episodes)),
+        "successes": successes,
+        "n_episodes": episodes,
+    }
+
+
+def summarize(cfg_scale: float, evaluation: Evaluation) -> dict[str, Any]:
+    """One cfg_scale's part of the result files."""
+    by_task: dict[int, list[bool]] = {}
+    for episode in evaluation.episodes:
+        assert episode.task_id is not None
+        by_task.setdefault(episode.task_id, []).append(episode.success)
+    return {
+        "cfg_scale": cfg_scale,
+        **_rate(evaluation.successes, len(evaluation.episodes)),
+        "guidance_gap": evaluation.guidance_gap,
+        "tasks": {str(task): _rate(sum(done), len(done)) for task, done in by_task.items()},
+        "episodes": [asdict(episode) for episode in evaluation.episodes],
+    }
+
+
+def measure(
+    policy: FlowPolicy, env: VecEnv, starts: Sequence[Start], scale: float, seed: int
+) -> dict[str, Any]:
+    """Evaluate one cfg_scale, with a progress bar; returns `summarize`'s dictionary."""
+    with progress_bar(f"cfg_scale {scale:g}", len(starts), "episode") as bar:
+
+        def on_episode(done: int, successes: int) -> None:
+            bar.set_postfix(success=f"{successes}/{done}", refresh=False)
+            bar.update(done - bar.n)
+
+        evaluation = evaluate(
+            policy, env, starts, cfg_scale=scale, seed=seed, on_episode=on_episode
+        )
+    return summarize(scale, evaluation)
+
+
+class Evaluations:
+    """Evaluates a policy now and then while it trains, into evaluations.json and TensorBoard.
+
+    :param folder: of the run
+    :param suite: of the starts
+    :param scales: values of cfg_scale; empty: the policy's own
+    :param seed: of the sampling noise, the same each time
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        suite: str,
+        env: VecEnv,
+        starts: Sequence[Start],
+        scales: list[float],
+        seed: int,
+    ) -> None:
+        self.file = folder / EVALUATIONS_FILE
+        self.suite = suite
+        self.env = env
+        self.starts = starts
+        self.scales = scales
+        self.seed = seed
+        self.began = perf_counter()
+        self.seconds = 0.0  # spent here, not in training
+        self.done: list[dict[str, Any]] = []
+        self.logger = Logger(str(folder), [make_output_format("tensorboard", str(folder))])
+
+    def run(self, model: CFGRL, iteration: int) -> None:
+        """Evaluate, unless this iteration was evaluated already."""
+        if self.done and self.done[-1]["iteration"] == iteration:
+            return
+        began = perf_counter()
+        training = model.policy.training
+        scales = self.scales or [model.policy.cfg_scale]
+        results = [measure(model.policy, self.env, self.starts, w, self.seed) for w in scales]
+        self.done.append(
+            {
+                "iteration": iteration,
+                "episodes": model.num_episodes,
+                "timesteps": model.num_timesteps,
+                "control_steps": model.num_control_steps,
+                "seconds": began - self.began - self.seconds,
+                "results": results,
+            }
+        )
+        content = {"suite": self.suite, "evaluations": self.done}
+        self.file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        for result in results:
+            for name in ("success_rate", "guidance_gap"):
+                self.logger.record(f"eval/{name}/w_{result['cfg_scale']:g}", result[name])
+        self.logger.dump(model.num_timesteps)
+        model.policy.set_training_mode(training)
+        self.seconds += perf_counter() - began
+
+    def close(self) -> None:
+        """Close the log."""
+        self.logger.close()
