@@ -1,4 +1,4 @@
-"""The command line, `cfgrl`: demonstrations, warm start, training, evaluation, a check-up.
+"""The command line, `cfgrl`: demonstrations, warm start, training, evaluation, reports, a check-up.
 
 Each command is a function of one typed configuration: `cfgrl_gym.cli.train.run(TrainConfig(...))`.
 """

@@ -325,3 +325,24 @@ class EvalConfig(LiberoOptions, PolicyOptions):
             raise ValueError("episodes and init_states exclude each other; give one of them")
         if self.init_states == [] or self.cfg_scale == []:
             raise ValueError("init_states and cfg_scale must not be empty lists")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportConfig:
+    """Options of `cfgrl report`.
+
+    :param runs: a folder of `cfgrl train` or `cfgrl eval`, or one that is searched for them; or
+        several as [a,b]. Words without an option are these too: cfgrl report RUN RUN
+    :param out: the HTML file; an earlier report is replaced, nothing else
+    :param title: heading of the page
+    :param embed_videos: put the videos themselves into the page beside their frames
+    """
+
+    runs: str | list[str]
+    out: str = "report.html"
+    title: str = "cfgrl-gym report"
+    embed_videos: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.runs:
+            raise ValueError("runs must name at least one folder; got none")

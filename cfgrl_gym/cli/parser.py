@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import json
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -30,13 +31,17 @@ _PLAINER = (
 
 @dataclass(frozen=True)
 class Command:
-    """A subcommand: its module has `run(config)`."""
+    """A subcommand: its module has `run(config)`.
+
+    `words` is the option that takes what stands on the command line without an option's name.
+    """
 
     name: str
     summary: str
     description: str
     example: str
     config: type | None
+    words: str | None = None
 
 
 COMMANDS = (
@@ -75,6 +80,19 @@ COMMANDS = (
         configs.EvalConfig,
     ),
     Command(
+        "report",
+        "turn runs into one HTML page",
+        "One self-contained HTML page of trainings and evaluations: success before and after with "
+        "95%\nintervals, learning curves, guidance sweeps, ablations, where the time goes, checks, "
+        "filmstrips,\nconfigurations. It opens from disk, without a network, and holds its figures "
+        "as JSON too.\nTrainings that differ only in their seed are pooled. An evaluation inside a "
+        "training's folder came\nafter it; one of the policy that a training started from was "
+        "before it.",
+        "cfgrl report runs/study --out report.html --title 'Dropout on libero_object'",
+        configs.ReportConfig,
+        words="runs",
+    ),
+    Command(
         "doctor",
         "check the installation",
         "Check the installation piece by piece, and say how to put right what is wrong.\n"
@@ -106,6 +124,10 @@ class _Parser(jsonargparse.ArgumentParser):
         sys.exit(2)
 
 
+def _metavar(command: Command) -> str:
+    return f"{command.words.upper()[:-1]}... " if command.words else ""
+
+
 def build_parser() -> jsonargparse.ArgumentParser:
     """The parser of `cfgrl` with all its subcommands."""
     parser = _Parser(
@@ -113,7 +135,8 @@ def build_parser() -> jsonargparse.ArgumentParser:
         formatter_class=_Formatter,
         allow_abbrev=False,
         version=__version__,
-        description="CFGRL for PI0 on LIBERO: demonstrations, warm start, training, evaluation.",
+        description="CFGRL for PI0 on LIBERO: demonstrations, warm start, training, evaluation, "
+        "reports.",
         epilog="The environment variable CFGRL_TRACEBACK=1 shows tracebacks of errors.",
     )
     commands = parser.add_subcommands(required=True, dest="command", metavar="command")
@@ -121,7 +144,7 @@ def build_parser() -> jsonargparse.ArgumentParser:
         sub = _Parser(
             formatter_class=_Formatter,
             allow_abbrev=False,
-            usage=f"cfgrl {command.name} [options]",
+            usage=f"cfgrl {command.name} {_metavar(command)}[options]",
             description=command.description,
             epilog=f"example:\n  {command.example}",
         )
@@ -145,7 +168,7 @@ def parse(argv: Sequence[str]) -> Callable[[], int]:
     :raises SystemExit: with status 2 for a command line that is wrong, 0 after --help
     """
     parser = build_parser()
-    arguments = parser.parse_args(_arrange(argv))
+    arguments = parser.parse_args(_name_words(_arrange(argv)))
     command = next(c for c in COMMANDS if c.name == arguments.command)
     values = arguments[command.name]
     config: Any = None
@@ -194,3 +217,29 @@ def _arrange(argv: Sequence[str]) -> list[str]:
                 continue
         rest.append(word)
     return rest[:1] + files + rest[1:]
+
+
+def _name_words(argv: list[str]) -> list[str]:
+    """`report A B --out C` as `report --out C --runs ["A", "B"]`."""
+    command = next((c for c in COMMANDS if c.words and c.name in argv[:1]), None)
+    if command is None:
+        return argv
+    words: list[str] = []
+    rest: list[str] = []
+    arguments = iter(argv[1:])
+    for argument in arguments:
+        if not argument.startswith("-"):
+            words.append(argument)
+            continue
+        rest.append(argument)
+        valued = argument.startswith("--") and "=" not in argument
+        if valued and argument not in ("--help", "--print_config"):
+            rest += [value for value in [next(arguments, None)] if value is not None]
+    if not words:
+        return argv
+    given = [a for a in rest if a.partition("=")[0].rstrip("+") == f"--{command.words}"]
+    if given:
+        text = f"give all of {command.words} in one way, not {words[0]!r} and {given[0]} both"
+        print(f"cfgrl: error: {text} (see cfgrl {command.name} --help)", file=sys.stderr)
+        sys.exit(2)
+    return [command.name, *rest, f"--{command.words}", json.dumps(words)]

@@ -1,0 +1,46 @@
+"""`cfgrl report`: runs as one HTML page that needs no other file."""
+
+from pathlib import Path
+
+from cfgrl_gym.cli.configs import ReportConfig
+from cfgrl_gym.cli.reporting.content import collect
+from cfgrl_gym.cli.reporting.page import MARK, render
+from cfgrl_gym.cli.reporting.runs import find_runs
+from cfgrl_gym.cli.reporting.summary import count
+
+_HEAD = 2000  # characters of a page, within which a report says that it is one
+
+
+def run(config: ReportConfig) -> Path:
+    """Read the runs and write the page; returns its path.
+
+    :raises FileNotFoundError: no such run folder
+    :raises FileExistsError: the page would replace something that isn't a report
+    :raises ValueError: there are no runs, or a file of one is damaged
+    """
+    out = Path(config.out)
+    _check_replaceable(out)
+    runs = find_runs([config.runs] if isinstance(config.runs, str) else config.runs)
+    page = render(collect(runs, config.title, config.embed_videos))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    new = out.with_name(f".new-{out.name}")
+    try:
+        new.write_text(page, encoding="utf-8")
+        new.replace(out)
+    finally:
+        new.unlink(missing_ok=True)
+    what = f"{count(len(runs.trainings), 'training')}, {count(len(runs.evaluations), 'evaluation')}"
+    print(f"report of {what}: {out} ({out.stat().st_size / 1e6:.1f} MB)")
+    return out
+
+
+def _check_replaceable(out: Path) -> None:
+    if out.is_dir():
+        raise FileExistsError(f"'{out}' is a folder; give --out a file, such as {out}/report.html")
+    if out.exists():
+        with out.open(encoding="utf-8", errors="replace") as file:
+            if MARK not in file.read(_HEAD):
+                raise FileExistsError(
+                    f"'{out}' exists and is no report of cfgrl; only an earlier report is "
+                    "replaced: choose another file with --out"
+                )

@@ -1,0 +1,1 @@
+"""The parts of `cfgrl report`: reading run folders, counting, drawing, and the page."""

@@ -1,0 +1,219 @@
+"""Everything that a report says, before it is a page."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from cfgrl_gym.cli.reporting.checks import PARTS, Check, TimeSpent, checks, time_spent
+from cfgrl_gym.cli.reporting.comparison import (
+    Comparison,
+    Links,
+    best,
+    compare,
+    link,
+    protocol_notes,
+)
+from cfgrl_gym.cli.reporting.curves import Panel, Point, learning_curves, without_curve
+from cfgrl_gym.cli.reporting.films import Film, films
+from cfgrl_gym.cli.reporting.methods import Method, group_methods, repeated_seeds
+from cfgrl_gym.cli.reporting.runs import Result, Runs, Training
+from cfgrl_gym.cli.reporting.summary import against_baseline, count
+from cfgrl_gym.cli.reporting.sweeps import Sweep, sweeps
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `page.render` shows and `as_json` writes down."""
+
+    title: str
+    created: datetime
+    runs: Runs
+    links: Links
+    methods: tuple[Method, ...]
+    comparisons: tuple[Comparison, ...]
+    panels: tuple[Panel, ...]
+    sweeps: tuple[Sweep, ...]
+    times: tuple[TimeSpent, ...]
+    checks: tuple[Check, ...]
+    films: tuple[Film, ...]
+    notes: tuple[str, ...]
+
+
+def collect(runs: Runs, title: str, embed_videos: bool) -> Report:
+    """Group, link, count; reads the videos.
+
+    :raises ValueError: a video is damaged
+    """
+    links = link(runs)
+    methods = group_methods(runs.trainings)
+    rows = {id(method): compare(method, links) for method in methods}
+
+    def rank(method: Method) -> tuple[bool, float]:
+        top = best(rows[id(method)], "after")
+        return not method.is_baseline, -top[1].share if top else 1.0
+
+    methods.sort(key=rank)
+    comparisons = [row for method in methods for row in rows[id(method)]]
+    return Report(
+        title=title,
+        created=datetime.now().astimezone(),
+        runs=runs,
+        links=links,
+        methods=tuple(methods),
+        comparisons=tuple(comparisons),
+        panels=tuple(learning_curves(methods)),
+        sweeps=tuple(sweeps(comparisons, runs.evaluations, links)),
+        times=tuple(time_spent(methods)),
+        checks=tuple(checks(methods)),
+        films=films(runs, methods, links, embed_videos),
+        notes=tuple(_notes(runs, methods, links)),
+    )
+
+
+def _notes(runs: Runs, methods: Sequence[Method], links: Links) -> list[str]:
+    notes = [f"Left out: {text}." for text in runs.left_out]
+    for method in methods:
+        for seed in repeated_seeds(method):
+            notes.append(
+                f"{method.label} has several trainings with seed {seed}. They may repeat each "
+                "other; their episodes are counted as if they were independent."
+            )
+        for text in protocol_notes(method, links):
+            notes.append(f"Not measured in the same way before and after training: {text}.")
+    missing = without_curve(methods)
+    if missing:
+        notes.append(
+            f"No learning curve: {', '.join(missing)} (no evaluations, and a log of an older "
+            "version, which doesn't count episodes)."
+        )
+    return list(dict.fromkeys(notes))
+
+
+def training_episodes(method: Method) -> str:
+    """How many episodes its trainings had, as far as their logs say."""
+    counts = [last_episodes(training) for training in method.trainings]
+    known = [number for number in counts if number is not None]
+    if not known:
+        return "not logged"
+    low, high = min(known), max(known)
+    text = f"{low:,}" if low == high else f"{low:,} to {high:,}"
+    return text if len(known) == len(counts) else f"{text} ({count(len(known), 'run')})"
+
+
+def last_episodes(training: Training) -> int | None:
+    """Training episodes that were finished."""
+    logged = training.column("rollout/episodes")
+    if logged:
+        return round(logged[-1])
+    return training.evaluations[-1].episodes if training.evaluations else None
+
+
+# For machines -----------------------------------------------------------------------------------
+
+
+def as_json(report: Report) -> dict[str, Any]:
+    """The figures of the report, with counts and sources."""
+    return {
+        "title": report.title,
+        "created": report.created.isoformat(timespec="seconds"),
+        "methods": [
+            {
+                "method": method.label,
+                "baseline": method.is_baseline,
+                "changes": [
+                    {"option": name, "baseline": old, "value": new}
+                    for name, old, new in method.changes
+                ],
+                "options": method.options,
+                "trainings": [training.name for training in method.trainings],
+                "seeds": [training.seed for training in method.trainings],
+                "training_episodes": [last_episodes(t) for t in method.trainings],
+            }
+            for method in report.methods
+        ],
+        "comparisons": [
+            {
+                "method": row.method.label,
+                "suite": row.setting.suite,
+                "tasks": list(row.setting.tasks),
+                "cfg_scale": row.cfg_scale,
+                "before": row.before and row.before.as_json(),
+                "after": row.after and row.after.as_json(),
+                "after_against_before": row.verdict,
+                "after_against_baseline": against_baseline(row, report.comparisons),
+                "by_training": {t.name: _result_json(result) for t, result in row.by_seed},
+            }
+            for row in report.comparisons
+        ],
+        "learning_curves": [
+            {
+                "suite": panel.setting.suite,
+                "tasks": list(panel.setting.tasks),
+                "measured": panel.kind,
+                "method": line.method.label,
+                "cfg_scale": line.cfg_scale,
+                "pooled": [_point_json(point) for point in line.pooled],
+                "by_training": [[_point_json(p) for p in curve] for curve in line.by_seed],
+            }
+            for panel in report.panels
+            for line in panel.lines
+        ],
+        "guidance_sweeps": [
+            {
+                "title": sweep.title,
+                "suite": sweep.setting.suite,
+                "tasks": list(sweep.setting.tasks),
+                "highest": sweep.best.cfg_scale,
+                "points": [
+                    {"cfg_scale": p.cfg_scale, "guidance_gap": p.gap, **p.pooled.as_json()}
+                    for p in sweep.points
+                ],
+            }
+            for sweep in report.sweeps
+        ],
+        "seconds": [
+            {"method": one.method.label, "runs": one.runs}
+            | dict(zip(PARTS, one.seconds, strict=True))
+            for one in report.times
+        ],
+        "checks": [
+            {
+                "training": check.training.name,
+                "iterations": check.iterations,
+                "loss": check.loss,
+                "dropout_prob": check.dropout_prob,
+                "dropped": check.dropped
+                and {
+                    "count": check.dropped.successes,
+                    "of": check.dropped.episodes,
+                    "interval_95": list(check.dropped.interval),
+                    "holds_dropout_prob": check.dropped_as_asked,
+                },
+                "groups_kept": check.groups[0],
+                "groups_discarded": check.groups[1],
+                "grad_norm": check.grad_norm,
+            }
+            for check in report.checks
+        ],
+        "notes": list(report.notes),
+    }
+
+
+def _result_json(result: Result) -> dict[str, Any]:
+    return {
+        "successes": result.rate.successes,
+        "n_episodes": result.rate.episodes,
+        "guidance_gap": result.guidance_gap,
+    }
+
+
+def _point_json(point: Point) -> dict[str, Any]:
+    return {
+        "training_episodes": point.episodes,
+        "training_seconds": point.seconds,
+        "runs": point.runs,
+        "successes": point.rate.successes,
+        "n_episodes": point.rate.episodes,
+        "interval_95": list(point.rate.interval),
+    }
