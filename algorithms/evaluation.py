@@ -50,8 +50,8 @@ class Evaluation:
     """Outcomes in the order in which the starts were given."""
 
     episodes: tuple[EpisodeOutcome, ...]
-    # Rounds differently in another batch.
-    guidance_gap: float = field(compare=False)  # mean ‖v_1 - v_∅‖ (root mean square) where the policy acted
+    # Mean root mean square of v_1 - v_∅ where the policy acted; other batches round otherwise.
+    guidance_gap: float = field(compare=False)
 
     @property
     def successes(self) -> int:
