@@ -16,9 +16,11 @@ from study_runs import ALGORITHMS, Training, run_jobs
 from study_settings import Study, parse_study, training_options
 
 PART = "learning_curve"
-# Guidance while collecting, and the values evaluated: the controls act as v_∅ alone, w = 0.
-COLLECTING = {"CFGRL": 1.0, "FilteredBC": 0.0, "AdvantageWeighted": 0.0}
-EVALUATED = {"CFGRL": [1.0, 2.0], "FilteredBC": [0.0], "AdvantageWeighted": [0.0]}
+# Guidance while collecting, while the curve is measured, and what the end is evaluated at besides:
+# the controls act as v_∅ alone, w = 0.
+COLLECTING = {"CFGRL": 1.5, "FilteredBC": 0.0, "AdvantageWeighted": 0.0}
+CURVE = {"CFGRL": 2.0, "FilteredBC": 0.0, "AdvantageWeighted": 0.0}
+AT_THE_END = {"CFGRL": (1.0, 2.0), "FilteredBC": (0.0,), "AdvantageWeighted": (0.0,)}
 COLOURS = {
     ("CFGRL", 1.0): "#56B4E9",
     ("CFGRL", 2.0): "#0072B2",
@@ -28,15 +30,18 @@ COLOURS = {
 
 
 def training(study: Study, algorithm: str, task: int, seed: int) -> Training:
+    """The main task is evaluated half way too, the others before and after."""
+    iterations = study.budget.iterations
     options = training_options(
         study,
         task,
         seed,
-        COLLECTING[algorithm],
-        eval_every=1,
-        eval_cfg_scale=EVALUATED[algorithm],
+        cfg_scale=COLLECTING[algorithm],
+        eval_every=max(1, iterations // 2) if task == study.main_task else iterations,
+        eval_cfg_scale=CURVE[algorithm],
     )
-    return Training(study.folder / PART / f"{algorithm}-task{task}-seed{seed}", algorithm, options)
+    folder = study.folder / PART / f"{algorithm}-task{task}-seed{seed}"
+    return Training(folder, algorithm, options, AT_THE_END[algorithm])
 
 
 def trainings(study: Study) -> list[Training]:

@@ -24,8 +24,8 @@ class Budget:
     :param groups: of K = 8 episodes, each iteration
     """
 
-    iterations: int = 3
-    groups: int = 12
+    iterations: int = 4
+    groups: int = 8
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,8 @@ def training_options(
         "trainable": "expert",
         "learning_rate": 5e-4,
         "ema_decay": 0.98,
-        "n_epochs": 8,
+        "n_epochs": 12,
+        "replay_iterations": 2,
         "cfg_scale": cfg_scale,
         "seed": seed,
         **changed,

@@ -18,7 +18,8 @@ COMMANDS = {
     "sft": "sft --demos demos --out sft --steps 3 --log_every 2 --batch_size 4 --horizon 8 "
     "--image_size 56 --patch_size 28 --hidden_size 32 --num_layers 1 --vision_layers 1",
     "train": "train --policy sft --out train --rloo_batch_size 2 --groups_per_iteration 1 "
-    "--enable_dynamic_sampling false --total_timesteps 4 --window_stride 4",
+    "--enable_dynamic_sampling false --total_timesteps 4 --window_stride 4 --max_iterations 1 "
+    "--eval_every 1 --eval_episodes 1 --eval_cfg_scale [1,2]",
     "eval": "eval --policy train --out eval --episodes 2 --cfg_scale [1,2]",
     "eval_zip": "eval --policy train/model.zip --out eval_zip --init_states [1,0] --n_envs 2 "
     "--video false",
@@ -85,6 +86,7 @@ def test_train_leaves_a_complete_run_folder(chain: tuple[Path, dict[str, str]]) 
         "policy",
         "model.zip",
         "episode.mp4",
+        "evaluations.json",
     }
     config = yaml.safe_load((train / "config.yaml").read_text())
     assert (config["policy"], config["window_stride"], config["cfg_scale"]) == ("sft", 4, None)
@@ -107,17 +109,39 @@ def test_eval_reports_every_episode(chain: tuple[Path, dict[str, str]]) -> None:
         assert [episode["init_state_id"] for episode in episodes] == [0, 1]
         assert all(episode["control_steps"] == LIMIT for episode in episodes)
         assert result["success_rate"] == 0
+        assert result["guidance_gap"] > 0
         # Wilson's upper bound for 0 of n is z² / (n + z²)
         assert result["interval_95"] == pytest.approx([0, 3.8415 / 5.8415], abs=1e-4)
     assert "0/2" in printed["eval"]
     assert "0.0% to 65.8%" in printed["eval"]
     assert len(rows(folder / "eval" / "progress.csv")) == 2
-    assert (folder / "eval" / "episode.mp4").stat().st_size > 0
+    # A failure and no success to show: the frame after the reset, and one for every control step.
+    assert imageio.v3.imread(folder / "eval" / "failure.mp4").shape == (1 + LIMIT, 256, 256, 3)
+    assert not (folder / "eval" / "success.mp4").exists()
+
+
+def test_train_evaluates_before_and_after_on_the_benchmark(
+    chain: tuple[Path, dict[str, str]],
+) -> None:
+    content = json.loads((chain[0] / "train" / "evaluations.json").read_text())
+    assert content["suite"] == "libero_object"
+    before, after = content["evaluations"]
+    assert (before["iteration"], before["episodes"], before["timesteps"]) == (0, 0, 0)
+    assert (after["iteration"], after["episodes"]) == (1, 2)
+    assert after["control_steps"] == 2 * LIMIT
+    assert after["seconds"] > before["seconds"] >= 0
+    for evaluation in (before, after):
+        assert [result["cfg_scale"] for result in evaluation["results"]] == [1.0, 2.0]
+        for result in evaluation["results"]:
+            (episode,) = result["episodes"]
+            assert (episode["init_state_id"], episode["control_steps"]) == (0, 280)  # LIBERO's
+    about = json.loads((chain[0] / "train" / "versions.json").read_text())
+    assert about["algorithm"] == "CFGRL"
 
 
 def test_model_zip_evaluates_without_its_origin(chain: tuple[Path, dict[str, str]]) -> None:
     folder, _ = chain
     (result,) = json.loads((folder / "eval_zip" / "eval.json").read_text())["results"]
     assert [episode["init_state_id"] for episode in result["episodes"]] == [1, 0]
-    assert not (folder / "eval_zip" / "episode.mp4").exists()
+    assert not list((folder / "eval_zip").glob("*.mp4"))
     assert not (folder / "sft").exists()
