@@ -90,7 +90,7 @@ def main() -> None:
         name: Training(
             folder / name,
             "CFGRL",
-            training_options(study, study.main_task, seed, **({"cfg_scale": 1.0} | changed)),
+            training_options(study.main_task, seed, study.budget, **({"cfg_scale": 1.5} | changed)),
             sweep=SCALES,
         )
         for name, changed in cells(study, unconditional_start(folder / "unconditional")).items()

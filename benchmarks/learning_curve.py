@@ -33,9 +33,9 @@ def training(study: Study, algorithm: str, task: int, seed: int) -> Training:
     """The main task is evaluated half way too, the others before and after."""
     iterations = study.budget.iterations
     options = training_options(
-        study,
         task,
         seed,
+        study.budget,
         cfg_scale=COLLECTING[algorithm],
         eval_every=max(1, iterations // 2) if task == study.main_task else iterations,
         eval_cfg_scale=CURVE[algorithm],

@@ -11,14 +11,17 @@ import shutil
 import sys
 import traceback
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
+from queue import Queue
 from typing import Any
 
 from study_settings import EVALUATION_SEED
 from tqdm import tqdm
 
 DONE_FILE = "done"
+TRIES = 3
 ALGORITHMS = ("CFGRL", "FilteredBC", "AdvantageWeighted")
 
 
@@ -53,28 +56,47 @@ Job = Training | EvaluationOf
 
 
 def run_jobs(jobs: Sequence[Job], processes: int) -> None:
-    """Run those that aren't done, `processes` at a time, each on one core.
+    """Run those that aren't done, `processes` at a time, each in a process on one core.
+
+    A run whose process dies (software rendering can end one) is begun again, twice at most.
 
     :raises RuntimeError: some failed; the others are done, and a further call takes up from there
     """
     waiting = [job for job in jobs if not (job.folder / DONE_FILE).is_file()]
-    if not waiting:
-        return
-    context = multiprocessing.get_context("spawn")
+    spawn = multiprocessing.get_context("spawn")
+    cores: Queue[int] = Queue()
+    for slot in range(processes):
+        cores.put(slot)
+
+    def run(job: Job) -> str:
+        core = cores.get()
+        try:
+            for _ in range(TRIES):
+                process = spawn.Process(target=_run, args=(job, core))
+                process.start()
+                process.join()
+                if process.exitcode is not None and process.exitcode >= 0:
+                    break
+            done = (job.folder / DONE_FILE).is_file()
+            return "done" if done else f"failed with exit code {process.exitcode}"
+        finally:
+            cores.put(core)
+
     failed = []
-    # One job a process: what a run leaves in memory ends with it.
-    with context.Pool(processes, maxtasksperchild=1) as pool:
-        done = pool.imap_unordered(_run, waiting)
-        for name, error in tqdm(done, "study", len(waiting), unit="run"):
-            tqdm.write(f"{name}: {error or 'done'}")
-            failed += [name] if error else []
+    with ThreadPoolExecutor(processes) as pool, tqdm(total=len(waiting), desc="study") as bar:
+        futures = {pool.submit(run, job): job.folder.name for job in waiting}
+        for future in as_completed(futures):
+            outcome = future.result()
+            failed += [] if outcome == "done" else [futures[future]]
+            tqdm.write(f"{futures[future]}: {outcome}")
+            bar.update()
     if failed:
         raise RuntimeError(
             f"{len(failed)} run(s) failed, see their .log files: {', '.join(failed)}"
         )
 
 
-def _run(job: Job) -> tuple[str, str | None]:
+def _run(job: Job, slot: int) -> None:
     shutil.rmtree(job.folder, ignore_errors=True)  # what an interrupted run left
     job.folder.parent.mkdir(parents=True, exist_ok=True)
     log = job.folder.with_suffix(".log")
@@ -84,16 +106,15 @@ def _run(job: Job) -> tuple[str, str | None]:
         contextlib.redirect_stderr(file),
     ):
         try:
+            _one_core(slot)
             _train(job) if isinstance(job, Training) else _evaluate(job)
-        except Exception as error:
+        except Exception:
             traceback.print_exc()
-            return job.folder.name, repr(error)
+            sys.exit(1)
     (job.folder / DONE_FILE).touch()
-    return job.folder.name, None
 
 
 def _train(job: Training) -> None:
-    _one_core()
     from controls import AdvantageWeighted, FilteredBC
 
     from cfgrl_gym.algorithms import CFGRL
@@ -119,17 +140,16 @@ def _train(job: Training) -> None:
 
 
 def _evaluate(job: EvaluationOf) -> None:
-    _one_core()
     from cfgrl_gym.cli import eval
     from cfgrl_gym.cli.configs import EvalConfig
 
     eval.run(EvalConfig(**job.options, out=str(job.folder)))
 
 
-def _one_core() -> None:
+def _one_core(slot: int) -> None:
     """Several runs side by side are faster than each on all cores."""
-    os.environ["LP_NUM_THREADS"] = "1"
-    sys.path.insert(0, str(Path(__file__).parent))
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[slot % len(cores)]})
     import torch
 
     torch.set_num_threads(1)

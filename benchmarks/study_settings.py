@@ -52,12 +52,12 @@ class Study:
 
 
 def training_options(
-    study: Study, task: int, seed: int, cfg_scale: float, **changed: Any
+    task: int, seed: int, budget: Budget, *, cfg_scale: float, **changed: Any
 ) -> dict[str, Any]:
     """Options of `cfgrl train` for one training of the study.
 
     :param cfg_scale: guidance while collecting
-    :param changed: what an ablation changes
+    :param changed: what else the caller wants, or changes
     """
     return {
         "policy": START,
@@ -67,8 +67,8 @@ def training_options(
         "max_episode_steps": 160,  # a success takes about 110; evaluations have LIBERO's 280
         "n_envs": N_ENVS,
         "total_timesteps": 10**9,
-        "max_iterations": study.budget.iterations,
-        "groups_per_iteration": study.budget.groups,
+        "max_iterations": budget.iterations,
+        "groups_per_iteration": budget.groups,
         "enable_dynamic_sampling": False,  # so that each run has as many episodes
         "trainable": "expert",
         "learning_rate": 5e-4,

@@ -206,6 +206,51 @@ def test_collection_stops_at_the_stated_share_of_valid_groups():
     assert recorder.dumps[-1]["rollout/groups_kept"] == 7
 
 
+def test_replay_learns_from_the_last_iterations_too():
+    fresh, counts = [], []
+
+    class Watched(CFGRL):
+        def label(self, groups):
+            fresh.append(super().label(groups))
+            return fresh[-1]
+
+        def train(self):
+            recent = fresh[-3:]
+            for name in ("model_actions", "labels", "action_is_pad"):
+                wanted = torch.cat([getattr(windows, name) for windows in recent])
+                assert torch.equal(getattr(self.windows, name), wanted)
+            observations = np.concatenate([windows.observations for windows in recent])
+            np.testing.assert_array_equal(self.windows.observations, observations)
+            counts.append(len(self.windows))
+            super().train()
+
+    settings = {**SMALL, "replay_iterations": 2}
+    Watched("MlpPolicy", vec(QueueEnv, 2, chunk=3), **settings).learn(10**6, max_iterations=5)
+    assert len(counts) == 5
+    assert counts[1] == len(fresh[0]) + len(fresh[1])
+    assert counts[4] == sum(map(len, fresh[2:]))
+
+
+def test_without_replay_an_update_learns_from_its_own_iteration():
+    one, two = make().learn(1), make(replay_iterations=3).learn(1)
+    assert_same_weights(one, two)  # nothing to replay yet
+    lengths = []
+
+    class Watched(CFGRL):
+        def train(self):
+            lengths.append(len(self.windows))
+
+    Watched("MlpPolicy", vec(SeedEnv, 2), **SMALL).learn(10**6, max_iterations=3)
+    assert lengths == [24, 24, 24]  # 2 groups of 3 episodes of 4 steps
+
+
+def test_max_iterations_ends_before_total_timesteps():
+    algorithm = make().learn(10**9, max_iterations=2)
+    assert algorithm._iteration == 2
+    assert algorithm.num_episodes == 12
+    assert make().learn(1, max_iterations=5)._iteration == 1
+
+
 def test_collection_is_guided_as_asked_and_the_policys_own_scale_stays():
     actions = []
     for cfg_scale in (None, 1.0, 50.0):
@@ -295,9 +340,9 @@ def test_every_iteration_logs_its_rollout_with_its_update():
     assert len(recorder.dumps) > 2
     wanted = {
         "rollout": "ep_rew_mean ep_len_mean success_rate positive_share null_share groups_kept "
-        "groups_discarded control_steps",
-        "train": "loss loss_positive loss_null dropout_rate grad_norm guidance_gap learning_rate "
-        "n_updates",
+        "groups_discarded control_steps episodes iteration_success_rate",
+        "train": "loss loss_positive loss_null dropout_rate dropout_count conditioned_count grad_norm "
+        "guidance_gap learning_rate n_updates",
         "time": "fps control_steps_per_second seconds_simulation seconds_inference seconds_update "
         "iterations total_timesteps",
     }
@@ -310,6 +355,11 @@ def test_every_iteration_logs_its_rollout_with_its_update():
     assert updates == sorted(set(updates))
     assert updates[-1] == algorithm._n_updates
     assert last["time/total_timesteps"] == algorithm.num_timesteps
+    assert (
+        last["train/dropout_rate"] == last["train/dropout_count"] / last["train/conditioned_count"]
+    )
+    episodes = [dump["rollout/episodes"] for dump in recorder.dumps]
+    assert all(new - old >= 6 for old, new in zip([0, *episodes], episodes, strict=False))
     # At most 3 control steps for each chunk, and at least 1.
     assert algorithm.num_timesteps < last["rollout/control_steps"] <= 3 * algorithm.num_timesteps
 
@@ -389,6 +439,7 @@ def test_importing_the_algorithms_leaves_transformers_alone():
         ("label_source", "episode"),
         ("negatives", "none"),
         ("window_stride", 0),
+        ("replay_iterations", -1),
     ],
 )
 def test_parameters_out_of_range_are_refused_by_name(name, value):

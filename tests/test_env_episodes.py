@@ -88,6 +88,20 @@ def test_random_placements_follow_their_id(can_env: LiberoEnv) -> None:
         can_env.reset(options={"init_state_id": 2**31})
 
 
+def test_episodes_are_drawn_from_the_listed_states_alone(can_env: LiberoEnv) -> None:
+    assert can_env.init_state_ids(0) == range(50)
+    can_env.init_states = (7, 40)
+    assert can_env.init_state_ids(0) == (7, 40)
+    drawn = [can_env.reset(seed=0 if i == 0 else None)[1]["init_state_id"] for i in range(12)]
+    assert set(drawn) == {7, 40}
+    _, info = can_env.reset(options={"init_state_id": 3})  # one that is asked for may be another
+    assert info["init_state_id"] == 3
+    other = can_env.sim_state()
+    can_env.init_states = "benchmark"
+    can_env.reset(options={"init_state_id": 3})
+    np.testing.assert_array_equal(can_env.sim_state(), other)
+
+
 @pytest.mark.parametrize("init_states", ["benchmark", "random"])
 def test_numpys_global_generator_is_left_as_it_was(can_env: LiberoEnv, init_states: str) -> None:
     can_env.init_states = init_states

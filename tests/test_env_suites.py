@@ -79,6 +79,8 @@ def test_tasks_named_twice_count_once_in_the_order_given() -> None:
         ({"task_id": []}, ["empty"]),
         ({"task_id": "every"}, ["'all'", "'every'"]),
         ({"init_states": "fixed"}, ["'benchmark' or 'random'", "'fixed'"]),
+        ({"init_states": [3, 50]}, ["50 benchmark states (0 to 49)", "got [50]"]),
+        ({"init_states": []}, ["some of the 50 benchmark states", "got none"]),
         ({"render_mode": "human"}, ["rgb_array", "'human'"]),
         ({"image_size": 0}, ["image_size", "at least 8"]),
         ({"image_size": 64.0}, ["image_size", "64.0"]),

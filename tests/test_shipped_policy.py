@@ -90,7 +90,5 @@ def test_images_that_it_was_not_trained_on_change_nothing() -> None:
 
 
 def test_an_environment_without_its_camera_is_refused() -> None:
-    with pytest.raises(
-        ValueError, match=r"looks at left_wrist_0_rgb, but .* have base_0"
-    ):
+    with pytest.raises(ValueError, match=r"looks at left_wrist_0_rgb, but .* have base_0"):
         shipped(("base_0_rgb",))

@@ -60,20 +60,14 @@ class _IterationLine(KVWriter):
 class _Progress(BaseCallback):
     """Progress bar with the success rate; saves and evaluates between iterations."""
 
-    def __init__(
-        self,
-        total: int,
-        folder: Path,
-        save_every: int | None,
-        evaluations: Evaluations | None,
-        eval_every: int | None,
-    ) -> None:
+    def __init__(self, config: TrainConfig, folder: Path, evaluations: Evaluations | None) -> None:
         super().__init__()
+        # Where iterations are counted, nobody knows how many steps they will take.
+        total = None if config.max_iterations else config.total_timesteps
         self.bar = progress_bar("train", total, "step")
+        self.config = config
         self.folder = folder
-        self.save_every = save_every
         self.evaluations = evaluations
-        self.eval_every = eval_every
         self.iteration = 0
 
     def __enter__(self) -> "_Progress":
@@ -83,11 +77,14 @@ class _Progress(BaseCallback):
         self.bar.close()
 
     def _on_rollout_start(self) -> None:
-        if self.save_every and self.iteration and self.iteration % self.save_every == 0:
+        save_every, eval_every = self.config.save_every, self.config.eval_every
+        if save_every and self.iteration and self.iteration % save_every == 0:
             save(self.model, self.folder)  # type: ignore[arg-type]
-        if self.eval_every and self.iteration % self.eval_every == 0:
+        if eval_every and self.iteration % eval_every == 0:
             self._evaluate()
         self.iteration += 1
+        if self.config.max_iterations:
+            self.bar.set_description(f"iteration {self.iteration} of {self.config.max_iterations}")
 
     def _on_training_end(self) -> None:
         self._evaluate()
@@ -199,9 +196,7 @@ def run(config: TrainConfig, algorithm: type[CFGRL] = CFGRL) -> Path:
         model.set_logger(Logger(str(out), [*formats, _IterationLine()]))
         with (
             _evaluations(config, checkpoint, out) as evaluations,
-            _Progress(
-                config.total_timesteps, out, config.save_every, evaluations, config.eval_every
-            ) as progress,
+            _Progress(config, out, evaluations) as progress,
             saving_when_stopped(lambda: save(model, out)),
         ):
             model.learn(

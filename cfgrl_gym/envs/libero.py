@@ -104,6 +104,9 @@ class LiberoEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
         self.max_episode_steps = int(limit)
         self.settle_steps = int(settle_steps)
         self.init_states = init_states if isinstance(init_states, str) else tuple(init_states)
+        if not isinstance(init_states, str):
+            for listed_for in self._tasks:
+                self.init_state_ids(listed_for)  # says which of them there aren't
         self.render_mode = render_mode
         self.cameras = tuple(camera for camera in CAMERAS if camera in cameras)
         self.image_quality: Quality = image_quality
