@@ -341,8 +341,8 @@ def test_every_iteration_logs_its_rollout_with_its_update():
     wanted = {
         "rollout": "ep_rew_mean ep_len_mean success_rate positive_share null_share groups_kept "
         "groups_discarded control_steps episodes iteration_success_rate",
-        "train": "loss loss_positive loss_null dropout_rate dropout_count conditioned_count grad_norm "
-        "guidance_gap learning_rate n_updates",
+        "train": "loss loss_positive loss_null dropout_rate dropout_count conditioned_count "
+        "grad_norm guidance_gap learning_rate n_updates",
         "time": "fps control_steps_per_second seconds_simulation seconds_inference seconds_update "
         "iterations total_timesteps",
     }
