@@ -28,7 +28,7 @@ from cfgrl_gym.algorithms.groups import (
     select_groups,
     torch_generator,
 )
-from cfgrl_gym.algorithms.labels import LabelSource, Negatives, drop_condition
+from cfgrl_gym.algorithms.labels import LabelSource, Negatives, draw_epoch, drop_condition
 from cfgrl_gym.algorithms.memory_plan import plan_memory
 from cfgrl_gym.algorithms.metrics import UpdateMetrics, rollout_metrics
 from cfgrl_gym.algorithms.mlp_policy import MlpPolicy
@@ -67,6 +67,8 @@ class CFGRL(SavesWhatWasTrained, OnPolicyAlgorithm):
         reward-to-go; "window_return": reward inside the window against the group's mean
     :param label_threshold: a window whose advantage reaches this is optimal
     :param negatives: label of the others: "null" is ∅, "zero" is o = 0
+    :param positive_share: share of the optimal windows among those that an epoch draws, whatever
+        share they have of all. None: every window once an epoch
     :param cfg_scale: guidance while collecting. None: the policy's own `cfg_scale`
     :param n_epochs: passes over the windows in each update
     :param batch_size: windows of one forward pass; fewer where the device's memory is short
@@ -108,6 +110,7 @@ class CFGRL(SavesWhatWasTrained, OnPolicyAlgorithm):
         label_source: LabelSource = "episode_rloo",
         label_threshold: float = 0.0,
         negatives: Negatives = "null",
+        positive_share: float | None = None,
         cfg_scale: float | None = None,
         n_epochs: int = 4,
         batch_size: int = 64,
@@ -134,6 +137,7 @@ class CFGRL(SavesWhatWasTrained, OnPolicyAlgorithm):
         self.label_source = label_source
         self.label_threshold = label_threshold
         self.negatives = negatives
+        self.positive_share = positive_share
         self.cfg_scale = cfg_scale
         self.n_epochs = n_epochs
         self.batch_size = batch_size
@@ -312,7 +316,7 @@ class CFGRL(SavesWhatWasTrained, OnPolicyAlgorithm):
         metrics = UpdateMetrics()
 
         for _ in range(self.n_epochs):
-            order = torch.randperm(len(windows), generator=generator)
+            order = draw_epoch(windows.labels, self.positive_share, generator)
             for indices in order.split(self.batch_size * self.gradient_accumulation_steps):
                 batch = windows[indices]
                 labels = drop_condition(batch.labels, self.dropout_prob, generator)

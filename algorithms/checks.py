@@ -25,6 +25,12 @@ def check_parameters(algorithm: "CFGRL") -> None:
         )
     if not 0 <= algorithm.dropout_prob <= 1:
         raise ValueError(f"dropout_prob must be in [0, 1]; got {algorithm.dropout_prob}")
+    positive_share = algorithm.positive_share
+    if positive_share is not None and not 0 < positive_share < 1:
+        raise ValueError(
+            "positive_share must be in (0, 1), or None for every window once an epoch; "
+            f"got {positive_share}"
+        )
     share = algorithm.early_stop_percentage
     if not 0 < share <= 1:
         raise ValueError(f"early_stop_percentage must be in (0, 1]; got {share}")

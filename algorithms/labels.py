@@ -107,6 +107,37 @@ def label_group(
     ]
 
 
+def draw_epoch(
+    labels: torch.Tensor, positive_share: float | None, generator: torch.Generator
+) -> torch.Tensor:
+    """Indices of the windows of one pass, int64 (n,), in random order.
+
+    :param labels: int64 (n,)
+    :param positive_share: None: every window once. Else as many draws, this share of them optimal
+        windows (o = 1): of both kinds each comes once more only when all others have come
+    """
+    count = len(labels)
+    optimal = labels == POSITIVE
+    if positive_share is None or optimal.all() or not optimal.any():
+        return torch.randperm(count, generator=generator)
+
+    def repeated(items: torch.Tensor, draws: int) -> torch.Tensor:
+        passes = [
+            items[torch.randperm(len(items), generator=generator)]
+            for _ in range(0, draws, len(items))
+        ]
+        return torch.cat([items[:0], *passes])[:draws]
+
+    positives = round(positive_share * count)
+    drawn = torch.cat(
+        [
+            repeated(optimal.nonzero()[:, 0], positives),
+            repeated((~optimal).nonzero()[:, 0], count - positives),
+        ]
+    )
+    return drawn[torch.randperm(count, generator=generator)]
+
+
 def drop_condition(
     labels: torch.Tensor, probability: float, generator: torch.Generator
 ) -> torch.Tensor:

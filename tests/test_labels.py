@@ -7,7 +7,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cfgrl_gym.algorithms import rloo_advantages
-from cfgrl_gym.algorithms.labels import drop_condition, label_group, window_advantages
+from cfgrl_gym.algorithms.labels import (
+    draw_epoch,
+    drop_condition,
+    label_group,
+    window_advantages,
+)
 
 SOURCES = ("episode_rloo", "window_rloo", "window_return")
 # Two episodes of 4 and 5 control steps, windows every 2.
@@ -130,3 +135,25 @@ def test_each_use_of_a_sample_drops_afresh():
     labels = torch.ones(1000, dtype=torch.int64)
     first, second = (drop_condition(labels, 0.5, generator) for _ in range(2))
     assert 400 < (first != second).sum() < 600
+
+
+def test_an_epoch_has_every_window_once_unless_a_share_is_asked_for() -> None:
+    labels = torch.tensor([1, -1, -1, 0, 1])
+    generator = torch.Generator().manual_seed(0)
+    assert draw_epoch(labels, None, generator).sort().values.tolist() == [0, 1, 2, 3, 4]
+    for uniform in (torch.ones(4, dtype=torch.int64), torch.full((4,), -1)):
+        assert draw_epoch(uniform, 0.5, generator).sort().values.tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(("positive_share", "positives"), [(0.5, 10), (0.9, 18), (0.1, 2)])
+def test_an_epoch_has_the_share_of_optimal_windows_that_is_asked_for(
+    positive_share: float, positives: int
+) -> None:
+    labels = torch.tensor([1] * 3 + [-1] * 10 + [0] * 7)
+    drawn = draw_epoch(labels, positive_share, torch.Generator().manual_seed(1))
+    assert len(drawn) == 20
+    counts = torch.bincount(drawn, minlength=20)
+    assert counts[:3].sum() == positives
+    for part in (counts[:3], counts[3:]):  # none comes again before all of its kind have come
+        assert part.max() - part.min() <= 1
+    assert not torch.equal(drawn, drawn.sort().values)

@@ -226,6 +226,8 @@ class TrainConfig(LiberoOptions, PolicyOptions):
         reward-to-go) or window_return (reward in the window against the group's mean)
     :param label_threshold: a window whose advantage reaches this is optimal
     :param negatives: label of the others: null is the unconditional one, zero is o = 0
+    :param positive_share: share of the optimal windows among those that an epoch draws, whatever
+        share they have of all. null: every window once an epoch
     :param cfg_scale: guidance while collecting. null: the policy's own
     :param n_epochs: passes over the windows in each update
     :param batch_size: windows of one forward pass
@@ -265,6 +267,7 @@ class TrainConfig(LiberoOptions, PolicyOptions):
     label_source: Literal["episode_rloo", "window_rloo", "window_return"] = "episode_rloo"
     label_threshold: float = 0.0
     negatives: Literal["null", "zero"] = "null"
+    positive_share: float | None = None
     cfg_scale: float | None = None
     n_epochs: int = 4
     batch_size: int = 64

@@ -129,6 +129,7 @@ def _model(
         label_source=config.label_source,
         label_threshold=config.label_threshold,
         negatives=config.negatives,
+        positive_share=config.positive_share,
         cfg_scale=config.cfg_scale,
         n_epochs=config.n_epochs,
         batch_size=config.batch_size,
