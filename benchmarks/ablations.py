@@ -1,9 +1,9 @@
 """What each choice of the method is worth: one option changed at a time, each cell a training.
 
-All cells train on the main task with one seed and the budget of `learning_curve.py`, whose CFGRL
-run of that seed is the baseline. Condition modes start from the shipped policy's v_∅ with a fresh
-condition each, because a trained condition has a mode already. Stopped, it goes on where it was.
-Writes <results>/ablations.json.
+All cells train on the main task with one seed and half the iterations of `learning_curve.py`; the
+first is that script's CFGRL with nothing changed. Condition modes start from the shipped policy's
+v_∅ with a fresh condition each, because a trained condition has a mode already. Stopped, it goes on
+where it was. Writes <results>/ablations.json.
 
     python benchmarks/ablations.py --help
 """
@@ -12,16 +12,15 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import learning_curve
 from safetensors.torch import load_file, save_file
 from study_results import describe, read_evaluation, read_training, write_result
-from study_runs import EvaluationOf, Job, Training, run_jobs
+from study_runs import EvaluationOf, Training, run_jobs
 from study_settings import (
     EVALUATION_SEED,
     N_ENVS,
     START,
     SUITE,
-    Study,
+    Budget,
     parse_study,
     training_options,
 )
@@ -31,14 +30,16 @@ from cfgrl_gym.algorithms.pi0.shipped import find_shipped
 
 PART = "ablations"
 SCALES = (1.0, 2.0)
+BASELINE = "baseline"
 
 
-def cells(study: Study, unconditional: Path) -> dict[str, dict[str, Any]]:
-    """Options that differ from the baseline's, by the cell's name."""
-    groups = study.budget.groups
-    options: dict[str, dict[str, Any]] = {
-        f"dropout_prob={p:g}": {"dropout_prob": p} for p in (0.0, 0.05, 0.2)
-    }
+def cells(groups: int, unconditional: Path) -> dict[str, dict[str, Any]]:
+    """Options that differ from the baseline's, by the cell's name.
+
+    :param groups: the baseline's, of K = 8
+    """
+    options: dict[str, dict[str, Any]] = {BASELINE: {}}
+    options |= {f"dropout_prob={p:g}": {"dropout_prob": p} for p in (0.0, 0.05, 0.2)}
     options |= {
         f"label_source={source}": {"label_source": source}
         for source in ("window_rloo", "window_return")
@@ -57,10 +58,9 @@ def cells(study: Study, unconditional: Path) -> dict[str, dict[str, Any]]:
         "early_stop_percentage": 1.0,
         "max_groups_tried": groups,
     }
-    options |= {f"rollout_cfg_scale={w:g}": {"cfg_scale": w} for w in (1.5, 2.0)}
-    options["replay_iterations=2"] = {"replay_iterations": 2}
-    options["label_threshold=0.5"] = {"label_threshold": 0.5}
-    options |= {f"learning_rate={rate:g}": {"learning_rate": rate} for rate in (2e-4, 1e-3)}
+    options |= {f"positive_share={share}": {"positive_share": share} for share in (None, 0.5)}
+    options |= {f"rollout_cfg_scale={w:g}": {"cfg_scale": w} for w in (1.0, 2.0)}
+    options["replay_iterations=0"] = {"replay_iterations": 0}
     return options
 
 
@@ -83,41 +83,40 @@ def main() -> None:
     study = parse_study(__doc__)
     folder = study.folder / PART
     folder.mkdir(parents=True, exist_ok=True)
-    seed = study.seeds[0]
-    baseline = learning_curve.training(study, "CFGRL", study.main_task, seed)
-    run_jobs([baseline], study.jobs)
+    budget = Budget(max(1, study.budget.iterations // 2), study.budget.groups)
+    unconditional = unconditional_start(folder / "unconditional")
     trainings = {
         name: Training(
             folder / name,
             "CFGRL",
-            training_options(study.main_task, seed, study.budget, **({"cfg_scale": 1.5} | changed)),
+            training_options(
+                study.main_task, study.seeds[0], budget, **({"cfg_scale": 1.5} | changed)
+            ),
             sweep=SCALES,
         )
-        for name, changed in cells(study, unconditional_start(folder / "unconditional")).items()
+        for name, changed in cells(budget.groups, unconditional).items()
     }
+    run_jobs(list(trainings.values()), study.jobs)
     action = EvaluationOf(
         folder / "guidance=action",
         {
-            "policy": str(baseline.folder),
+            "policy": str(trainings[BASELINE].folder),
             "suite": SUITE,
             "task_id": study.main_task,
-            "cfg_scale": list(SCALES),
+            "cfg_scale": [2.0],  # at 1 there is nothing to combine
             "guidance": "action",
             "n_envs": N_ENVS,
             "seed": EVALUATION_SEED,
             "video": False,
         },
     )
-    jobs: list[Job] = [*trainings.values(), action]
-    run_jobs(jobs, study.jobs)
-    base = read_training(baseline.folder)
-    rows = [{"cell": "baseline", "final": base["evaluations"][-1]["results"], "run": base}]
+    run_jobs([action], study.jobs)
+    rows = []
     for name, training in trainings.items():
         run = read_training(training.folder)
         rows.append({"cell": name, "final": run["final"], "run": run})
-    rows.append(
-        {"cell": action.folder.name, "final": read_evaluation(action.folder, base["options"])}
-    )
+    options = rows[0]["run"]["options"]
+    rows.append({"cell": action.folder.name, "final": read_evaluation(action.folder, options)})
     write_result(study.results / f"{PART}.json", cells=rows)
     for row in rows:
         results = "  ".join(f"w={r['cfg_scale']:g}: {describe(r)}" for r in row["final"])
