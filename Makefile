@@ -7,7 +7,7 @@ BIN = $(VENV)/bin
 .PHONY: help venv main-job test lint types clean
 
 help:
-	@echo "make main-job  demonstrations, warm start, CFGRL and evaluation on real LIBERO"
+	@echo "make main-job  CFGRL on real LIBERO: evaluation, training, evaluation, a report"
 	@echo "make test      install and run the tests"
 	@echo "make lint      ruff;  make types  mypy;  make clean  remove what was made here"
 

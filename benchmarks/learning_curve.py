@@ -11,7 +11,14 @@ where it was. Writes <results>/learning_curve.json and .png.
 
 from typing import Any
 
-from study_results import curve, read_training, save_figure, write_result
+from study_results import (
+    before_after,
+    curve,
+    describe,
+    read_training,
+    save_figure,
+    write_result,
+)
 from study_runs import ALGORITHMS, Training, run_jobs
 from study_settings import Study, parse_study, training_options
 
@@ -22,7 +29,6 @@ COLLECTING = {"CFGRL": 1.5, "FilteredBC": 0.0, "AdvantageWeighted": 0.0}
 CURVE = {"CFGRL": 2.0, "FilteredBC": 0.0, "AdvantageWeighted": 0.0}
 AT_THE_END = {"CFGRL": (1.0, 2.0), "FilteredBC": (0.0,), "AdvantageWeighted": (0.0,)}
 COLOURS = {
-    ("CFGRL", 1.0): "#56B4E9",
     ("CFGRL", 2.0): "#0072B2",
     ("FilteredBC", 0.0): "#E69F00",
     ("AdvantageWeighted", 0.0): "#009E73",
@@ -32,6 +38,8 @@ COLOURS = {
 def training(study: Study, algorithm: str, task: int, seed: int) -> Training:
     """The main task is evaluated half way too, the others before and after."""
     iterations = study.budget.iterations
+    # The controls have no conditions to draw more or less often.
+    only_cfgrl = {} if algorithm == "CFGRL" else {"positive_share": None}
     options = training_options(
         task,
         seed,
@@ -39,6 +47,7 @@ def training(study: Study, algorithm: str, task: int, seed: int) -> Training:
         cfg_scale=COLLECTING[algorithm],
         eval_every=max(1, iterations // 2) if task == study.main_task else iterations,
         eval_cfg_scale=CURVE[algorithm],
+        **only_cfgrl,
     )
     folder = study.folder / PART / f"{algorithm}-task{task}-seed{seed}"
     return Training(folder, algorithm, options, AT_THE_END[algorithm])
@@ -84,27 +93,34 @@ def plot(runs: list[dict[str, Any]], study: Study) -> None:
     save_figure(figure, study.results / f"{PART}.png")
 
 
+def summary(runs: list[dict[str, Any]], study: Study) -> list[dict[str, Any]]:
+    """Before and after of each method on each task, and its mean over the tasks."""
+    tasks = (study.main_task, *study.other_tasks)
+    rows = []
+    for name, scales in AT_THE_END.items():
+        for w in scales:
+            of_tasks = [before_after(runs, name, task, w) for task in tasks]
+            mean = sum(row["after"]["success_rate"] for row in of_tasks) / len(tasks)
+            rows.append(
+                {"algorithm": name, "cfg_scale": w, "mean_over_tasks": mean, "tasks": of_tasks}
+            )
+    return rows
+
+
 def main() -> None:
     study = parse_study(__doc__)
     jobs = trainings(study)
     run_jobs(jobs, study.jobs)
     runs = [read_training(job.folder) for job in jobs]
-    write_result(study.results / f"{PART}.json", runs=runs, summary=summary(runs, study))
+    rows = summary(runs, study)
+    write_result(study.results / f"{PART}.json", summary=rows, runs=runs)
     plot(runs, study)
-
-
-def summary(runs: list[dict[str, Any]], study: Study) -> list[dict[str, Any]]:
-    """Before and after of each method on each task, pooled over seeds."""
-    rows = []
-    for task in (study.main_task, *study.other_tasks):
-        for name, w in COLOURS:
-            points = curve(runs, name, task, w)
-            if points:
-                rows.append(
-                    {"algorithm": name, "cfg_scale": w, "task": task}
-                    | {"before": points[0], "after": points[-1]}
-                )
-    return rows
+    for row in rows:
+        print(f"{row['algorithm']}, w = {row['cfg_scale']:g}: mean {row['mean_over_tasks']:.0%}")
+        for task in row["tasks"]:
+            before, after = describe(task["before"]), describe(task["after"])
+            unseen = describe(task["after"]["unseen_states"])
+            print(f"  task {task['task_id']}: {before} -> {after} (unseen states: {unseen})")
 
 
 if __name__ == "__main__":

@@ -106,6 +106,30 @@ def curve(
     return points
 
 
+def before_after(
+    runs: Sequence[dict[str, Any]], algorithm: str, task: int, cfg_scale: float
+) -> dict[str, Any]:
+    """All there is of one method on one task at one w, before and after training, seeds pooled.
+
+    After it are the curve's last evaluation and the one at the end, with other noise.
+    """
+    before, after, seeds = [], [], 0
+    for run in runs:
+        if run["algorithm"] == algorithm and run["options"]["task_id"] == task:
+            seeds += 1
+            before += run["evaluations"][0]["results"]
+            after += run["evaluations"][-1]["results"] + run["final"]
+    return {
+        "algorithm": algorithm,
+        "cfg_scale": cfg_scale,
+        "task_id": task,
+        "seeds": seeds,
+        # The start at the w of the curve: what the method began as.
+        "before": pool(before),
+        "after": pool([r for r in after if r["cfg_scale"] == cfg_scale]),
+    }
+
+
 def describe(point: dict[str, Any]) -> str:
     """A rate as people read it: 62% [48, 74] of 50."""
     low, high = point["interval_95"]
