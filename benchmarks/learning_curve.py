@@ -39,7 +39,7 @@ def training(study: Study, algorithm: str, task: int, seed: int) -> Training:
     """The main task is evaluated half way too, the others before and after."""
     iterations = study.budget.iterations
     # The controls have no conditions to draw more or less often.
-    only_cfgrl = {} if algorithm == "CFGRL" else {"positive_share": None}
+    changed = {} if algorithm == "CFGRL" else {"positive_share": None}
     options = training_options(
         task,
         seed,
@@ -47,7 +47,7 @@ def training(study: Study, algorithm: str, task: int, seed: int) -> Training:
         cfg_scale=COLLECTING[algorithm],
         eval_every=max(1, iterations // 2) if task == study.main_task else iterations,
         eval_cfg_scale=CURVE[algorithm],
-        **only_cfgrl,
+        **changed,
     )
     folder = study.folder / PART / f"{algorithm}-task{task}-seed{seed}"
     return Training(folder, algorithm, options, AT_THE_END[algorithm])

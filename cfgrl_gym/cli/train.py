@@ -159,8 +159,10 @@ def _evaluations(
         evaluations = Evaluations(
             folder, config.suite, env, starts, as_list(config.eval_cfg_scale), config.seed
         )
-        yield evaluations
-        evaluations.close()
+        try:
+            yield evaluations
+        finally:
+            evaluations.close()
 
 
 def _environment_arguments(config: TrainConfig, checkpoint: Checkpoint) -> dict[str, Any]:
