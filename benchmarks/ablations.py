@@ -29,7 +29,7 @@ from cfgrl_gym.algorithms.pi0.condition import CONDITION_MODES
 from cfgrl_gym.algorithms.pi0.shipped import find_shipped
 
 PART = "ablations"
-SCALES = (1.0, 2.0)
+SCALE = 2.0  # at which every cell is evaluated
 BASELINE = "baseline"
 
 
@@ -92,7 +92,7 @@ def main() -> None:
             training_options(
                 study.main_task, study.seeds[0], budget, **({"cfg_scale": 1.5} | changed)
             ),
-            sweep=SCALES,
+            sweep=(SCALE,),
         )
         for name, changed in cells(budget.groups, unconditional).items()
     }
@@ -103,7 +103,7 @@ def main() -> None:
             "policy": str(trainings[BASELINE].folder),
             "suite": SUITE,
             "task_id": study.main_task,
-            "cfg_scale": [2.0],  # at 1 there is nothing to combine
+            "cfg_scale": SCALE,
             "guidance": "action",
             "n_envs": N_ENVS,
             "seed": EVALUATION_SEED,

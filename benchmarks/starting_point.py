@@ -85,7 +85,7 @@ def main() -> None:
                 "policy": policy,
                 "suite": suite,
                 "task_id": task,
-                "cfg_scale": [0.0, 1.0],
+                "cfg_scale": 1.0,
                 "n_envs": N_ENVS,
                 "seed": EVALUATION_SEED,
             },
