@@ -1,9 +1,8 @@
 """Success over cfg_scale for one trained policy, with the guidance gap ‖v_1 - v_∅‖ beside it.
 
 The policy is that of `learning_curve.py`'s CFGRL run on the main task with the first seed (which is
-trained if it isn't there), and the shipped policy that it began as, for comparison. Each value of w
-is evaluated on all 50 benchmark states with several seeds of the sampling noise. Writes
-<results>/guidance_sweep.json and .png.
+trained if it isn't there). Each value of w is evaluated on all 50 benchmark states with two seeds of
+the sampling noise. Writes <results>/guidance_sweep.json and .png.
 
     python benchmarks/guidance_sweep.py --help
 """
@@ -14,24 +13,24 @@ from typing import Any
 import learning_curve
 from study_results import describe, pool, read_evaluation, save_figure, write_result
 from study_runs import EvaluationOf, run_jobs
-from study_settings import EVALUATION_SEED, N_ENVS, START, SUITE, Study, parse_study
+from study_settings import EVALUATION_SEED, N_ENVS, SUITE, Study, parse_study
 
 PART = "guidance_sweep"
 SCALES = (0.0, 1.0, 1.25, 1.5, 2.0, 3.0, 5.0)
 NOISE_SEEDS = (EVALUATION_SEED, EVALUATION_SEED + 1)
 
 
-def evaluation(study: Study, name: str, policy: str | Path, scales: Any, seed: int) -> EvaluationOf:
+def evaluation(study: Study, policy: Path, seed: int) -> EvaluationOf:
     options = {
         "policy": str(policy),
         "suite": SUITE,
         "task_id": study.main_task,
-        "cfg_scale": list(scales),
+        "cfg_scale": list(SCALES),
         "n_envs": N_ENVS,
         "seed": seed,
         "video": seed == NOISE_SEEDS[0],
     }
-    return EvaluationOf(study.folder / PART / f"{name}-noise{seed}", options)
+    return EvaluationOf(study.folder / PART / f"noise{seed}", options)
 
 
 def sweep(jobs: list[EvaluationOf]) -> list[dict[str, Any]]:
@@ -69,16 +68,14 @@ def main() -> None:
     study = parse_study(__doc__)
     training = learning_curve.training(study, "CFGRL", study.main_task, study.seeds[0])
     run_jobs([training], study.jobs)
-    after = [evaluation(study, "after", training.folder, SCALES, s) for s in NOISE_SEEDS]
-    before = [evaluation(study, "before", START, (0.0, 1.0, 2.0), s) for s in NOISE_SEEDS]
-    run_jobs([*after, *before], study.jobs)
-    trained, shipped = sweep(after), sweep(before)
+    jobs = [evaluation(study, training.folder, seed) for seed in NOISE_SEEDS]
+    run_jobs(jobs, study.jobs)
+    trained = sweep(jobs)
     write_result(
         study.results / f"{PART}.json",
         policy=training.folder.name,
         task_id=study.main_task,
         sweep=trained,
-        before_training=shipped,
     )
     plot(trained, study.results / f"{PART}.png")
     for point in trained:
