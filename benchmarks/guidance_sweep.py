@@ -1,8 +1,8 @@
 """Success over cfg_scale for one trained policy, with the guidance gap ‖v_1 - v_∅‖ beside it.
 
 The policy is that of `learning_curve.py`'s CFGRL run on the main task with the first seed (which
-is trained if it isn't there). Each value of w is evaluated on all 50 benchmark states with two seeds
-of the sampling noise. Writes <results>/guidance_sweep.json and .png.
+is trained if it isn't there). Each value of w is evaluated on all 50 benchmark states with two
+seeds of the sampling noise. Writes <results>/guidance_sweep.json and .png.
 
     python benchmarks/guidance_sweep.py --help
 """
