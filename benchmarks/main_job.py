@@ -58,6 +58,7 @@ def plot(run: dict[str, Any], path: Path) -> None:
     ):
         points = [row[key] for row in run["iterations"] if key in row]
         right.plot(range(1, len(points) + 1), points, marker="o", label=label)
+    right.set_xticks(range(1, len(run["iterations"]) + 1))
     right.set(xlabel="iteration", title="training", ylim=(0, None))
     right.legend()
     save_figure(figure, path)
