@@ -39,7 +39,7 @@ def find_starts(
             if not 0 <= state < count:
                 raise ValueError(
                     f"{suite} task {task.task_id} has the initial states 0 to {count - 1}; "
-                    f"{state} was asked for: change --episodes or --init_states"
+                    f"{state} was asked for: ask for fewer episodes or other states"
                 )
             starts.append(Start(task_id=task.task_id, init_state_id=state))
     return starts

@@ -147,13 +147,12 @@ def _model(
 
 @contextmanager
 def _evaluations(
-    config: TrainConfig, checkpoint: Checkpoint, folder: Path
+    config: TrainConfig, checkpoint: Checkpoint, folder: Path, starts: list[Start]
 ) -> Iterator[Evaluations | None]:
     """On the benchmark's states and with its time limit, whatever is trained on."""
-    if config.eval_every is None:
+    if not starts:
         yield None
         return
-    starts = find_starts(config.suite, config.task_id, config.eval_episodes)
     arguments = _environment_arguments(config, checkpoint) | {"max_episode_steps": None}
     with vec_env(arguments, config.n_envs) as env:
         evaluations = Evaluations(
@@ -183,6 +182,9 @@ def run(config: TrainConfig, algorithm: type[CFGRL] = CFGRL) -> Path:
     :raises FileExistsError: the run folder has something in it
     """
     tasks = select_tasks(config.suite, config.task_id)
+    evaluated: list[Start] = []
+    if config.eval_every is not None:
+        evaluated = find_starts(config.suite, config.task_id, config.eval_episodes)
     out = choose_folder("train", config.out)
     checkpoint = find_checkpoint(config.policy, config.preset)
     arguments = _environment_arguments(config, checkpoint)
@@ -198,7 +200,7 @@ def run(config: TrainConfig, algorithm: type[CFGRL] = CFGRL) -> Path:
         formats = [make_output_format(name, str(out)) for name in ("csv", "json", "tensorboard")]
         model.set_logger(Logger(str(out), [*formats, _IterationLine()]))
         with (
-            _evaluations(config, checkpoint, out) as evaluations,
+            _evaluations(config, checkpoint, out, evaluated) as evaluations,
             _Progress(config, out, evaluations) as progress,
             saving_when_stopped(lambda: save(model, out)),
         ):
