@@ -3,7 +3,7 @@
 All cells train on the main task with one seed and half the iterations of `learning_curve.py`; the
 first is that script's CFGRL with nothing changed. Condition modes start from the shipped policy's
 v_∅ with a fresh condition each, because a trained condition has a mode already. Stopped, it goes on
-where it was. Writes <results>/ablations.json.
+where it was. Writes <results>/ablations.json, of all cells that are done.
 
     python benchmarks/ablations.py --help
 """
@@ -14,7 +14,7 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 from study_results import describe, read_evaluation, read_training, write_result
-from study_runs import EvaluationOf, Training, run_jobs
+from study_runs import DONE_FILE, EvaluationOf, Training, run_jobs
 from study_settings import (
     EVALUATION_SEED,
     N_ENVS,
@@ -96,7 +96,11 @@ def main() -> None:
         )
         for name, changed in cells(budget.groups, unconditional).items()
     }
-    run_jobs(list(trainings.values()), study.jobs)
+    unknown = set(study.cells) - set(trainings)
+    if unknown:
+        raise SystemExit(f"no such cells: {', '.join(unknown)}; known: {', '.join(trainings)}")
+    wanted = {BASELINE, *(study.cells or trainings)}
+    run_jobs([t for name, t in trainings.items() if name in wanted], study.jobs)
     action = EvaluationOf(
         folder / "guidance=action",
         {
@@ -113,6 +117,8 @@ def main() -> None:
     run_jobs([action], study.jobs)
     rows = []
     for name, training in trainings.items():
+        if not (training.folder / DONE_FILE).is_file():
+            continue  # not asked for, now or before
         run = read_training(training.folder)
         rows.append({"cell": name, "final": run["final"], "run": run})
     options = rows[0]["run"]["options"]

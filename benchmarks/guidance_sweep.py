@@ -17,6 +17,7 @@ from study_settings import EVALUATION_SEED, N_ENVS, SUITE, Study, parse_study
 
 PART = "guidance_sweep"
 SCALES = (0.0, 1.0, 1.25, 1.5, 2.0, 3.0, 5.0)
+SCALES_SMALL = (0.0, 1.0, 2.0, 3.0)
 NOISE_SEEDS = (EVALUATION_SEED, EVALUATION_SEED + 1)
 
 
@@ -25,7 +26,7 @@ def evaluation(study: Study, policy: Path, seed: int) -> EvaluationOf:
         "policy": str(policy),
         "suite": SUITE,
         "task_id": study.main_task,
-        "cfg_scale": list(SCALES),
+        "cfg_scale": list(SCALES_SMALL if study.small else SCALES),
         "n_envs": N_ENVS,
         "seed": seed,
         "video": seed == NOISE_SEEDS[0],

@@ -39,6 +39,7 @@ class Study:
     :param other_tasks: with one seed each
     :param seeds: of the main task
     :param small: one task and one seed, for a first look
+    :param cells: of the ablations; empty: all
     """
 
     folder: Path
@@ -49,6 +50,7 @@ class Study:
     seeds: tuple[int, ...]
     budget: Budget
     small: bool
+    cells: tuple[str, ...]
 
 
 def training_options(
@@ -97,6 +99,7 @@ def parse_study(description: str | None) -> Study:
     add("--iterations", type=int, default=Budget.iterations, help="of each training")
     add("--groups", type=int, default=Budget.groups, help="of 8 episodes, each iteration")
     add("--small", action="store_true", help="one task, one seed, 2 iterations of 8 groups")
+    add("--cells", nargs="*", default=[], help="of the ablations, only these, such as K=2")
     given = parser.parse_args()
     if given.small:
         given.seeds, given.other_tasks, given.iterations, given.groups = 1, [], 2, 8
@@ -109,4 +112,5 @@ def parse_study(description: str | None) -> Study:
         seeds=tuple(range(given.seeds)),
         budget=Budget(given.iterations, given.groups),
         small=given.small,
+        cells=tuple(given.cells),
     )
