@@ -60,8 +60,9 @@ def plot(trained: list[dict[str, Any]], path: Path) -> None:
         xytext=(8, 8),
     )
     left.set(xlabel="cfg_scale w", ylabel="success rate (95% Wilson)", ylim=(0, 1))
-    right.plot(scales, [point["guidance_gap"] for point in trained], marker="o", color="#009E73")
-    right.set(xlabel="cfg_scale w", ylabel="‖v_1 - v_∅‖ where the policy acted", ylim=(0, None))
+    gaps = [point["guidance_gap"] for point in trained]
+    right.plot(scales, gaps, marker="o", color="#009E73")
+    right.set(xlabel="cfg_scale w", ylabel="‖v_1 - v_∅‖", ylim=(0, 1.2 * max(gaps)))
     save_figure(figure, path)
 
 
