@@ -58,11 +58,9 @@ class UpdateMetrics:
                 metrics[f"train/loss_{name}"] = loss[dropped == label].mean().item()
         conditioned = labels != NULL
         if conditioned.any():
-            count, dropped_count = (
-                conditioned.sum().item(),
-                (dropped == NULL)[conditioned].sum().item(),
-            )
+            count = conditioned.sum().item()
+            became_null = (dropped == NULL)[conditioned].sum().item()
             metrics["train/conditioned_count"] = count
-            metrics["train/dropout_count"] = dropped_count
-            metrics["train/dropout_rate"] = dropped_count / count
+            metrics["train/dropout_count"] = became_null
+            metrics["train/dropout_rate"] = became_null / count
         return metrics

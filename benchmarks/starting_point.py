@@ -2,9 +2,8 @@
 
 Records scripted demonstrations, fits a tiny PI0 to them for a while, short of what it could learn,
 writes checksums beside it, and evaluates it on all 50 benchmark states of each task. The policy
-looks through the wrist camera alone, whose image costs a third of the other's to draw without a
-GPU. Takes about 25 minutes on 2 cores. Writes <out>/policy and <results>/starting_point.json;
-with --policy, that policy is only evaluated.
+looks through the wrist camera alone, whose image is the cheaper one to draw without a GPU. Writes
+<out>/sft/policy and <results>/starting_point.json; with --policy, that policy is only evaluated.
 
     python benchmarks/starting_point.py --help
 """

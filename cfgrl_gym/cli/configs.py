@@ -75,7 +75,7 @@ class SftConfig:
         demonstrations
     :param std_floor: least standard deviation in computed statistics
     :param cameras: of a new tiny model: which images it sees, agentview and robot0_eye_in_hand (the
-        wrist's, which costs a third to draw without a GPU). null: both
+        wrist's, the cheaper one to draw without a GPU). null: both
     :param image_size: of a new tiny model: side of the images it sees, in pixels
     :param patch_size: of a new tiny model: side of an image patch
     :param hidden_size: of a new tiny model: width
