@@ -6,11 +6,12 @@ from cfgrl_gym.algorithms.cfgrl import CFGRL
 from cfgrl_gym.algorithms.labels import rloo_advantages
 from cfgrl_gym.algorithms.mlp_policy import MlpPolicy
 from cfgrl_gym.algorithms.thread_vec_env import ThreadVecEnv
+from cfgrl_gym.algorithms.worker_vec_env import WorkerVecEnv
 
 if TYPE_CHECKING:
     from cfgrl_gym.algorithms.pi0 import Pi0Policy
 
-__all__ = ["CFGRL", "MlpPolicy", "Pi0Policy", "ThreadVecEnv", "rloo_advantages"]
+__all__ = ["CFGRL", "MlpPolicy", "Pi0Policy", "ThreadVecEnv", "WorkerVecEnv", "rloo_advantages"]
 
 
 def __getattr__(name: str) -> Any:

@@ -52,6 +52,10 @@ class CFGRL(SavesWhatWasTrained, OnPolicyAlgorithm):
     flow matching with condition dropout. Guidance by `policy.cfg_scale` is the policy
     improvement: it needs no value function, no ratio and no weights.
 
+    An optimizer step with a loss or gradient that isn't finite is skipped and counted. After
+    `metrics.MAX_SKIPPED_STEPS` in a row `learn` raises `NonFiniteError`, with the weights as they
+    were before the first of them.
+
     :param policy: "MlpPolicy", "Pi0Policy" or a subclass of `FlowPolicy`
     :param env: the environment (if registered in Gymnasium, can be str; None for loading)
     :param learning_rate: a number, or a function of the progress remaining (from 1 to 0)
@@ -172,7 +176,7 @@ class CFGRL(SavesWhatWasTrained, OnPolicyAlgorithm):
         self._entropy = int(np.random.SeedSequence().generate_state(1)[0]) if seed is None else seed
         self._iteration = 0
         self.num_control_steps = 0
-        self.num_episodes = 0  # finished ones, of all iterations
+        self.num_episodes = 0  # of the groups kept and discarded, of all iterations
         self._task_successes: dict[int, deque[bool]] = {}
         self._recent: deque[WindowBatch] = deque()  # of each iteration that an update learns from
         self.windows: WindowBatch | None = None  # all of these
@@ -241,15 +245,19 @@ class CFGRL(SavesWhatWasTrained, OnPolicyAlgorithm):
         self.windows = None
         while len(self._recent) > self.replay_iterations:
             self._recent.popleft().forget_prefixes()
+        for earlier in self._recent:
+            # Computed anew, as after a resumption: other batches round otherwise.
+            earlier.forget_prefixes()
         plan = self._draw_plan(env)
         collector = Collector(env, self.policy, plan, self._noise, self.cfg_scale, self._prefixes)
         selection = Selection([], [], complete=False)
+        begun_at = self.num_timesteps
         callback.on_rollout_start()
         try:
             collector.reset()
             while not selection.complete:
                 new_obs, rewards, dones, infos = collector.step()
-                self.num_timesteps += env.num_envs
+                self.num_timesteps = begun_at + collector.num_chunks
                 callback.update_locals(locals())
                 if not callback.on_step():
                     return False
@@ -263,8 +271,12 @@ class CFGRL(SavesWhatWasTrained, OnPolicyAlgorithm):
             collector.forget_prefixes(set(groups) - set(selection.kept))
 
         windows = self.label([collector.episodes(group) for group in selection.kept])
-        self._count_episodes(collector)
-        for name, value in rollout_metrics(collector, selection, windows).items():
+        # Only what was decided on counts: the same whoever ran it, and how often.
+        tried = sorted((*selection.kept, *selection.discarded))
+        decided = [episode for group in tried for episode in collector.episodes(group)]
+        self.num_timesteps = begun_at + sum(len(episode.chunks) for episode in decided)
+        self._count_episodes(decided)
+        for name, value in rollout_metrics(collector, decided, selection, windows).items():
             self.logger.record(name, value)
         if windows is not None:
             self._recent.append(windows)
@@ -284,12 +296,13 @@ class CFGRL(SavesWhatWasTrained, OnPolicyAlgorithm):
             negatives=self.negatives,
         )
 
-    def _count_episodes(self, collector: Collector) -> None:
-        """Add all finished episodes to the statistics that SB3 averages over a window."""
+    def _count_episodes(self, episodes: list[Episode]) -> None:
+        """Add episodes to the statistics that SB3 averages over a window."""
         assert self.ep_info_buffer is not None
         assert self.ep_success_buffer is not None
-        for episode in collector.finished:
+        for episode in episodes:
             self.ep_info_buffer.append({"r": episode.total_reward, "l": len(episode.chunks)})
+            self.num_control_steps += len(episode.rewards)
             if episode.success is not None:
                 self.ep_success_buffer.append(episode.success)
                 task = episode.start.task_id
@@ -298,8 +311,7 @@ class CFGRL(SavesWhatWasTrained, OnPolicyAlgorithm):
                     self._task_successes.setdefault(task, recent).append(episode.success)
         for task, successes in self._task_successes.items():
             self.logger.record(f"rollout/success_rate/task_{task}", safe_mean(successes))
-        self.num_control_steps += collector.control_steps
-        self.num_episodes += len(collector.finished)
+        self.num_episodes += len(episodes)
         self.logger.record("rollout/control_steps", self.num_control_steps)
         self.logger.record("rollout/episodes", self.num_episodes)
 
@@ -325,10 +337,11 @@ class CFGRL(SavesWhatWasTrained, OnPolicyAlgorithm):
                 loss_of = partial(window_losses, policy, self._prefixes, batch, labels, t, noise)
                 losses = self._micro_batches.backward(loss_of, len(batch), policy.optimizer)
                 norm = clip_grad_norm_(policy.parameters(), self.max_grad_norm)
-                policy.optimizer.step()
-                policy.after_optimizer_step()
-                metrics.add(losses, norm, batch.labels, labels)
-                self._n_updates += 1
+                if metrics.is_sound(losses, norm):
+                    policy.optimizer.step()
+                    policy.after_optimizer_step()
+                    metrics.add(losses, norm, batch.labels, labels)
+                    self._n_updates += 1
 
         for name, value in metrics.summary().items():
             self.logger.record(name, value)
@@ -359,10 +372,12 @@ class CFGRL(SavesWhatWasTrained, OnPolicyAlgorithm):
         """Collect, label and update until `total_timesteps` environment steps were made, or after
         `max_iterations` collections and updates.
 
-        Steps are counted as in SB3, summed over environments; a chunk of actions is one. Other
-        than in SB3's `OnPolicyAlgorithm`, an iteration's update is logged with its rollout, and
-        the learning rate is that of the iteration's beginning: an iteration has as many steps as
-        its episodes take, so its end may lie beyond `total_timesteps`.
+        Steps are counted as in SB3, summed over environments; a chunk of actions is one. Those of
+        the groups that an iteration kept or discarded count, not what else was still running when
+        they were complete, or was lost with a worker. Other than in SB3's `OnPolicyAlgorithm`, an
+        iteration's update is logged with its rollout, and the learning rate is that of the
+        iteration's beginning: an iteration has as many steps as its episodes take, so its end may
+        lie beyond `total_timesteps`.
         """
         if reset_num_timesteps:
             self.num_control_steps = self.num_episodes = 0
@@ -386,8 +401,8 @@ class CFGRL(SavesWhatWasTrained, OnPolicyAlgorithm):
             self._iteration += 1
             iteration += 1
             if log_interval is not None and iteration % log_interval == 0:
-                self.dump_logs(iteration)
+                self.dump_logs(self._iteration)
         if log_interval is not None and iteration % log_interval != 0:
-            self.dump_logs(iteration)
+            self.dump_logs(self._iteration)
         callback.on_training_end()
         return self

@@ -1,7 +1,7 @@
 """Running a plan's episodes on a `VecEnv`, every environment kept busy."""
 
 from collections.abc import Callable, Container
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from time import perf_counter
 from typing import Any
 
@@ -11,9 +11,14 @@ from gymnasium import spaces
 from numpy.typing import NDArray
 from stable_baselines3.common.vec_env import VecEnv
 
+from cfgrl_gym.algorithms.flow import NonFiniteError
 from cfgrl_gym.algorithms.groups import GroupPlan, Start
 from cfgrl_gym.algorithms.policies import FlowPolicy
 from cfgrl_gym.algorithms.prefix_memory import KeptPrefix, PrefixMemory
+from cfgrl_gym.algorithms.worker import WorkerError
+from cfgrl_gym.algorithms.worker_vec_env import LOST
+
+MAX_TIMES_LOST = 10  # one episode; then its own start is what ends the workers
 
 Row = NDArray[Any] | dict[str, NDArray[Any]]  # one environment's observation, no batch dimension
 
@@ -39,6 +44,7 @@ class Episode:
     start: Start
     chunks: list[Chunk] = field(default_factory=list)
     success: bool | None = None
+    times_lost: int = 0  # with a worker that failed
 
     @property
     def rewards(self) -> NDArray[np.float64]:
@@ -78,7 +84,12 @@ class Collector:
     An environment with `queue_episode` is told its next start while it still runs, so that the
     autoreset of the `VecEnv` begins the planned episode. Any other is reset again, with the
     seed of the group. Where the plan has nothing left, an environment idles: a `VecEnv` steps all
-    its environments, so it is given a constant action and its results are dropped.
+    its environments, so it is given a constant action and its results are dropped. An episode that
+    was lost with its worker (`WorkerVecEnv`) is run again from its beginning, before all others.
+
+    The policy always acts on as many rows as there are environments, because a matrix product
+    rounds differently for another number of rows: so an episode is the same, bit for bit, whatever
+    runs beside it.
 
     :param env: its actions must be chunks (chunk, action_dim) or single steps (action_dim,)
     :param plan: which groups, and how many episodes of each
@@ -118,6 +129,7 @@ class Collector:
         self.model_actions: dict[int, NDArray[np.float32]] = {}
         self.kept: dict[int, KeptPrefix] = {}
         self.finished: list[Episode] = []
+        self.episodes_lost = 0
         self.returns: dict[int, list[float]] = {}  # of the finished episodes of each group
         self.control_steps = 0
         self.seconds_simulation = 0.0
@@ -147,12 +159,20 @@ class Collector:
         self.actions = np.stack([idle] * self.env.num_envs)
         busy = [i for i, episode in enumerate(self.running) if episode is not None]
         if busy:
-            episodes = [episode for episode in self.running if episode is not None]
-            noise = torch.stack([self.noise(e.group, e.member, len(e.chunks)) for e in episodes])
-            observations = stack([self.rows[i] for i in busy])  # type: ignore[misc]
+            # Rows of environments that idle repeat the first one's.
+            rows = busy + [busy[0]] * (self.env.num_envs - len(busy))
+            noise = torch.stack([self._noise(i) for i in rows])
+            observations = stack([self.rows[i] for i in rows])  # type: ignore[misc]
             acted = self.policy.act(observations, noise=noise, cfg_scale=self.cfg_scale)
-            self.model_actions = dict(zip(busy, acted.model_actions.cpu().numpy(), strict=True))
-            self.actions[busy] = acted.actions.cpu().numpy().reshape(len(busy), *space.shape)
+            sampled = acted.model_actions.cpu().numpy()
+            if not np.isfinite(sampled).all():
+                raise NonFiniteError(
+                    "the policy gave actions that aren't finite: its weights or what it observed "
+                    "aren't; go back to an earlier checkpoint"
+                )
+            self.model_actions = dict(zip(busy, sampled, strict=False))
+            actions = acted.actions.cpu().numpy().reshape(len(rows), *space.shape)
+            self.actions[busy] = actions[: len(busy)]
             if self.prefixes is None:
                 self.kept = {i: KeptPrefix() for i in busy}
             else:
@@ -172,6 +192,9 @@ class Collector:
         for i, episode in enumerate(self.running):
             if episode is None:
                 continue
+            if LOST in infos[i]:
+                self._run_again(i, episode, infos[i][LOST])
+                continue
             chunk = self._chunk(i, float(rewards[i]), infos[i])
             episode.chunks.append(chunk)
             self.control_steps += len(chunk.rewards)
@@ -184,6 +207,12 @@ class Collector:
                 self._begin_episode(i, self.rows[i])
         self.seconds_simulation += perf_counter() - began
         return observations, rewards, dones, infos
+
+    @property
+    def num_chunks(self) -> int:
+        """Executed so far, in episodes that weren't lost."""
+        episodes = (*self.finished, *self.running)
+        return sum(len(episode.chunks) for episode in episodes if episode is not None)
 
     def episodes(self, group: int) -> list[Episode]:
         """The finished episodes of a group, by member."""
@@ -201,6 +230,29 @@ class Collector:
         """Leave no planned start behind in an environment."""
         if self.takes_queue:
             self.env.env_method("clear_queue")
+
+    def _noise(self, index: int) -> torch.Tensor:
+        episode = self.running[index]
+        assert episode is not None
+        return self.noise(episode.group, episode.member, len(episode.chunks))
+
+    def _run_again(self, index: int, episode: Episode, reason: str) -> None:
+        """Forget what there is of an episode and plan it anew."""
+        self.episodes_lost += 1
+        for chunk in episode.chunks:
+            chunk.prefix.clear()
+            self.control_steps -= len(chunk.rewards)
+        again = replace(episode, chunks=[], times_lost=episode.times_lost + 1)
+        if again.times_lost >= MAX_TIMES_LOST:
+            raise WorkerError(
+                f"the episode from {episode.start} was lost {again.times_lost} times, the last "
+                f"time so: {reason}"
+            )
+        self.pending.insert(0, again)
+        if self.takes_queue:  # the fresh environment's own may be empty or not
+            self.env.env_method("clear_queue", indices=[index])
+        self.queued[index] = None
+        self._begin_episode(index, None)
 
     def _chunk(self, index: int, reward: float, info: dict[str, Any]) -> Chunk:
         actions = self.actions[index].reshape(self.policy.chunk_size, self.policy.action_dim)

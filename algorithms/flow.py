@@ -13,6 +13,11 @@ NULL = -1  # the label of ∅: no condition
 POSITIVE = 1  # o = 1: optimal
 NEGATIVE = 0  # o = 0: used by the binary form only
 
+
+class NonFiniteError(FloatingPointError):
+    """A training or a policy gives numbers that aren't finite."""
+
+
 # openpi, models/pi0.py: t ~ Beta(1.5, 1)·0.999 + 0.001
 TIME_ALPHA, TIME_SCALE, TIME_OFFSET = 1.5, 0.999, 0.001
 

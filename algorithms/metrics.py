@@ -3,21 +3,27 @@
 import torch
 from torch import Tensor
 
-from cfgrl_gym.algorithms.collector import Collector
-from cfgrl_gym.algorithms.flow import NULL, POSITIVE
+from cfgrl_gym.algorithms.collector import Collector, Episode
+from cfgrl_gym.algorithms.flow import NULL, POSITIVE, NonFiniteError
 from cfgrl_gym.algorithms.groups import Selection
 from cfgrl_gym.algorithms.windows import WindowBatch
 
 
 def rollout_metrics(
-    collector: Collector, selection: Selection, windows: WindowBatch | None
+    collector: Collector,
+    episodes: list[Episode],
+    selection: Selection,
+    windows: WindowBatch | None,
 ) -> dict[str, float]:
-    """Groups, labels (before condition dropout) and speed of one collection."""
+    """Groups, labels (before condition dropout) and speed of one collection.
+
+    :param episodes: of the groups that it decided on
+    """
     metrics: dict[str, float] = {
         "rollout/groups_kept": len(selection.kept),
         "rollout/groups_discarded": len(selection.discarded),
-        "rollout/iteration_success_rate": sum(e.succeeded for e in collector.finished)
-        / len(collector.finished),
+        "rollout/iteration_success_rate": sum(e.succeeded for e in episodes) / len(episodes),
+        "rollout/episodes_lost": collector.episodes_lost,
         "time/control_steps_per_second": collector.control_steps
         / (collector.seconds_simulation + collector.seconds_inference),
         "time/seconds_simulation": collector.seconds_simulation,
@@ -29,14 +35,38 @@ def rollout_metrics(
     return metrics
 
 
+MAX_SKIPPED_STEPS = 10  # in a row: then it isn't an outlier
+
+
 class UpdateMetrics:
     """Means over one update, of all samples each time they were used."""
 
     def __init__(self) -> None:
+        self.skipped_steps = 0
+        self._skipped_in_a_row = 0
         self.losses: list[Tensor] = []
         self.labels: list[Tensor] = []
         self.dropped: list[Tensor] = []
         self.grad_norms: list[float] = []
+
+    def is_sound(self, losses: Tensor, grad_norm: Tensor) -> bool:
+        """Whether an optimizer step may be made; one that may not is counted.
+
+        :raises NonFiniteError: it is the last of too many in a row
+        """
+        if bool(losses.isfinite().all()) and bool(grad_norm.isfinite()):
+            self._skipped_in_a_row = 0
+            return True
+        self.skipped_steps += 1
+        self._skipped_in_a_row += 1
+        if self._skipped_in_a_row == MAX_SKIPPED_STEPS:
+            raise NonFiniteError(
+                f"{MAX_SKIPPED_STEPS} optimizer steps in a row had a loss or a gradient that isn't "
+                f"finite (the last: loss {losses.float().mean().item()}, gradient norm "
+                f"{grad_norm.item()}). None of them changed the weights. Try a lower "
+                "learning_rate, and look for observations or actions that aren't finite"
+            )
+        return False
 
     def add(self, losses: Tensor, grad_norm: Tensor, labels: Tensor, dropped: Tensor) -> None:
         """One optimizer step: losses (batch,), norm of their mean's gradient, labels before and
@@ -47,10 +77,14 @@ class UpdateMetrics:
         self.dropped.append(dropped)
 
     def summary(self) -> dict[str, float]:
-        """Loss in total and by branch, conditions and how many were dropped, gradient norm."""
+        """Loss in total and by branch, conditions and how many were dropped, gradient norm; the
+        count of skipped steps, which is all where every one was."""
+        if not self.losses:
+            return {"train/skipped_steps": self.skipped_steps}
         loss, labels, dropped = map(torch.cat, (self.losses, self.labels, self.dropped))
         metrics = {
             "train/loss": loss.mean().item(),
+            "train/skipped_steps": self.skipped_steps,
             "train/grad_norm": sum(self.grad_norms) / len(self.grad_norms),
         }
         for name, label in (("positive", POSITIVE), ("null", NULL)):

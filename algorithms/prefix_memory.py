@@ -55,10 +55,10 @@ class PrefixMemory:
         )
 
     def keep(self, prefix: Any, batch: int) -> list[KeptPrefix]:
-        """Copy a prefix of `batch` samples, one by one, as far as there is room."""
+        """Copy the prefix's first `batch` samples, one by one, as far as there is room."""
         slots = [KeptPrefix() for _ in range(batch)]
         if self.policy.frozen_prefix:
-            self._fill(slots, self.policy.split_prefix(prefix))
+            self._fill(slots, self.policy.split_prefix(prefix)[:batch])
         return slots
 
     @torch.no_grad()

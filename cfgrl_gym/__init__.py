@@ -11,9 +11,9 @@ from gymnasium.envs.registration import WrapperSpec, register
 from cfgrl_gym._version import __version__
 
 if TYPE_CHECKING:
-    from cfgrl_gym.algorithms import CFGRL, MlpPolicy, Pi0Policy, ThreadVecEnv
+    from cfgrl_gym.algorithms import CFGRL, MlpPolicy, Pi0Policy, ThreadVecEnv, WorkerVecEnv
 
-__all__ = ["CFGRL", "MlpPolicy", "Pi0Policy", "ThreadVecEnv", "__version__"]
+__all__ = ["CFGRL", "MlpPolicy", "Pi0Policy", "ThreadVecEnv", "WorkerVecEnv", "__version__"]
 
 # The environments count their own steps (their limit is in control steps, a chunk is many),
 # so Gymnasium's TimeLimit stays out.
@@ -31,7 +31,7 @@ register(
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("CFGRL", "MlpPolicy", "Pi0Policy", "ThreadVecEnv"):
+    if name in ("CFGRL", "MlpPolicy", "Pi0Policy", "ThreadVecEnv", "WorkerVecEnv"):
         from cfgrl_gym import algorithms
 
         return getattr(algorithms, name)

@@ -1,4 +1,4 @@
-"""The LIBERO environments of a command, in threads where there are several."""
+"""The LIBERO environments of a command, in workers that are replaced when they fail."""
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
@@ -8,9 +8,9 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
-from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
+from stable_baselines3.common.vec_env import VecEnv
 
-from cfgrl_gym.algorithms.thread_vec_env import ThreadVecEnv
+from cfgrl_gym.algorithms.worker_vec_env import WorkerVecEnv
 from cfgrl_gym.cli.configs import LiberoOptions
 from cfgrl_gym.envs.libero import ACTION_DIM, BOUND
 from cfgrl_gym.wrappers.prompt import PROMPT_BYTES
@@ -61,11 +61,5 @@ def environment_arguments(
 def vec_env(arguments: dict[str, Any], n_envs: int) -> Iterator[VecEnv]:
     """A `VecEnv` of `LiberoChunked-v0`, closed at the end."""
     make: Callable[[], gym.Env[Any, Any]] = partial(gym.make, ENVIRONMENT, **arguments)
-    env: VecEnv = (DummyVecEnv if n_envs == 1 else ThreadVecEnv)([make] * n_envs)
-    try:
+    with contextlib.closing(WorkerVecEnv([make] * n_envs)) as env:
         yield env
-    except BaseException:
-        with contextlib.suppress(EOFError, OSError):  # the workers may be gone already
-            env.close()
-        raise
-    env.close()

@@ -1,0 +1,234 @@
+"""One worker process: environments that are stepped one after another, on request.
+
+The parent's half is `Worker`, the process's `run_worker`. A request is the name of a method of
+`_Environments` with its arguments; the answer is a value, or what the environment raised.
+"""
+
+import contextlib
+import faulthandler
+import os
+import pickle
+import signal
+import tempfile
+import threading
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from multiprocessing import connection, parent_process
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+from stable_baselines3.common.env_util import is_wrapped
+from stable_baselines3.common.vec_env.base_vec_env import CloudpickleWrapper
+from stable_baselines3.common.vec_env.patch_gym import _patch_env
+
+STARTING_TIMEOUT = 300.0  # seconds, in addition, for what imports, compiles and builds
+
+
+class WorkerError(ConnectionError):
+    """A worker process died, did not answer in time, or its environment raised."""
+
+
+# In the worker ------------------------------------------------------------------------------------
+
+
+class _Environments:
+    """What the parent may ask for. Keys are the environments' indices within the worker."""
+
+    def __init__(self, env_fns: Sequence[Callable[[], gym.Env]]) -> None:
+        self.envs = [_patch_env(make()) for make in env_fns]
+
+    def spaces(self) -> tuple[gym.Space[Any], gym.Space[Any]]:
+        return self.envs[0].observation_space, self.envs[0].action_space
+
+    def step(self, actions: Mapping[int, Any]) -> dict[int, tuple[Any, ...]]:
+        """observation, reward, done, info and the information of the reset that followed."""
+        return {index: self._step(self.envs[index], action) for index, action in actions.items()}
+
+    def _step(self, env: gym.Env, action: Any) -> tuple[Any, ...]:
+        observation, reward, terminated, truncated, info = env.step(action)
+        done, reset_info = terminated or truncated, None
+        info = dict(info) | {"TimeLimit.truncated": truncated and not terminated}
+        if done:
+            info["terminal_observation"] = observation
+            observation, reset_info = env.reset()
+        return observation, reward, done, info, reset_info
+
+    def reset(self, how: Mapping[int, dict[str, Any]]) -> dict[int, tuple[Any, Any]]:
+        """observation and information, by the keyword arguments of `Env.reset`."""
+        return {index: self.envs[index].reset(**arguments) for index, arguments in how.items()}
+
+    def call(self, index: int, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        return self.envs[index].get_wrapper_attr(name)(*args, **kwargs)
+
+    def get(self, index: int, name: str) -> Any:
+        return self.envs[index].get_wrapper_attr(name)
+
+    def has(self, index: int, name: str) -> bool:
+        try:
+            self.envs[index].get_wrapper_attr(name)
+        except AttributeError:
+            return False
+        return True
+
+    def set(self, index: int, name: str, value: Any) -> None:
+        self.envs[index].set_wrapper_attr(name, value)
+
+    def is_wrapped(self, index: int, wrapper: type[gym.Wrapper]) -> bool:
+        return is_wrapped(self.envs[index], wrapper)
+
+    def close(self) -> None:
+        for env in self.envs:
+            env.close()
+
+
+def run_worker(requests: Connection, env_fns: CloudpickleWrapper, crash_file: str) -> None:
+    """Answer until the parent closes the pipe, or is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends its workers
+    faulthandler.enable(Path(crash_file).open("w"))  # noqa: SIM115 (open as long as the process)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    environments: _Environments | None = None
+    with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
+        while True:
+            name, args = requests.recv()
+            try:
+                if environments is None:
+                    environments = _Environments(env_fns.var)
+                answer = ("value", getattr(environments, name)(*args))
+            except Exception as error:
+                answer = ("raised", (_portable(error), traceback.format_exc()))
+            try:
+                requests.send(answer)
+            except (pickle.PicklingError, TypeError, AttributeError) as error:
+                requests.send(("raised", (error, f"{name} gave what can't be pickled")))
+            if name == "close":
+                return
+
+
+def _portable(error: Exception) -> Exception:
+    """The error, or where it doesn't survive pickling, another that says the same."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
+
+
+def _end_with_parent() -> None:
+    parent = parent_process()
+    assert parent is not None
+    connection.wait([parent.sentinel])
+    os._exit(1)
+
+
+# In the parent ------------------------------------------------------------------------------------
+
+
+class Worker:
+    """A worker process, which `restart` replaces.
+
+    :param context: of `multiprocessing`
+    :param env_fns: functions that make its environments
+    :param timeout: seconds in which a step must be answered
+    """
+
+    def __init__(
+        self, context: Any, env_fns: Sequence[Callable[[], gym.Env]], timeout: float
+    ) -> None:
+        self._context = context
+        self._env_fns = CloudpickleWrapper(list(env_fns))
+        self.timeout = timeout
+        self._limit = timeout  # of the request that is under way
+        # A pipe's two ends can block for ever on a process that hangs; a thread may wait for that.
+        self._talking = ThreadPoolExecutor(1, thread_name_prefix="worker")
+        self._answer: Future[Any] | None = None
+        descriptor, self._crash_file = tempfile.mkstemp(prefix="cfgrl-gym-worker-")
+        os.close(descriptor)
+        self._start()
+
+    @property
+    def pid(self) -> int:
+        """Of the process that there is now."""
+        assert self._process.pid is not None
+        return int(self._process.pid)
+
+    def _start(self) -> None:
+        self._connection, theirs = self._context.Pipe()
+        process = self._context.Process(
+            target=run_worker, args=(theirs, self._env_fns, self._crash_file), daemon=True
+        )
+        process.start()
+        self._process = process
+        theirs.close()
+
+    def ask(self, name: str, *args: Any) -> None:
+        """Send a request; its answer is to be fetched before the next."""
+        pipe = self._connection
+        self._limit = self.timeout + (0 if name == "step" else STARTING_TIMEOUT)
+
+        def talk() -> Any:
+            pipe.send((name, args))
+            return pipe.recv()
+
+        self._answer = self._talking.submit(talk)
+
+    def answer(self) -> Any:
+        """The answer to the last request.
+
+        :raises WorkerError: the process died, or hung and was killed
+        :raises Exception: what the environment raised, with the worker's traceback as its cause
+        """
+        assert self._answer is not None
+        answer, self._answer = self._answer, None
+        try:
+            kind, content = answer.result(self._limit)
+        except FutureTimeoutError:
+            self.kill()
+            raise WorkerError(
+                f"worker {self.pid} gave no answer in {self._limit:g} seconds"
+            ) from None
+        except (EOFError, OSError, pickle.UnpicklingError) as error:
+            self._process.join(5)  # for its own exit code
+            self.kill()
+            raise WorkerError(self._how_it_died()) from error
+        if kind == "raised":
+            raised, text = content
+            raise raised from WorkerError(f"in worker {self.pid}:\n{text}")
+        return content
+
+    def _how_it_died(self) -> str:
+        code = self._process.exitcode
+        if code is None or code >= 0:
+            how = f"ended with exit code {code}"
+        else:
+            name = signal.Signals(-code).name
+            of_memory = ": out of memory?" if name == "SIGKILL" else ""
+            how = f"was ended by {name}{of_memory}"
+        crash = Path(self._crash_file).read_text(errors="replace").strip()
+        return f"worker {self.pid} {how}" + (f"\n{crash}" if crash else "")
+
+    def kill(self) -> None:
+        """End the process, whatever it does."""
+        self._process.kill()
+        self._process.join()
+
+    def restart(self) -> None:
+        """A new process with new environments."""
+        self.kill()
+        self._connection.close()
+        self._start()
+
+    def close(self) -> None:
+        """End the process in peace, or else by force; safe to call twice."""
+        if self._process.is_alive():
+            self.ask("close")
+            with contextlib.suppress(Exception):
+                self.answer()
+            self._process.join(5)
+            self.kill()
+        self._talking.shutdown()
+        self._connection.close()
+        Path(self._crash_file).unlink(missing_ok=True)
