@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from cfgrl_gym.cli.parser import parse
+from cfgrl_gym.cli.stopping import Stopped
 from cfgrl_gym.envs.installation import LiberoNotInstalledError
 from cfgrl_gym.envs.render_backend import RenderingUnavailableError
 
@@ -15,7 +16,14 @@ TRACEBACK_VARIABLE = "CFGRL_TRACEBACK"
 USAGE_ERROR, INTERRUPTED = 2, 130
 
 # What a user can put right, with a message that says how. Anything else keeps its traceback.
-_EXPECTED = (ValueError, OSError, MemoryError, LiberoNotInstalledError, RenderingUnavailableError)
+_EXPECTED = (
+    ValueError,
+    OSError,
+    MemoryError,
+    FloatingPointError,
+    LiberoNotInstalledError,
+    RenderingUnavailableError,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,7 +41,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _interrupted()
         if os.environ.get(TRACEBACK_VARIABLE):
             raise
-        return _report("an environment process died; its own message is above, if it had one")
+        # A worker's own traceback, with its lines
+        print(f"cfgrl: error: {error or 'an environment process died'}", file=sys.stderr)
+        return USAGE_ERROR
+    except Stopped as stopped:
+        print(f"cfgrl: {stopped}", file=sys.stderr)
+        return 128 + stopped.number
     except _EXPECTED as error:
         if os.environ.get(TRACEBACK_VARIABLE):
             raise

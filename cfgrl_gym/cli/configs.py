@@ -175,7 +175,8 @@ class LiberoOptions:
     :param chunk_size: actions executed open loop in one step. null: all that the policy predicts
     :param image_size: side of the camera images in pixels. null: what the model sees
     :param max_episode_steps: time limit in control steps (20 a second). null: the suite's own
-    :param n_envs: environments; more than one run in processes of their own (about 2.4 GB each)
+    :param n_envs: environments, in one worker process for each processor; a worker that dies, hangs
+        or fails is replaced
     """
 
     suite: str = "libero_object"
@@ -243,7 +244,11 @@ class TrainConfig(LiberoOptions, PolicyOptions):
     :param eval_episodes: the first so many initial states of each task. null: all (LIBERO has 50)
     :param eval_cfg_scale: guidance in evaluations, or several values as [1,1.5]. null: the policy's
         own
-    :param save_every: iterations between saves of the policy during the run. null: only at its end
+    :param save_every: iterations between checkpoints in <out>/checkpoints, from which a run that
+        was stopped or killed goes on with --resume. null: only at its end
+    :param keep_checkpoints: keep the last so many, and the best one
+    :param resume: go on with the run in this folder, from its last checkpoint and with the options
+        that it began with; beside it only total_timesteps and max_iterations may be given
     :param video: record an episode at the end
     :param seed: of everything random
     :param out: run folder. null: runs/train-<date-time>
@@ -280,16 +285,19 @@ class TrainConfig(LiberoOptions, PolicyOptions):
     eval_every: int | None = None
     eval_episodes: int | None = None
     eval_cfg_scale: float | list[float] | None = None
-    save_every: int | None = None
+    save_every: int | None = 1
+    keep_checkpoints: int = 3
     video: bool = True
     seed: int = 0
     out: str | None = None
+    resume: str | None = None
 
     def __post_init__(self) -> None:
         LiberoOptions.__post_init__(self)
         PolicyOptions.__post_init__(self)
         _at_least(
             1,
+            keep_checkpoints=self.keep_checkpoints,
             total_timesteps=self.total_timesteps,
             max_iterations=self.max_iterations,
             window_stride=self.window_stride,

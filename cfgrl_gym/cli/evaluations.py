@@ -1,7 +1,7 @@
 """Success on the benchmark's initial states: of one policy, or between training's iterations."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from time import perf_counter
@@ -15,6 +15,7 @@ from cfgrl_gym.algorithms.evaluation import Evaluation, evaluate, wilson_interva
 from cfgrl_gym.algorithms.groups import Start
 from cfgrl_gym.algorithms.policies import FlowPolicy
 from cfgrl_gym.cli.progress import progress_bar
+from cfgrl_gym.cli.run_folder import replace_file
 from cfgrl_gym.envs.suites import load_init_states, select_tasks
 
 EVALUATIONS_FILE = "evaluations.json"
@@ -77,14 +78,23 @@ def summarize(cfg_scale: float, evaluation: Evaluation) -> dict[str, Any]:
 
 
 def measure(
-    policy: FlowPolicy, env: VecEnv, starts: Sequence[Start], scale: float, seed: int
+    policy: FlowPolicy,
+    env: VecEnv,
+    starts: Sequence[Start],
+    scale: float,
+    seed: int,
+    check: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
-    """Evaluate one cfg_scale, with a progress bar; returns `summarize`'s dictionary."""
+    """Evaluate one cfg_scale, with a progress bar; returns `summarize`'s dictionary.
+
+    :param check: called after every episode, to end it all by an exception
+    """
     with progress_bar(f"cfg_scale {scale:g}", len(starts), "episode") as bar:
 
         def on_episode(done: int, successes: int) -> None:
             bar.set_postfix(success=f"{successes}/{done}", refresh=False)
             bar.update(done - bar.n)
+            check()
 
         evaluation = evaluate(
             policy, env, starts, cfg_scale=scale, seed=seed, on_episode=on_episode
@@ -99,6 +109,9 @@ class Evaluations:
     :param suite: of the starts
     :param scales: values of cfg_scale; empty: the policy's own
     :param seed: of the sampling noise, the same each time
+    :param seconds: of training before this process, where it goes on with an earlier one's
+    :param done_before: iterations; what the file has of earlier evaluations is kept, of this and
+        later ones not
     """
 
     def __init__(
@@ -109,6 +122,8 @@ class Evaluations:
         starts: Sequence[Start],
         scales: list[float],
         seed: int,
+        seconds: float = 0.0,
+        done_before: int = 0,
     ) -> None:
         self.file = folder / EVALUATIONS_FILE
         self.suite = suite
@@ -116,37 +131,56 @@ class Evaluations:
         self.starts = starts
         self.scales = scales
         self.seed = seed
-        self.began = perf_counter()
-        self.seconds = 0.0  # spent here, not in training
+        self._began = perf_counter() - seconds
+        self._seconds_here = 0.0
         self.done: list[dict[str, Any]] = []
+        if done_before and self.file.is_file():
+            earlier = json.loads(self.file.read_text(encoding="utf-8"))["evaluations"]
+            self.done = [e for e in earlier if e["iteration"] < done_before]
         self.logger = Logger(str(folder), [make_output_format("tensorboard", str(folder))])
 
-    def run(self, model: CFGRL, iteration: int) -> None:
-        """Evaluate, unless this iteration was evaluated already."""
-        if self.done and self.done[-1]["iteration"] == iteration:
-            return
-        began = perf_counter()
-        training = model.policy.training
-        scales = self.scales or [model.policy.cfg_scale]
-        results = [measure(model.policy, self.env, self.starts, w, self.seed) for w in scales]
+    @property
+    def training_seconds(self) -> float:
+        """Since the training began, without the evaluations."""
+        return perf_counter() - self._began - self._seconds_here
+
+    def run(self, model: CFGRL, iteration: int, check: Callable[[], None]) -> float:
+        """Evaluate, unless this iteration was evaluated already; returns the success rate, of the
+        best cfg_scale.
+
+        :param check: called after every episode, to end it all by an exception
+        """
+        if not self.done or self.done[-1]["iteration"] != iteration:
+            began, seconds = perf_counter(), self.training_seconds
+            training = model.policy.training
+            scales = self.scales or [model.policy.cfg_scale]
+            results = [
+                measure(model.policy, self.env, self.starts, w, self.seed, check) for w in scales
+            ]
+            model.policy.set_training_mode(training)
+            self._seconds_here += perf_counter() - began
+            self._note(model, iteration, seconds, results)
+        return max(float(result["success_rate"]) for result in self.done[-1]["results"])
+
+    def _note(
+        self, model: CFGRL, iteration: int, seconds: float, results: list[dict[str, Any]]
+    ) -> None:
         self.done.append(
             {
                 "iteration": iteration,
                 "episodes": model.num_episodes,
                 "timesteps": model.num_timesteps,
                 "control_steps": model.num_control_steps,
-                "seconds": began - self.began - self.seconds,
+                "seconds": seconds,
                 "results": results,
             }
         )
         content = {"suite": self.suite, "evaluations": self.done}
-        self.file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        replace_file(self.file, json.dumps(content, indent=2) + "\n")
         for result in results:
             for name in ("success_rate", "guidance_gap"):
                 self.logger.record(f"eval/{name}/w_{result['cfg_scale']:g}", result[name])
         self.logger.dump(model.num_timesteps)
-        model.policy.set_training_mode(training)
-        self.seconds += perf_counter() - began
 
     def close(self) -> None:
         """Close the log."""

@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NoReturn, get_args, get_type_hints
 
 import jsonargparse
@@ -14,6 +15,8 @@ import jsonargparse
 from cfgrl_gym._version import __version__
 from cfgrl_gym.cli import configs
 
+CONFIG_FILE = "config.yaml"  # that a run folder holds
+_CHANGED_BY_RESUMING = ("--total_timesteps", "--max_iterations")
 _CONFIG_HELP = "YAML file with any of the options below; the command line overrides it"
 
 # jsonargparse's messages in one line, without Python's names for types.
@@ -168,7 +171,7 @@ def parse(argv: Sequence[str]) -> Callable[[], int]:
     :raises SystemExit: with status 2 for a command line that is wrong, 0 after --help
     """
     parser = build_parser()
-    arguments = parser.parse_args(_name_words(_arrange(argv)))
+    arguments = parser.parse_args(_resume(_name_words(_arrange(argv))))
     command = next(c for c in COMMANDS if c.name == arguments.command)
     values = arguments[command.name]
     config: Any = None
@@ -217,6 +220,31 @@ def _arrange(argv: Sequence[str]) -> list[str]:
                 continue
         rest.append(word)
     return rest[:1] + files + rest[1:]
+
+
+def _resume(argv: list[str]) -> list[str]:
+    """`train --resume RUN` as that, with the run's own configuration file."""
+    given = [word for word in argv if word.partition("=")[0] == "--resume"]
+    if argv[:1] != ["train"] or not given:
+        return argv
+    place = argv.index(given[0])
+    value = given[0].partition("=")[2] or "".join(argv[place + 1 : place + 2])
+    names = {word.partition("=")[0] for word in argv[1:] if word.startswith("--")}
+    others = sorted(names - {"--resume", *_CHANGED_BY_RESUMING, "--help"})
+    file = Path(value) / CONFIG_FILE
+    problem = None
+    if others:
+        allowed = " and ".join(_CHANGED_BY_RESUMING)
+        problem = (
+            f"--resume goes on with the options that the run began with; beside it only {allowed} "
+            f"can be given, not {', '.join(others)}"
+        )
+    elif "--help" not in names and not file.is_file():
+        problem = f"no run to resume: '{file}' does not exist; give a folder that train wrote"
+    if problem is not None:
+        print(f"cfgrl: error: {problem} (see cfgrl train --help)", file=sys.stderr)
+        sys.exit(2)
+    return ["train", "--config", str(file), *argv[1:]] if "--help" not in names else argv
 
 
 def _name_words(argv: list[str]) -> list[str]:

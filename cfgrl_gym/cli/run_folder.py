@@ -1,12 +1,14 @@
 """The folder that a command writes its results to, complete enough to do the run again."""
 
+import contextlib
+import fcntl
 import importlib.metadata
 import json
 import os
 import platform
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
@@ -16,8 +18,11 @@ import yaml
 
 CONFIG_FILE = "config.yaml"
 POLICY_FOLDER = "policy"
+CHECKPOINTS_FOLDER = "checkpoints"
 MODEL_FILE = "model.zip"
 VIDEO_FILE = "episode.mp4"
+VERSIONS_FILE = "versions.json"
+LOCK_FILE = ".lock"
 _DISTRIBUTIONS = (
     "cfgrl-gym",
     "gymnasium",
@@ -56,21 +61,49 @@ def choose_folder(command: str, out: str | None) -> Path:
     return folder
 
 
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Within, no other process may write a run there; a process that dies leaves no lock behind.
+
+    :raises FileExistsError: another one does
+    """
+    with (folder / LOCK_FILE).open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise FileExistsError(
+                f"process {file.read().strip()} is writing its run to '{folder}'; wait for it, end "
+                "it, or choose another folder"
+            ) from None
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+        yield
+
+
 def create_folder(folder: Path, config: Any, **about: str) -> None:
     """Make the folder, with the configuration and the versions of what runs.
 
     :param about: what else is to be known of the run, beside the versions
     """
     folder.mkdir(parents=True, exist_ok=True)
-    write_config(folder / CONFIG_FILE, config)
     text = json.dumps(versions() | about, indent=2) + "\n"
-    (folder / "versions.json").write_text(text, encoding="utf-8")
+    (folder / VERSIONS_FILE).write_text(text, encoding="utf-8")
+    write_config(folder / CONFIG_FILE, config)
 
 
 def write_config(path: Path, config: Any) -> None:
     """Every option with its value, as a file for --config."""
     text = yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True)
-    path.write_text(text, encoding="utf-8")
+    replace_file(path, text)
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Write a file that takes the place of `path` only when it is complete."""
+    new = path.with_name(f".{path.name}.new")
+    new.write_text(text, encoding="utf-8")
+    new.replace(path)
 
 
 def replace_folder(path: Path, write: Callable[[Path], None]) -> None:

@@ -1,106 +1,38 @@
 """`cfgrl train`: CFGRL on LIBERO."""
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.logger import KVWriter, Logger, make_output_format
 from stable_baselines3.common.vec_env import VecEnv
-from tqdm import tqdm
 
 from cfgrl_gym.algorithms import CFGRL
+from cfgrl_gym.algorithms.checkpoints import CheckpointStore, load_checkpoint
+from cfgrl_gym.algorithms.flow import NonFiniteError
 from cfgrl_gym.algorithms.groups import Start
 from cfgrl_gym.algorithms.pi0 import Pi0Policy
+from cfgrl_gym.algorithms.worker import WorkerError
+from cfgrl_gym.cli.between_iterations import BetweenIterations, IterationLine
 from cfgrl_gym.cli.configs import TrainConfig
 from cfgrl_gym.cli.environments import environment_arguments, vec_env
 from cfgrl_gym.cli.evaluations import Evaluations, as_list, find_starts
-from cfgrl_gym.cli.policies import (
-    Checkpoint,
-    find_checkpoint,
-    policy_arguments,
-    saving_when_stopped,
-)
-from cfgrl_gym.cli.progress import progress_bar
+from cfgrl_gym.cli.policies import Checkpoint, find_checkpoint, policy_arguments
 from cfgrl_gym.cli.run_folder import (
+    CHECKPOINTS_FOLDER,
     MODEL_FILE,
     POLICY_FOLDER,
     VIDEO_FILE,
     choose_folder,
     create_folder,
+    locked,
     replace_folder,
 )
+from cfgrl_gym.cli.run_logs import cut_logs, open_logs
+from cfgrl_gym.cli.stopping import Stopped, StopRequests
 from cfgrl_gym.cli.video import record_episode
 from cfgrl_gym.envs.suites import select_tasks
-
-# What is worth a line on the terminal; the files have all of it.
-_LINE = {
-    "success": "rollout/success_rate",
-    "kept": "rollout/groups_kept",
-    "discarded": "rollout/groups_discarded",
-    "loss": "train/loss",
-    "gap": "train/guidance_gap",
-}
-
-
-class _IterationLine(KVWriter):
-    """A line for every iteration, above the progress bar."""
-
-    def write(
-        self, key_values: dict[str, Any], key_excluded: dict[str, Any], step: int = 0
-    ) -> None:
-        shown = [f"{n} {key_values[key]:.4g}" for n, key in _LINE.items() if key in key_values]
-        tqdm.write(f"step {step}: " + ", ".join(shown))
-
-    def close(self) -> None:
-        """Nothing is held."""
-
-
-class _Progress(BaseCallback):
-    """Progress bar with the success rate; saves and evaluates between iterations."""
-
-    def __init__(self, config: TrainConfig, folder: Path, evaluations: Evaluations | None) -> None:
-        super().__init__()
-        # Where iterations are counted, nobody knows how many steps they will take.
-        total = None if config.max_iterations else config.total_timesteps
-        self.bar = progress_bar("train", total, "step")
-        self.config = config
-        self.folder = folder
-        self.evaluations = evaluations
-        self.iteration = 0
-
-    def __enter__(self) -> "_Progress":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.close()
-
-    def _on_rollout_start(self) -> None:
-        save_every, eval_every = self.config.save_every, self.config.eval_every
-        if save_every and self.iteration and self.iteration % save_every == 0:
-            save(self.model, self.folder)  # type: ignore[arg-type]
-        if eval_every and self.iteration % eval_every == 0:
-            self._evaluate()
-        self.iteration += 1
-        if self.config.max_iterations:
-            self.bar.set_description(f"iteration {self.iteration} of {self.config.max_iterations}")
-
-    def _on_training_end(self) -> None:
-        self._evaluate()
-
-    def _evaluate(self) -> None:
-        if self.evaluations is not None:
-            self.evaluations.run(self.model, self.iteration)  # type: ignore[arg-type]
-
-    def _on_step(self) -> bool:
-        self.bar.update(self.num_timesteps - self.bar.n)
-        return True
-
-    def _on_rollout_end(self) -> None:
-        recent = self.model.ep_success_buffer
-        if recent:
-            self.bar.set_postfix(success=f"{sum(recent) / len(recent):.2f}", refresh=False)
 
 
 def save(model: CFGRL, folder: Path) -> None:
@@ -145,25 +77,6 @@ def _model(
     )
 
 
-@contextmanager
-def _evaluations(
-    config: TrainConfig, checkpoint: Checkpoint, folder: Path, starts: list[Start]
-) -> Iterator[Evaluations | None]:
-    """On the benchmark's states and with its time limit, whatever is trained on."""
-    if not starts:
-        yield None
-        return
-    arguments = _environment_arguments(config, checkpoint) | {"max_episode_steps": None}
-    with vec_env(arguments, config.n_envs) as env:
-        evaluations = Evaluations(
-            folder, config.suite, env, starts, as_list(config.eval_cfg_scale), config.seed
-        )
-        try:
-            yield evaluations
-        finally:
-            evaluations.close()
-
-
 def _environment_arguments(config: TrainConfig, checkpoint: Checkpoint) -> dict[str, Any]:
     return environment_arguments(
         config,
@@ -173,19 +86,55 @@ def _environment_arguments(config: TrainConfig, checkpoint: Checkpoint) -> dict[
     )
 
 
+@contextmanager
+def _evaluations(
+    config: TrainConfig, checkpoint: Checkpoint, folder: Path, starts: list[Start], **resumed: Any
+) -> Iterator[Evaluations | None]:
+    """On the benchmark's states and with its time limit, whatever is trained on.
+
+    :param resumed: what `Evaluations` has to know of an earlier process
+    """
+    if not starts:
+        yield None
+        return
+    arguments = _environment_arguments(config, checkpoint) | {"max_episode_steps": None}
+    scales = as_list(config.eval_cfg_scale)
+    with vec_env(arguments, config.n_envs) as env:
+        evaluations = Evaluations(folder, config.suite, env, starts, scales, config.seed, **resumed)
+        try:
+            yield evaluations
+        finally:
+            evaluations.close()
+
+
+def _take_up(model: CFGRL, checkpoints: CheckpointStore, folder: Path) -> dict[str, Any]:
+    """Bring model and logs to the last checkpoint, or the beginning where there is none."""
+    about: dict[str, Any] = {"seconds": 0.0, "log_sizes": {}}
+    iterations = checkpoints.iterations()
+    if iterations:
+        about = load_checkpoint(model, checkpoints.path(iterations[-1]))
+    cut_logs(folder, about["log_sizes"])
+    print(f"resumed after iteration {model._iteration}")
+    return {"seconds": about["seconds"], "done_before": model._iteration}
+
+
 def run(config: TrainConfig, algorithm: type[CFGRL] = CFGRL) -> Path:
-    """Train and save; returns the run folder.
+    """Train and save, or go on with a training; returns the run folder.
 
     :param algorithm: CFGRL, or what is to be compared with it
-    :raises ValueError: options that don't fit together
+    :raises ValueError: options that don't fit together, or a checkpoint that is damaged
     :raises FileNotFoundError: no such policy
-    :raises FileExistsError: the run folder has something in it
+    :raises FileExistsError: the run folder has something in it, or another process writes there
+    :raises Stopped: by Ctrl-C or SIGTERM; the state is saved
+    :raises WorkerError: an environment keeps failing; the state is saved
+    :raises NonFiniteError: the numbers aren't finite any more; the policy is saved as it was before
     """
     tasks = select_tasks(config.suite, config.task_id)
     evaluated: list[Start] = []
     if config.eval_every is not None:
         evaluated = find_starts(config.suite, config.task_id, config.eval_episodes)
-    out = choose_folder("train", config.out)
+    resume = config.resume is not None
+    out = Path(str(config.resume)) if resume else choose_folder("train", config.out)
     checkpoint = find_checkpoint(config.policy, config.preset)
     arguments = _environment_arguments(config, checkpoint)
     arguments["init_states"] = config.init_states
@@ -194,21 +143,20 @@ def run(config: TrainConfig, algorithm: type[CFGRL] = CFGRL) -> Path:
         arguments["observation_stride"] = stride
     with vec_env(arguments, config.n_envs) as env:
         model = _model(algorithm, config, env, policy_arguments(config, checkpoint))
-        create_folder(out, config, algorithm=algorithm.__name__)
-        about = f"chunks of {arguments['chunk_size']} actions, {env.num_envs} environment(s)"
-        print(f"{about}, {model.device}; results in {out}")
-        formats = [make_output_format(name, str(out)) for name in ("csv", "json", "tensorboard")]
-        model.set_logger(Logger(str(out), [*formats, _IterationLine()]))
-        with (
-            _evaluations(config, checkpoint, out, evaluated) as evaluations,
-            _Progress(config, out, evaluations) as progress,
-            saving_when_stopped(lambda: save(model, out)),
-        ):
-            model.learn(
-                config.total_timesteps, callback=progress, max_iterations=config.max_iterations
-            )
-        model.logger.close()
-        save(model, out)
+        if not resume:
+            create_folder(out, config, algorithm=algorithm.__name__)
+        checkpoints = CheckpointStore(out / CHECKPOINTS_FOLDER, config.keep_checkpoints)
+        with locked(out), StopRequests() as stop:
+            about = f"chunks of {arguments['chunk_size']} actions, {env.num_envs} environment(s)"
+            print(f"{about}, {model.device}; results in {out}")
+            resumed = _take_up(model, checkpoints, out) if resume else {}
+            model.set_logger(open_logs(out, IterationLine()))
+            with (
+                _evaluations(config, checkpoint, out, evaluated, **resumed) as evaluations,
+                BetweenIterations(config, out, checkpoints, evaluations, stop) as between,
+            ):
+                _learn(model, config, out, between)
+            model.logger.close()
     print(f"policy: {out / POLICY_FOLDER}")
     if config.video:
         start = Start(task_id=tasks[0].task_id, init_state_id=0)
@@ -216,3 +164,24 @@ def run(config: TrainConfig, algorithm: type[CFGRL] = CFGRL) -> Path:
             model.policy, arguments, start, out / VIDEO_FILE, config.cfg_scale, config.seed
         )
     return out
+
+
+def _learn(model: CFGRL, config: TrainConfig, out: Path, between: BetweenIterations) -> None:
+    """To the end, or to a state from which `--resume` goes on."""
+    iterations = config.max_iterations
+    try:
+        model.learn(
+            config.total_timesteps - model.num_timesteps,  # SB3 counts on from those that were made
+            callback=between,
+            max_iterations=None if iterations is None else max(0, iterations - model._iteration),
+            reset_num_timesteps=False,
+        )
+    except (Stopped, WorkerError) as error:
+        between.save_checkpoint()
+        save(model, out)
+        print(f"saved; go on with: cfgrl train --resume {out}", file=sys.stderr)
+        raise error
+    except NonFiniteError:
+        save(model, out)
+        raise
+    save(model, out)
