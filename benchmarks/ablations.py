@@ -58,8 +58,8 @@ def cells(groups: int, unconditional: Path) -> dict[str, dict[str, Any]]:
         "early_stop_percentage": 1.0,
         "max_groups_tried": groups,
     }
-    options |= {f"positive_share={share}": {"positive_share": share} for share in (None, 0.5)}
-    options |= {f"rollout_cfg_scale={w:g}": {"cfg_scale": w} for w in (1.0, 2.0)}
+    options |= {f"positive_share={share}": {"positive_share": share} for share in (None, 0.5, 0.8)}
+    options |= {f"rollout_cfg_scale={w:g}": {"cfg_scale": w} for w in (1.5, 2.0)}
     options["replay_iterations=0"] = {"replay_iterations": 0}
     return options
 
@@ -90,7 +90,7 @@ def main() -> None:
             folder / name,
             "CFGRL",
             training_options(
-                study.main_task, study.seeds[0], budget, **({"cfg_scale": 1.5} | changed)
+                study.main_task, study.seeds[0], budget, **({"cfg_scale": 1.0} | changed)
             ),
             sweep=(SCALE,),
         )

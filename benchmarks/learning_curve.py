@@ -25,7 +25,7 @@ from study_settings import Study, parse_study, training_options
 PART = "learning_curve"
 # Guidance while collecting, while the curve is measured, and what the end is evaluated at besides:
 # the controls act as v_∅ alone, w = 0.
-COLLECTING = {"CFGRL": 1.5, "FilteredBC": 0.0, "AdvantageWeighted": 0.0}
+COLLECTING = {"CFGRL": 1.0, "FilteredBC": 0.0, "AdvantageWeighted": 0.0}
 CURVE = {"CFGRL": 2.0, "FilteredBC": 0.0, "AdvantageWeighted": 0.0}
 AT_THE_END = {"CFGRL": (1.0, 2.0), "FilteredBC": (0.0,), "AdvantageWeighted": (0.0,)}
 COLOURS = {

@@ -71,7 +71,7 @@ def main() -> None:
         args.task_id,
         args.seed,
         budget,
-        cfg_scale=1.5,
+        cfg_scale=1.0,
         eval_every=args.iterations,
         eval_cfg_scale=args.cfg_scale,
         out=str(args.out),

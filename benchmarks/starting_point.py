@@ -1,18 +1,22 @@
 """The shipped policy `libero_tiny`: how it was made, and how often it succeeds.
 
 Records scripted demonstrations, fits a tiny PI0 to them for a while, short of what it could learn,
-writes checksums beside it, and evaluates it on all 50 benchmark states of each task. The policy
-looks through the wrist camera alone, whose image is the cheaper one to draw without a GPU. Writes
-<out>/sft/policy and <results>/starting_point.json; with --policy, that policy is only evaluated.
+puts a fresh condition in place of the one that was fitted, writes checksums, and evaluates it on
+all 50 benchmark states of each task. The policy looks through the wrist camera alone, whose image
+is the cheaper one to draw without a GPU. Writes <out>/sft/policy and
+<results>/starting_point.json; with --policy, that policy is only evaluated.
 
     python benchmarks/starting_point.py --help
 """
 
 import argparse
 import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import load_file, save_file
 from study_results import describe, read_evaluation, write_result
 from study_runs import EvaluationOf, run_jobs
 from study_settings import EVALUATION_SEED, N_ENVS
@@ -46,14 +50,31 @@ def make(out: Path) -> Path:
             image_size=IMAGE_SIZE,
             patch_size=28,
             steps=1600,
-            dropout_prob=0.5,  # v_∅ is to be as good as v_1: both are trained further
+            dropout_prob=0.5,
             ema_decay=0.99,
             out=str(out / "sft"),
         )
     )
     policy = out / "sft" / "policy"
+    forget_condition(policy)
     write_checksums(policy)
     return policy
+
+
+def forget_condition(folder: Path) -> None:
+    """A zero bias in place of the condition: v_1 begins as v_∅.
+
+    A condition that demonstrations were fitted with is one that the network has learned to ignore,
+    because o = 1 and ∅ were the same data (docs/study.md has what that costs).
+    """
+    weights = load_file(folder / "model.safetensors")
+    shape = weights["condition.embedding"].shape
+    kept = {name: w for name, w in weights.items() if not name.startswith("condition.")}
+    kept["condition.embedding"] = torch.zeros(shape)
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    for name in ("config.json", "pi0_policy.json"):
+        content = json.loads((folder / name).read_text()) | {"condition_mode": "bias"}
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n")
 
 
 def write_checksums(folder: Path) -> None:

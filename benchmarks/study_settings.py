@@ -77,7 +77,7 @@ def training_options(
         "ema_decay": 0.98,
         "n_epochs": 12,
         "replay_iterations": 2,
-        "positive_share": 0.8,
+        "positive_share": 0.9,
         "cfg_scale": cfg_scale,
         "seed": seed,
         **changed,
