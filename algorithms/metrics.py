@@ -18,6 +18,7 @@ def rollout_metrics(
         "rollout/groups_discarded": len(selection.discarded),
         "rollout/iteration_success_rate": sum(e.succeeded for e in collector.finished)
         / len(collector.finished),
+        "rollout/unstable_episodes": sum(e.unstable for e in collector.finished),
         "time/control_steps_per_second": collector.control_steps
         / (collector.seconds_simulation + collector.seconds_inference),
         "time/seconds_simulation": collector.seconds_simulation,
