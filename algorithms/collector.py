@@ -44,6 +44,7 @@ class Episode:
     start: Start
     chunks: list[Chunk] = field(default_factory=list)
     success: bool | None = None
+    unstable: bool = False  # its physics blew up, which ended it
     times_lost: int = 0  # with a worker that failed
 
     @property
@@ -202,6 +203,7 @@ class Collector:
             if dones[i]:
                 success = infos[i].get("is_success")
                 episode.success = None if success is None else bool(success)
+                episode.unstable = bool(infos[i].get("unstable", False))
                 self.finished.append(episode)
                 self.returns.setdefault(episode.group, []).append(episode.total_reward)
                 self._begin_episode(i, self.rows[i])

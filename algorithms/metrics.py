@@ -23,6 +23,7 @@ def rollout_metrics(
         "rollout/groups_kept": len(selection.kept),
         "rollout/groups_discarded": len(selection.discarded),
         "rollout/iteration_success_rate": sum(e.succeeded for e in episodes) / len(episodes),
+        "rollout/unstable_episodes": sum(e.unstable for e in episodes),
         "rollout/episodes_lost": collector.episodes_lost,
         "time/control_steps_per_second": collector.control_steps
         / (collector.seconds_simulation + collector.seconds_inference),

@@ -11,8 +11,9 @@ from gymnasium.utils import RecordConstructorArgs
 class ActionChunk(gym.Wrapper[Any, np.ndarray, Any, np.ndarray], RecordConstructorArgs):
     """Execute `chunk_size` actions open loop in one `step`, ending early when the episode does.
 
-    The reward is the sum over the executed steps. `info` is the last step's, with `rewards`
-    (float64) and `dones` (bool), one entry for each executed step, and `n_steps`, their number.
+    The reward is the sum over the executed steps. `info` is that of the last step executed (such as
+    `unstable` of `Libero-v0`, which ends the episode), with `rewards` (float64) and `dones` (bool),
+    one entry for each executed step, and `n_steps`, their number.
     An environment with an attribute `skip_observations` (such as `Libero-v0`) is told not to make
     the observations that nobody will see.
 

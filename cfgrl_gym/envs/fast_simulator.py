@@ -32,6 +32,7 @@ from cfgrl_gym.envs.simulator import (
     image_key,
     quiet_and_seeded,
 )
+from cfgrl_gym.envs.stability import keep_log_out_of_the_working_directory
 from cfgrl_gym.envs.suites import Task
 from cfgrl_gym.envs.upstream import UnknownUpstreamError, check_upstream
 
@@ -47,6 +48,7 @@ def build_simulator(
 ) -> Simulator:
     """A `FastSimulator`, or where that may not be exact, LIBERO as it is, with a warning."""
     global _warned
+    keep_log_out_of_the_working_directory()
     try:
         return FastSimulator(task, image_size, cameras, quality)
     except UnknownUpstreamError as error:

@@ -2,6 +2,7 @@
 
 from collections import OrderedDict, deque
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import gymnasium as gym
@@ -14,6 +15,7 @@ from gymnasium.wrappers import TimeLimit
 from cfgrl_gym.envs.fast_simulator import build_simulator
 from cfgrl_gym.envs.rendering import QUALITIES, Quality
 from cfgrl_gym.envs.simulator import CAMERAS, LIBERO_SEED, SETTLE_STEPS, Simulator, image_key
+from cfgrl_gym.envs.stability import attempt
 from cfgrl_gym.envs.suites import Task, episode_limit, load_init_states, object_names, select_tasks
 
 ACTION_DIM = 7
@@ -40,6 +42,11 @@ class LiberoEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
 
     The simulator is built at the first `reset`, in the process that calls it, so that an
     environment can be handed to workers before or after a fork.
+
+    `info` has `success` and `is_success`, `unstable`, `task_id`, `init_state_id` and `prompt`. An
+    episode whose physics blow up (`stability.py` says what that is) ends there as truncated, with
+    `unstable` true, `unstable_reason` in words, no success, and the last sound observation once
+    more. The next reset starts afresh.
 
     :param suite: a suite that the installed LIBERO has
     :param task_id: an int, a sequence of ints or "all"; with several, each episode draws one, and
@@ -224,17 +231,22 @@ class LiberoEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
         """Start the episode of `options`, else the next queued one, else a drawn one.
 
         :param options: {"task_id": int, "init_state_id": int}, both optional
+        :raises RuntimeError: the physics blow up before the first step
         """
         super().reset(seed=seed)
         task_id, self._init_state_id = self._next_episode(options)
         self._task = self._tasks[task_id]
+        self._over = True  # until there is something to step
         simulator = self._simulator = self._built(self._task)
-        if self.init_states != "random":
-            states = load_init_states(self.suite, task_id)
-            simulator.reset(LIBERO_SEED, states[self._init_state_id])
-        else:
-            simulator.reset(self._init_state_id, None)
-        simulator.settle(self.settle_steps)
+        _, fault = attempt(partial(self._place_and_settle, simulator), simulator.fault)
+        if fault is not None:
+            kind = "placement seed" if self.init_states == "random" else "benchmark state"
+            raise RuntimeError(
+                f"{self.suite} task {task_id} ({self._task.name!r}) can't start from {kind} "
+                f"{self._init_state_id}: its physics blow up in the reset or the "
+                f"{self.settle_steps} settle steps: {fault}. Start from another one; if all of "
+                "them do so, the installed LIBERO's initial states or assets are damaged"
+            )
         self._steps = 0
         self._over = False
         self._frames.clear()
@@ -254,14 +266,19 @@ class LiberoEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
         action = check_action(action, (ACTION_DIM,))
         if self._over or self._simulator is None:
             raise ResetNeeded("the episode is over, or none has begun; call reset() first")
-        success = self._simulator.advance(action)
+        simulator = self._simulator
+        reached, fault = attempt(partial(simulator.advance, action), simulator.fault)
+        success = bool(reached) and fault is None
         self._steps += 1
-        truncated = not success and self._steps >= self.max_episode_steps
+        truncated = not success and (fault is not None or self._steps >= self.max_episode_steps)
         self._over = success or truncated
         self._record_frame()
-        if self._over or not self.skip_observations:
+        if fault is not None:  # a copy, for the caller may have kept the last one
+            self._last_observation = {k: v.copy() for k, v in self._last_observation.items()}
+        elif self._over or not self.skip_observations:
             self._last_observation = self._observation()
-        return self._last_observation, float(success), success, truncated, self._info(success)
+        info = self._info(success, fault)
+        return self._last_observation, float(success), success, truncated, info
 
     def render(self) -> Any:
         """The scene for people, uint8 (256, 256, 3); in list mode, the frames since last asked."""
@@ -308,6 +325,14 @@ class LiberoEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
         self._simulators.move_to_end(task.task_id)
         return self._simulators[task.task_id]
 
+    def _place_and_settle(self, simulator: Simulator) -> None:
+        if self.init_states != "random":
+            states = load_init_states(self.suite, self._task.task_id)
+            simulator.reset(LIBERO_SEED, states[self._init_state_id])
+        else:
+            simulator.reset(self._init_state_id, None)
+        simulator.settle(self.settle_steps)
+
     def _record_frame(self) -> None:
         if self.render_mode == "rgb_array_list":
             self._frames.append(self.simulator.frame())
@@ -318,14 +343,16 @@ class LiberoEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
             key: np.asarray(values[key], dtype=space.dtype) for key, space in self._spaces.items()
         }
 
-    def _info(self, success: bool) -> dict[str, Any]:
-        return {
+    def _info(self, success: bool, fault: str | None = None) -> dict[str, Any]:
+        info = {
             "success": success,
             "is_success": success,
+            "unstable": fault is not None,
             "task_id": self._task.task_id,
             "init_state_id": self._init_state_id,
             "prompt": self._task.prompt,
         }
+        return info if fault is None else info | {"unstable_reason": fault}
 
 
 def limit_control_steps(env: gym.Env) -> gym.Env:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from cfgrl_gym.envs.installation import import_libero
+from cfgrl_gym.envs.stability import find_fault
 from cfgrl_gym.envs.suites import Task
 
 CAMERAS = ("agentview", "robot0_eye_in_hand")
@@ -72,6 +73,10 @@ class Simulator(ABC):
     def state(self) -> np.ndarray:
         """Flat float64 (1 + nq + nv,): time, qpos, qvel, as LIBERO's initial states are stored."""
         return np.concatenate([[self.data.time], self.data.qpos, self.data.qvel])
+
+    def fault(self) -> str | None:
+        """What has gone wrong in the physics since the reset, in words; None if they are sound."""
+        return find_fault(self.model, self.data)
 
     def settle(self, steps: int) -> None:
         """Let things come to rest: so many control steps without a motion, the gripper open."""
