@@ -57,12 +57,11 @@ class CheckpointStore:
         :param about: what else belongs to this state, for `load` to return
         :raises OSError: it could not be written; the earlier ones are as they were
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
         final = self.path(model._iteration)
         new = self.folder / f".{final.name}.new"
         shutil.rmtree(new, ignore_errors=True)
-        new.mkdir()
         try:
+            new.mkdir(parents=True)
             _write(new, model, about or {})
             _sync(new)
             if final.exists():  # of the same iteration, and so with the same content
@@ -70,7 +69,7 @@ class CheckpointStore:
             new.rename(final)
         except BaseException as error:
             shutil.rmtree(new, ignore_errors=True)
-            if isinstance(error, OSError) or "PytorchStreamWriter" in str(error):
+            if isinstance(error, OSError):
                 raise OSError(
                     f"checkpoint '{final}' cannot be written ({error}); earlier ones are intact: "
                     "make room or mend the folder, and resume from them"
@@ -160,12 +159,10 @@ def _write(folder: Path, model: CFGRL, about: dict[str, Any]) -> None:
         "optimizer": model.policy.optimizer.state_dict(),
         "generators": _generators(),
     }
-    torch.save(parts, folder / MODEL_FILE)
+    _save(parts, folder / MODEL_FILE)
     recent = list(model._recent)[-model.replay_iterations :] if model.replay_iterations else []
     if recent:
-        torch.save([_tensors(batch) for batch in recent], folder / REPLAY_FILE)
-    assert model.ep_info_buffer is not None
-    assert model.ep_success_buffer is not None
+        _save([_tensors(batch) for batch in recent], folder / REPLAY_FILE)
     state = {
         "format": FORMAT,
         "files": {file.name: _digest(file) for file in sorted(folder.iterdir())},
@@ -177,13 +174,20 @@ def _write(folder: Path, model: CFGRL, about: dict[str, Any]) -> None:
             "num_episodes": model.num_episodes,
             "num_control_steps": model.num_control_steps,
         },
-        "ep_info": list(model.ep_info_buffer),
-        "ep_success": list(model.ep_success_buffer),
+        "ep_info": list(model.ep_info_buffer or ()),
+        "ep_success": list(model.ep_success_buffer or ()),
         "task_successes": {str(task): list(done) for task, done in model._task_successes.items()},
         "about": about,
     }
     content = {"sha256": _digest_of(state), "state": state}
     (folder / STATE_FILE).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def _save(tensors: Any, file: Path) -> None:
+    try:
+        torch.save(tensors, file)
+    except RuntimeError as error:  # torch's word for a disk that is full
+        raise OSError(f"{file.name}: {error}") from error
 
 
 def _read_state(path: Path) -> dict[str, Any]:

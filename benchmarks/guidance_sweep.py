@@ -16,7 +16,7 @@ from study_runs import EvaluationOf, run_jobs
 from study_settings import EVALUATION_SEED, N_ENVS, SUITE, Study, parse_study
 
 PART = "guidance_sweep"
-SCALES = (0.0, 1.0, 1.25, 1.5, 2.0, 3.0, 5.0)
+SCALES = (0.0, 1.0, 1.25, 1.5, 2.0, 3.0, 5.0, 10.0, 20.0)
 SCALES_SMALL = (0.0, 1.0, 2.0, 3.0)
 NOISE_SEEDS = (EVALUATION_SEED, EVALUATION_SEED + 1)
 

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -141,22 +141,26 @@ def run(config: TrainConfig, algorithm: type[CFGRL] = CFGRL) -> Path:
     stride = config.window_stride
     if stride is not None and stride < arguments["chunk_size"]:
         arguments["observation_stride"] = stride
-    with vec_env(arguments, config.n_envs) as env:
+    checkpoints = CheckpointStore(out / CHECKPOINTS_FOLDER, config.keep_checkpoints)
+    with ExitStack() as stack:
+        if resume:
+            stack.enter_context(locked(out))
+        env = stack.enter_context(vec_env(arguments, config.n_envs))
         model = _model(algorithm, config, env, policy_arguments(config, checkpoint))
         if not resume:
             create_folder(out, config, algorithm=algorithm.__name__)
-        checkpoints = CheckpointStore(out / CHECKPOINTS_FOLDER, config.keep_checkpoints)
-        with locked(out), StopRequests() as stop:
-            about = f"chunks of {arguments['chunk_size']} actions, {env.num_envs} environment(s)"
-            print(f"{about}, {model.device}; results in {out}")
-            resumed = _take_up(model, checkpoints, out) if resume else {}
-            model.set_logger(open_logs(out, IterationLine()))
-            with (
-                _evaluations(config, checkpoint, out, evaluated, **resumed) as evaluations,
-                BetweenIterations(config, out, checkpoints, evaluations, stop) as between,
-            ):
-                _learn(model, config, out, between)
-            model.logger.close()
+            stack.enter_context(locked(out))
+        stop = stack.enter_context(StopRequests())
+        about = f"chunks of {arguments['chunk_size']} actions, {env.num_envs} environment(s)"
+        print(f"{about}, {model.device}; results in {out}")
+        resumed = _take_up(model, checkpoints, out) if resume else {}
+        model.set_logger(open_logs(out, IterationLine()))
+        stack.callback(model.logger.close)
+        evaluations = stack.enter_context(
+            _evaluations(config, checkpoint, out, evaluated, **resumed)
+        )
+        between = BetweenIterations(config, out, checkpoints, evaluations, stop)
+        _learn(model, config, out, stack.enter_context(between))
     print(f"policy: {out / POLICY_FOLDER}")
     if config.video:
         start = Start(task_id=tasks[0].task_id, init_state_id=0)

@@ -1,0 +1,385 @@
+"""Checkpoints: a training that was killed goes on as if it had not been."""
+
+import hashlib
+import json
+import multiprocessing
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from cfgrl_envs import QueueEnv, vec
+from stable_baselines3.common.callbacks import BaseCallback
+
+from cfgrl_gym import CFGRL
+from cfgrl_gym.algorithms.checkpoints import CheckpointStore, load_checkpoint
+
+ITERATIONS = 12
+
+
+class Saving(BaseCallback):
+    """A checkpoint between any two iterations, and one at the end."""
+
+    def __init__(self, store: CheckpointStore) -> None:
+        super().__init__()
+        self.store = store
+
+    def _on_rollout_start(self) -> None:
+        assert isinstance(self.model, CFGRL)
+        if self.model._iteration:
+            self.store.save(self.model, {"note": self.model._iteration})
+
+    def _on_training_end(self) -> None:
+        self._on_rollout_start()
+
+    def _on_step(self) -> bool:
+        return True
+
+
+def make(**changed: Any) -> CFGRL:
+    arguments: dict[str, Any] = {
+        "rloo_batch_size": 4,
+        "groups_per_iteration": 3,
+        "enable_dynamic_sampling": False,
+        "replay_iterations": 2,
+        "seed": 3,
+        "n_epochs": 2,
+        "batch_size": 16,
+        "learning_rate": 1e-3,
+        "policy_kwargs": {"net_arch": [32], "ema_decay": 0.9},
+        "device": "cpu",
+    }
+    return CFGRL("MlpPolicy", vec(QueueEnv, 2), **(arguments | changed))
+
+
+def go_on(folder: Path, iterations: int = ITERATIONS, **changed: Any) -> CFGRL:
+    """Train to the end, from the last checkpoint where there is one."""
+    torch.set_num_threads(1)
+    store, model = CheckpointStore(folder), make(**changed)
+    done = store.iterations()
+    if done:
+        assert load_checkpoint(model, store.path(done[-1])) == {"note": done[-1]}
+    return model.learn(
+        10**6, Saving(store), max_iterations=iterations - model._iteration,
+        reset_num_timesteps=False,
+    )  # fmt: skip
+
+
+def all_state(model: CFGRL) -> dict[str, Any]:
+    return {
+        "policy": model.policy.state_dict(),
+        "optimizer": model.policy.optimizer.state_dict()["state"],
+        "counters": [model.num_timesteps, model.num_episodes, model._n_updates, model._iteration],
+        "episodes": list(model.ep_info_buffer or ()),
+        "successes": {task: list(done) for task, done in model._task_successes.items()},
+        "replay": [batch.model_actions for batch in list(model._recent)[-2:]],
+    }
+
+
+def assert_equal_states(one: Any, other: Any) -> None:
+    assert type(one) is type(other)
+    if isinstance(one, dict):
+        assert list(one) == list(other)
+        for key in one:
+            assert_equal_states(one[key], other[key])
+    elif isinstance(one, list):
+        assert len(one) == len(other)
+        for a, b in zip(one, other, strict=True):
+            assert_equal_states(a, b)
+    elif isinstance(one, torch.Tensor):
+        assert torch.equal(one, other)
+    else:
+        assert one == other
+
+
+def test_a_training_that_stops_and_goes_on_gives_the_same_bits(tmp_path: Path) -> None:
+    reference = go_on(tmp_path / "whole")
+    go_on(tmp_path / "parts", 5)
+    torch.manual_seed(99)  # another process has another state of the global generators
+    again = go_on(tmp_path / "parts")
+    assert_equal_states(all_state(reference), all_state(again))
+    different = go_on(tmp_path / "other", seed=4)
+    with pytest.raises(AssertionError):
+        assert_equal_states(all_state(reference), all_state(different))
+
+
+def test_the_global_generators_go_on_too(tmp_path: Path) -> None:
+    go_on(tmp_path, 2)
+
+    def drawn() -> list[Any]:
+        return [torch.rand(1).item(), np.random.rand(), random.random()]  # noqa: NPY002
+
+    store = CheckpointStore(tmp_path)
+    load_checkpoint(make(), store.path(2))
+    first = drawn()
+    load_checkpoint(make(), store.path(2))
+    assert drawn() == first
+
+
+def test_the_trainer_may_be_killed_at_any_moment(tmp_path: Path) -> None:
+    reference = go_on(tmp_path / "whole")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["__main__", "cfgrl_gym.algorithms.worker"])
+    rng = np.random.default_rng(0)
+    killed, seen = 0, set()
+    while killed < 20:
+        process = context.Process(target=go_on, args=(tmp_path / "killed",))
+        process.start()
+        # Most of the run is between two checkpoints that follow one another closely.
+        process.join(rng.uniform(0.05, 1.5))
+        if process.exitcode is None:
+            process.kill()
+            process.join()
+            killed += 1
+        else:
+            assert process.exitcode == 0
+            if killed < 20:  # done before it could be killed as often: once more from an early one
+                for iteration in CheckpointStore(tmp_path / "killed").iterations()[1:]:
+                    shutil.rmtree(CheckpointStore(tmp_path / "killed").path(iteration))
+        seen |= set(CheckpointStore(tmp_path / "killed").iterations())
+    again = go_on(tmp_path / "killed")
+    assert len(seen) > 3
+    assert_equal_states(all_state(reference), all_state(again))
+
+
+def test_the_last_ones_and_the_best_are_kept(tmp_path: Path) -> None:
+    store, model = CheckpointStore(tmp_path, keep=2), make()
+    for iteration, rate in ((1, 0.2), (2, 0.9), (3, 0.9), (4, 0.1), (5, 0.3), (6, 0.0)):
+        model._iteration = iteration
+        store.save(model)
+        store.rate(iteration, rate)
+    assert store.iterations() == [3, 5, 6]
+    assert store.best() == 3
+    assert {path.name for path in tmp_path.iterdir()} == {"000003", "000005", "000006"}
+
+
+# Damage -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def two_checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoints")
+    go_on(folder, 4)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["state.json", "model.pt", "replay.pt"])
+@pytest.mark.parametrize("damage", ["truncate", "flip", "remove"])
+def test_damage_is_found_and_the_checkpoint_before_is_good(
+    two_checkpoints: Path, tmp_path: Path, name: str, damage: str
+) -> None:
+    shutil.copytree(two_checkpoints, tmp_path / "c")
+    store = CheckpointStore(tmp_path / "c")
+    file = store.path(4) / name
+    content = bytearray(file.read_bytes())
+    if damage == "remove":
+        file.unlink()
+    else:
+        if damage == "truncate":
+            del content[len(content) // 2 :]
+        else:
+            place = content.index(b"num_episodes") if name == "state.json" else len(content) // 2
+            content[place] ^= 1
+        file.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{name}.*remove that folder to resume from the"):
+        load_checkpoint(make(), store.path(4))
+    shutil.rmtree(store.path(4))
+    assert load_checkpoint(make(), store.path(3)) == {"note": 3}
+
+
+def test_a_checkpoint_of_another_model_or_version_is_refused(
+    two_checkpoints: Path, tmp_path: Path
+) -> None:
+    path = CheckpointStore(two_checkpoints).path(4)
+    other = make(policy_kwargs={"net_arch": [16], "ema_decay": 0.9})
+    with pytest.raises(ValueError, match="is of another model"):
+        load_checkpoint(other, path)
+    with pytest.raises(ValueError, match="is of another model"):
+        load_checkpoint(make(policy_kwargs={"net_arch": [32]}), path)
+    shutil.copytree(path, tmp_path / "c")
+    content = json.loads((path / "state.json").read_text())
+    content["state"]["format"] = 999
+    text = json.dumps(content["state"], sort_keys=True)
+    content["sha256"] = hashlib.sha256(text.encode()).hexdigest()
+    (tmp_path / "c" / "state.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="has format 999"):
+        load_checkpoint(make(), tmp_path / "c")
+
+
+# In a mount namespace of its own, so that nothing stays mounted; $1 holds the checkpoints.
+MOUNTED = """
+set -e
+mount -t tmpfs -o size=%(size)s tmpfs "$1"
+cp -r "$2"/. "$1"
+%(more)s
+exec %(python)s -c "
+import sys; sys.path.insert(0, '%(tests)s')
+from test_resume import *
+store = CheckpointStore(Path(sys.argv[1]))
+model = make()
+load_checkpoint(model, store.path(4))
+model._iteration = 5
+try:
+    store.save(model)
+except OSError as error:
+    print(error)
+print(store.iterations(), [p.name for p in store.folder.iterdir() if 'new' in p.name])
+load_checkpoint(make(), store.path(4))
+" "$1"
+"""
+
+
+@pytest.mark.parametrize(
+    ("size", "more", "said"),
+    [
+        ("{}k", "", "No space left|unexpected pos|write"),
+        ("64m", 'mount -o remount,ro "$1"', "Read-only file system"),
+    ],
+)
+def test_a_full_disk_or_a_read_only_one_loses_nothing(
+    two_checkpoints: Path, tmp_path: Path, size: str, more: str, said: str
+) -> None:
+    used = sum(file.stat().st_size for file in two_checkpoints.rglob("*") if file.is_file())
+    script = MOUNTED % {
+        "size": size.format(used // 1024 + 60),  # room for a part of another checkpoint
+        "more": more,
+        "python": sys.executable,
+        "tests": Path(__file__).parent,
+    }
+    command = ["unshare", "--mount", "--map-root-user", "bash", "-c", script, "_"]
+    probe = subprocess.run(
+        [*command[:3], "mount", "-t", "tmpfs", "tmpfs", str(tmp_path)], capture_output=True
+    )
+    if probe.returncode != 0:
+        pytest.skip("this system lets nobody mount a file system")
+    done = subprocess.run(
+        [*command, str(tmp_path), str(two_checkpoints)], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    first, last = done.stdout.strip().splitlines()[-2:]
+    assert "cannot be written" in first
+    assert "earlier ones are intact" in first
+    assert re.search(said, first)
+    assert last == "[2, 3, 4] []"
+
+
+# The command ------------------------------------------------------------------------------------
+
+
+TRAIN = (
+    "train --policy libero_tiny --task_id 8 --n_envs 2 --rloo_batch_size 2 "
+    "--groups_per_iteration 2 --max_iterations 3 --max_episode_steps 32 "
+    "--enable_dynamic_sampling false --video false "
+    "--replay_iterations 1 --trainable expert --ema_decay 0.9 --init_states [0,1] "
+    "--num_inference_steps 2 --eval_every 3 --eval_episodes 1 --seed 1"
+)
+
+
+def cfgrl(*words: str, **options: Any) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        [sys.executable, "-m", "cfgrl_gym", *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        **options,
+    )
+
+
+def wait_for(path: Path, process: "subprocess.Popen[str]") -> None:
+    deadline = time.monotonic() + 240
+    while not path.exists():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_train_resumes_after_kill_and_after_sigterm(tmp_path: Path) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    done = cfgrl(*TRAIN.split(), "--out", str(whole))
+    assert done.wait(300) == 0, done.communicate()
+
+    first = cfgrl(*TRAIN.split(), "--out", str(parts))
+    wait_for(parts / "checkpoints" / "000001", first)
+    first.send_signal(signal.SIGSTOP)
+    second = cfgrl("train", "--resume", str(parts))  # while the first one is there
+    assert second.wait(120) == 2
+    assert f"process {first.pid} is writing its run" in second.communicate()[1]
+    first.kill()
+    first.wait()
+    assert not (parts / "checkpoints" / "000002").exists()
+
+    third = cfgrl("train", "--resume", str(parts))
+    wait_for(parts / "checkpoints" / "000002", third)
+    third.send_signal(signal.SIGTERM)
+    assert third.wait(120) == 128 + signal.SIGTERM
+    said = third.communicate()[1]
+    assert f"go on with: cfgrl train --resume {parts}" in said
+    assert "Traceback" not in said
+    assert (parts / "policy" / "model.safetensors").is_file()
+
+    last = cfgrl("train", "--resume", str(parts))
+    assert last.wait(300) == 0, last.communicate()
+    for file in ("checkpoints/000003/model.pt", "policy/model.safetensors"):
+        assert (whole / file).read_bytes() == (parts / file).read_bytes()
+    rows = [
+        [json.loads(line) for line in (run / "progress.json").read_text().splitlines()]
+        for run in (whole, parts)
+    ]
+    assert [row["time/iterations"] for row in rows[1]] == [1, 2, 3]
+    for one, other in zip(*rows, strict=True):
+        assert set(one) == set(other)
+        for key in one:
+            assert key.startswith("time/") or one[key] == other[key], key
+    assert len((parts / "progress.csv").read_text().splitlines()) == 1 + 3
+    assert_events_once(parts)
+    evaluations = [
+        json.loads((run / "evaluations.json").read_text())["evaluations"] for run in (whole, parts)
+    ]
+    assert [e["iteration"] for e in evaluations[1]] == [0, 3]
+    assert [e["results"] for e in evaluations[0]] == [e["results"] for e in evaluations[1]]
+
+
+def assert_events_once(run: Path) -> None:
+    """No point of TensorBoard's curves is there twice, in whatever file."""
+    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+
+    points = [
+        (value.tag, event.step)
+        for file in run.glob("events*")
+        for event in EventFileLoader(str(file)).Load()
+        for value in event.summary.value
+    ]
+    assert len(points) > 30
+    assert len(points) == len(set(points))
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--resume", "nowhere"], "no run to resume: 'nowhere/config.yaml' does not exist"),
+        (["--resume", "run", "--seed", "3"], "beside it only --total_timesteps and"),
+        (["--resume=run", "--policy", "x"], "not --policy"),
+        (["--resume"], "no run to resume"),
+    ],
+)
+def test_what_cannot_be_resumed_is_said(
+    words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from cfgrl_gym.cli import main
+
+    with pytest.raises(SystemExit) as ended:
+        main(["train", *words])
+    assert ended.value.code == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
