@@ -178,6 +178,7 @@ class CFGRL(SavesWhatWasTrained, OnPolicyAlgorithm):
         self.num_control_steps = 0
         self.num_episodes = 0  # of the groups kept and discarded, of all iterations
         self._task_successes: dict[int, deque[bool]] = {}
+        self._skipped_in_a_row = 0  # optimizer steps that weren't finite
         self._recent: deque[WindowBatch] = deque()  # of each iteration that an update learns from
         self.windows: WindowBatch | None = None  # all of these
         if _init_setup_model:
@@ -325,7 +326,7 @@ class CFGRL(SavesWhatWasTrained, OnPolicyAlgorithm):
         policy.set_training_mode(True)
         self._update_learning_rate(policy.optimizer)
         generator = self._generator(UPDATE, self._iteration)
-        metrics = UpdateMetrics()
+        metrics = UpdateMetrics(self._skipped_in_a_row)
 
         for _ in range(self.n_epochs):
             order = draw_epoch(windows.labels, self.positive_share, generator)
@@ -343,6 +344,7 @@ class CFGRL(SavesWhatWasTrained, OnPolicyAlgorithm):
                     metrics.add(losses, norm, batch.labels, labels)
                     self._n_updates += 1
 
+        self._skipped_in_a_row = metrics.skipped_in_a_row
         for name, value in metrics.summary().items():
             self.logger.record(name, value)
         probe = windows[order[: self._micro_batches.size]]

@@ -138,6 +138,7 @@ def load_checkpoint(model: CFGRL, path: Path) -> dict[str, Any]:
     model._iteration = counters["iteration"]
     model._entropy = counters["entropy"]
     model._n_updates = counters["n_updates"]
+    model._skipped_in_a_row = counters["skipped_in_a_row"]
     for name in ("num_timesteps", "num_episodes", "num_control_steps"):
         setattr(model, name, counters[name])
     window = model._stats_window_size
@@ -170,6 +171,7 @@ def _write(folder: Path, model: CFGRL, about: dict[str, Any]) -> None:
             "iteration": model._iteration,
             "entropy": model._entropy,
             "n_updates": model._n_updates,
+            "skipped_in_a_row": model._skipped_in_a_row,
             "num_timesteps": model.num_timesteps,
             "num_episodes": model.num_episodes,
             "num_control_steps": model.num_control_steps,

@@ -42,9 +42,9 @@ MAX_SKIPPED_STEPS = 10  # in a row: then it isn't an outlier
 class UpdateMetrics:
     """Means over one update, of all samples each time they were used."""
 
-    def __init__(self) -> None:
+    def __init__(self, skipped_in_a_row: int = 0) -> None:
         self.skipped_steps = 0
-        self._skipped_in_a_row = 0
+        self.skipped_in_a_row = skipped_in_a_row  # up to now, over updates
         self.losses: list[Tensor] = []
         self.labels: list[Tensor] = []
         self.dropped: list[Tensor] = []
@@ -56,11 +56,11 @@ class UpdateMetrics:
         :raises NonFiniteError: it is the last of too many in a row
         """
         if bool(losses.isfinite().all()) and bool(grad_norm.isfinite()):
-            self._skipped_in_a_row = 0
+            self.skipped_in_a_row = 0
             return True
         self.skipped_steps += 1
-        self._skipped_in_a_row += 1
-        if self._skipped_in_a_row == MAX_SKIPPED_STEPS:
+        self.skipped_in_a_row += 1
+        if self.skipped_in_a_row == MAX_SKIPPED_STEPS:
             raise NonFiniteError(
                 f"{MAX_SKIPPED_STEPS} optimizer steps in a row had a loss or a gradient that isn't "
                 f"finite (the last: loss {losses.float().mean().item()}, gradient norm "
