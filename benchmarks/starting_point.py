@@ -82,7 +82,7 @@ def write_checksums(folder: Path) -> None:
     lines = [
         f"{hashlib.sha256(file.read_bytes()).hexdigest()}  {file.name}\n"
         for file in sorted(folder.iterdir())
-        if file.name != CHECKSUMS
+        if file.suffix in (".json", ".safetensors")
     ]
     (folder / CHECKSUMS).write_text("".join(lines))
 

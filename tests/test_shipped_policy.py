@@ -73,6 +73,14 @@ def test_it_acts_as_its_instruction_says() -> None:
     assert (other - actions).abs().max() > 0.02  # 1 mm a control step
 
 
+def test_its_condition_is_fresh_so_guidance_begins_with_nothing() -> None:
+    policy, noise = shipped(), torch.randn(2, 16, 7, generator=torch.Generator().manual_seed(0))
+    assert policy.config.condition_mode == "bias"
+    at = {w: policy.sample_actions(observation(), noise=noise, cfg_scale=w) for w in (0, 1, 5)}
+    assert torch.equal(at[0], at[1])
+    torch.testing.assert_close(at[5], at[0])
+
+
 def test_images_that_it_was_not_trained_on_change_nothing() -> None:
     both = ("base_0_rgb", *WRIST)
     seen, ignored = observation(), observation(slots=both)
