@@ -10,7 +10,7 @@ import os
 import threading
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
@@ -179,12 +179,18 @@ class _Pool:
             self._changed.wait_for(lambda: self._busy < min(processors(), MAX_CONTEXTS))
             painter = self._take(base, size, quality)
             self._busy += 1
+        sound = False
         try:
             yield painter
+            sound = True
         finally:
             with self._changed:
                 self._busy -= 1
-                self._idle.append(painter)
+                if sound:
+                    self._idle.append(painter)
+                else:  # what failed once isn't trusted with another image
+                    with suppress(Exception):
+                        painter.free()
                 self._changed.notify()
 
     def _take(self, base: CompiledModel, size: int, quality: Quality) -> _Painter:

@@ -13,7 +13,7 @@ from cfgrl_gym.cli.run_folder import POLICY_FOLDER
 
 # Where results go, on what they were computed and how often they were looked at.
 _NOT_THE_METHOD = frozenset(
-    ("seed", "out", "video", "save_every", "device", "device_memory", "prefix_memory")
+    "seed out video device device_memory prefix_memory save_every keep_checkpoints resume".split()
 )
 _MEASURING = "eval_"
 ALGORITHM = "algorithm"
