@@ -12,9 +12,10 @@ from cfgrl_gym.cli.reporting.runs import Training
 from cfgrl_gym.cli.run_folder import POLICY_FOLDER
 
 # Where results go, on what they were computed and how often they were looked at.
-_NOT_THE_METHOD = frozenset(
-    "seed out video device device_memory prefix_memory save_every keep_checkpoints resume".split()
-)
+_NOT_THE_METHOD = {
+    *("seed", "out", "video", "device", "device_memory", "prefix_memory"),
+    *("save_every", "keep_checkpoints", "resume"),
+}
 _MEASURING = "eval_"
 ALGORITHM = "algorithm"
 
