@@ -43,6 +43,7 @@ class EpisodeOutcome:
     success: bool
     episode_return: float
     control_steps: int
+    unstable: bool  # ended by physics that blew up
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,7 @@ def evaluate(
                 success=episode.succeeded,
                 episode_return=episode.total_reward,
                 control_steps=len(episode.rewards),
+                unstable=episode.unstable,
             )
             for episode in ordered
         ),

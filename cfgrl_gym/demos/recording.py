@@ -84,7 +84,10 @@ def record_one(config: RecordingConfig, simulator: Simulator, seed: int) -> Demo
         }
         for key, value in row.items():
             rows.setdefault(key, []).append(value)
-        if simulator.advance(action):
+        success = simulator.advance(action)
+        if simulator.fault() is not None:
+            return None  # nobody is to learn from that
+        if success:
             arrays = {key: np.stack(values) for key, values in rows.items()}
             return Demonstration(
                 **arrays, images_rendered=np.array(rendered), prompt=simulator.task.prompt
