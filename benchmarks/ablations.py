@@ -2,7 +2,8 @@
 
 All cells train on the main task with one seed and half the iterations of `learning_curve.py`; the
 first is that script's CFGRL with nothing changed, whose condition is a bias. Other condition modes
-start from the shipped policy's v_∅ with a fresh condition. Stopped, it goes on where it was. Writes <results>/ablations.json, of all cells that are done.
+start from the shipped policy's v_∅ with a fresh condition. Stopped, it goes on where it was. Writes
+<results>/ablations.json, of all cells that are done.
 
     python benchmarks/ablations.py --help
 """
