@@ -78,8 +78,8 @@ def _unpickled(key: str, text: Any, path: Any) -> Any:
         raise UntrustedFileError(
             f"'{path}' was not loaded: its '{key}' needs {error.name}, which can run code, and is "
             "nothing that CFGRL saves with ordinary arguments. If you trust where the file comes "
-            "from: CFGRL.load(path, trusted=True), or --trusted on the command line. If you have "
-            f"the value itself: custom_objects={{'{key}': ...}}"
+            "from: CFGRL.load(path, trusted=True), or --trusted true on the command line. If you "
+            f"have the value itself: custom_objects={{'{key}': ...}}"
         ) from error
     except (ValueError, TypeError, binascii.Error) as error:
         raise ValueError(f"'{path}': its '{key}' is damaged ({error}); copy it again") from error
