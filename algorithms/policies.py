@@ -391,8 +391,8 @@ class FlowPolicy(BasePolicy):
         if not trusted:
             raise ValueError(
                 f"'{path}' was not loaded: what policy.save writes is a pickle, which can run "
-                "code. Keep policies with CFGRL.save or save_pretrained; or, if you trust where the "
-                "file comes from: load(path, trusted=True)"
+                "code. Keep policies with CFGRL.save or save_pretrained; or, if you trust where "
+                "the file comes from: load(path, trusted=True)"
             )
         return super().load(path, device)
 
