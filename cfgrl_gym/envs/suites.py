@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from cfgrl_gym.envs.arguments import as_list, is_int
 from cfgrl_gym.envs.installation import import_libero
 from cfgrl_gym.restricted_pickle import NUMBERS, read_pickle
 
@@ -69,8 +70,10 @@ def load_tasks(suite: str) -> tuple[Task, ...]:
 
     :raises ValueError: the suite is unknown; the message names the nearest ones
     """
-    if suite not in available_suites():
-        raise ValueError(f"suite {suite!r} is unknown{suggest(str(suite), available_suites())}")
+    if not isinstance(suite, str) or suite not in available_suites():
+        raise ValueError(
+            f"suite {suite!r:.100} is unknown{suggest(str(suite), available_suites())}"
+        )
     benchmark = _benchmark(suite)
     states = Path(import_libero("__init__").get_libero_path("init_states"))
 
@@ -101,16 +104,19 @@ def select_tasks(suite: str, task_id: int | Sequence[int] | str) -> tuple[Task, 
     if isinstance(task_id, str):
         if task_id != "all":
             raise ValueError(
-                f"task_id must be an int, a sequence of ints or 'all'; got {task_id!r}"
+                f"task_id must be an int, a sequence of ints or 'all'; got {task_id!r:.100}"
             )
         return tasks
-    ids = [task_id] if isinstance(task_id, (int, np.integer)) else list(task_id)
+    kinds = "an int, a sequence of ints or 'all'"
+    one = isinstance(task_id, (int, np.integer))
+    ids = [task_id] if one else as_list("task_id", task_id, kinds)
     if not ids:
         raise ValueError("task_id is empty; give at least one task, or 'all'")
     for i in ids:
-        if isinstance(i, bool) or not isinstance(i, (int, np.integer)) or not 0 <= i < len(tasks):
+        if not is_int(i) or not 0 <= i < len(tasks):
             raise ValueError(
-                f"task_id {i!r} is not in suite {suite!r}; it has tasks 0 to {len(tasks) - 1}: "
+                f"task_id {i!r:.100} is not in suite {suite!r}; it has tasks 0 to "
+                f"{len(tasks) - 1}: "
                 + "; ".join(f"{t.task_id} {t.prompt!r}" for t in tasks[:12])
                 + ("; ..." if len(tasks) > 12 else "")
             )
