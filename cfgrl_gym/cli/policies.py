@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from stable_baselines3.common.utils import get_device
 
 from cfgrl_gym.algorithms import CFGRL
@@ -63,8 +64,28 @@ def find_checkpoint(policy: str, preset: str | None) -> Checkpoint:
     )
 
 
+def check_device(name: str) -> torch.device:
+    """The device of this name, or the one that "auto" chooses.
+
+    :raises ValueError: there is none
+    """
+    try:
+        device = get_device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"device '{name}' can't be used ({reason:.200}); try auto or cpu"
+        ) from error
+    return device
+
+
 def policy_arguments(config: TrainConfig | EvalConfig, checkpoint: Checkpoint) -> dict[str, Any]:
-    """Keyword arguments of `Pi0Policy`, beside its spaces."""
+    """Keyword arguments of `Pi0Policy`, beside its spaces.
+
+    :raises ValueError: the device can't be used
+    """
+    check_device(config.device)
     arguments: dict[str, Any] = {
         "preset": checkpoint.preset,
         "checkpoint": checkpoint.path,
@@ -95,6 +116,7 @@ def load_policy(config: EvalConfig) -> Pi0Policy:
             raise FileNotFoundError(f"model '{config.policy}' does not exist")
         if config.norm_stats is not None or config.delta_actions is not None:
             raise ValueError("a model.zip brings its norm_stats and delta_actions; leave them out")
+        check_device(config.device)
         policy = CFGRL.load(config.policy, device=config.device, trusted=config.trusted).policy
         if not isinstance(policy, Pi0Policy):
             raise ValueError(f"'{config.policy}' is a {type(policy).__name__}, not a Pi0Policy")
@@ -112,7 +134,7 @@ def load_policy(config: EvalConfig) -> Pi0Policy:
     )
     arguments = policy_arguments(config, checkpoint)
     policy = Pi0Policy(*spaces, lambda _: 0.0, **arguments)
-    return policy.to(get_device(config.device))
+    return policy.to(check_device(config.device))
 
 
 @contextmanager
