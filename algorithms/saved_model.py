@@ -7,7 +7,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import IO, Any, TypeVar
+from typing import Any, TypeVar
 
 from gymnasium import spaces
 from stable_baselines3.common.base_class import BaseAlgorithm
@@ -101,7 +101,7 @@ def saved_policy_kwargs(path: Any, *, trusted: bool = False) -> dict[str, Any]:
 
 
 @contextmanager
-def _opened(path: Any) -> Iterator[IO[bytes]]:
+def _opened(path: Any) -> Iterator[io.BufferedIOBase]:
     """The .zip, opened once for all that is read of it, and whole.
 
     :raises FileNotFoundError: no such file
@@ -123,7 +123,7 @@ def _opened(path: Any) -> Iterator[IO[bytes]]:
 
 
 def _values(
-    file: IO[bytes], path: Any, custom_objects: dict[str, Any], trusted: bool
+    file: io.BufferedIOBase, path: Any, custom_objects: dict[str, Any], trusted: bool
 ) -> dict[str, Any]:
     """The model's attributes, as far as SB3 saves them beside the weights."""
     with _damage(path), zipfile.ZipFile(file) as archive:

@@ -83,7 +83,10 @@ _CONTAINERS = (list, dict, set, OrderedDict, deque)
 
 # The standard library's reader in Python, because the one in C can't be told what BUILD may change
 # (attributes of classes, for one) and finds registered extensions without asking `find_class`.
-class _Reader(pickle._Unpickler):
+_Python: Any = pickle._Unpickler
+
+
+class _Reader(_Python):  # type: ignore[misc]
     def __init__(self, content: bytes, allowed: Allowed) -> None:
         super().__init__(io.BytesIO(content))
         self._size = len(content)
@@ -121,8 +124,9 @@ class _Reader(pickle._Unpickler):
             raise ForbiddenNameError(f"changed attributes of {_title(instance)}")
         if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
             raise ValueError(f"the state of a {type(instance).__name__} must be a dictionary")
-        if hasattr(type(instance), "__setstate__"):
-            type(instance).__setstate__(instance, state)
+        kind = type(instance)
+        if hasattr(kind, "__setstate__"):
+            kind.__setstate__(instance, state)
         else:
             instance.__dict__.update(state)
 
@@ -138,26 +142,26 @@ class _Reader(pickle._Unpickler):
         load(self)
 
     def load_append(self) -> None:
-        self._into_container(self.stack[-2], pickle._Unpickler.load_append)
+        self._into_container(self.stack[-2], _Python.load_append)
 
     def load_setitem(self) -> None:
-        self._into_container(self.stack[-3], pickle._Unpickler.load_setitem)
+        self._into_container(self.stack[-3], _Python.load_setitem)
 
     def load_appends(self) -> None:
-        self._into_container(self.metastack[-1][-1], pickle._Unpickler.load_appends)
+        self._into_container(self.metastack[-1][-1], _Python.load_appends)
 
     def load_setitems(self) -> None:
-        self._into_container(self.metastack[-1][-1], pickle._Unpickler.load_setitems)
+        self._into_container(self.metastack[-1][-1], _Python.load_setitems)
 
     def load_additems(self) -> None:
-        self._into_container(self.metastack[-1][-1], pickle._Unpickler.load_additems)
+        self._into_container(self.metastack[-1][-1], _Python.load_additems)
 
-    dispatch: ClassVar = {}
+    dispatch: ClassVar[dict[int, Callable[[Any], None]]] = {}
 
 
 for _opcode in _OPCODES.split():
     _code = getattr(pickle, _opcode)[0]
-    _load = pickle._Unpickler.dispatch[_code]
+    _load = _Python.dispatch[_code]
     _Reader.dispatch[_code] = getattr(_Reader, _load.__name__)
 
 

@@ -68,7 +68,6 @@ VALUES = st.one_of(
     st.floats(),
     st.booleans(),
     st.none(),
-    st.dates(),
     st.lists(st.integers(-2, 2) | WORDS, max_size=3),
     st.dictionaries(WORDS, st.integers(), min_size=1, max_size=2),
 )

@@ -237,7 +237,8 @@ ARGUMENTS: dict[str, Any] = {
     "suite": lambda v: False,
     "task_id": lambda v: is_int(v, 0, 9) or are_ints(v, 10),
     "image_size": lambda v: is_int(v, 8, 4096),
-    "max_episode_steps": lambda v: v is None or is_int(v, 1),
+    # -1 is Gymnasium's word for no limit of its own
+    "max_episode_steps": lambda v: v is None or is_int(v, 1) or is_int(v, -1, -1),
     "settle_steps": lambda v: is_int(v, 0, 10_000),
     "init_states": lambda v: are_ints(v, STATES),
     "render_mode": lambda v: v is None,

@@ -266,7 +266,7 @@ def _checkpoint_config(
 def _tokenizer_source(given: str | None, source: Source | None, saved: dict[str, Any]) -> str:
     own = None if source is None else source.tokenizer
     hub = saved.get("tokenizer")  # its files lie beside it, so that a folder's path isn't needed
-    return given or own or (hub if is_hub_name(hub) else None) or PALIGEMMA_TOKENIZER
+    return given or own or (hub if hub and is_hub_name(hub) else None) or PALIGEMMA_TOKENIZER
 
 
 def _tokenizer_places(given: str | None, source: Source | None) -> Places:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from cfgrl_gym.algorithms.pi0.condition import Pi0CFGRLConfig
-from cfgrl_gym.algorithms.pi0.sizes import Shapes
+from cfgrl_gym.algorithms.pi0.sizes import Shapes, read_config
 
 LONGEST_CHUNK = 10_000  # no tensor tells the horizon; this many actions are minutes of motion
 # They choose code, at worst a kernel that is fetched from the hub; that is not a file's to choose.
@@ -26,7 +26,7 @@ def config_from_file(folder: Path, raw: dict[str, Any], shapes: Shapes) -> Pi0CF
             f"checkpoint '{folder}' is quantised (quantization_config), which can't be fine-tuned "
             "here; take the checkpoint it was made from"
         )
-    config = Pi0CFGRLConfig.from_dict(_without_code(raw))
+    config = read_config(folder, _without_code(raw))
     check_sizes(folder, config, shapes)
     return config
 

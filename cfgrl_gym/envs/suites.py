@@ -109,7 +109,7 @@ def select_tasks(suite: str, task_id: int | Sequence[int] | str) -> tuple[Task, 
         return tasks
     kinds = "an int, a sequence of ints or 'all'"
     one = isinstance(task_id, (int, np.integer))
-    ids = [task_id] if one else as_list("task_id", task_id, kinds)
+    ids: list[Any] = [task_id] if one else as_list("task_id", task_id, kinds)
     if not ids:
         raise ValueError("task_id is empty; give at least one task, or 'all'")
     for i in ids:
