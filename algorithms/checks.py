@@ -1,15 +1,39 @@
 """Values of CFGRL's parameters that can't work, refused with what to do instead."""
 
+import math
 from typing import TYPE_CHECKING, get_args
 
+import numpy as np
+
 from cfgrl_gym.algorithms.labels import LabelSource, Negatives
+from cfgrl_gym.envs.arguments import is_int
 
 if TYPE_CHECKING:
     from cfgrl_gym.algorithms.cfgrl import CFGRL
 
 
+_INTS = (
+    *("rloo_batch_size", "groups_per_iteration", "n_epochs", "batch_size"),
+    *("gradient_accumulation_steps", "replay_iterations"),
+)
+_OPTIONAL_INTS = ("max_groups_tried", "window_stride")
+_NUMBERS = ("early_stop_percentage", "dropout_prob", "label_threshold")
+_OPTIONAL_NUMBERS = ("positive_share", "cfg_scale", "device_memory", "prefix_memory")
+
+
 def check_parameters(algorithm: "CFGRL") -> None:
-    """:raises ValueError: for a parameter of the constructor that is out of its range."""
+    """:raises ValueError: for a parameter of the constructor that is out of its range, or is no
+    number where it should be one."""
+    for name in (*_INTS, *_OPTIONAL_INTS):
+        value = getattr(algorithm, name)
+        if not is_int(value) and not (value is None and name in _OPTIONAL_INTS):
+            raise ValueError(f"{name} must be an int; got {value!r:.100}")
+    for name in (*_NUMBERS, *_OPTIONAL_NUMBERS):
+        value = getattr(algorithm, name)
+        number = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
+        finite = number and math.isfinite(value)
+        if not finite and not (value is None and name in _OPTIONAL_NUMBERS):
+            raise ValueError(f"{name} must be a finite number; got {value!r:.100}")
     if algorithm.rloo_batch_size < 2:
         raise ValueError(
             "rloo_batch_size must be at least 2, because each episode is compared with the others "

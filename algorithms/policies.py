@@ -9,7 +9,7 @@ import os
 from abc import abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 import torch
@@ -33,6 +33,7 @@ from cfgrl_gym.algorithms.weight_average import WeightAverage
 
 Observation = np.ndarray | dict[str, np.ndarray] | Tensor | dict[str, Tensor]
 Inputs = dict[str, Tensor]
+SelfPolicy = TypeVar("SelfPolicy", bound="FlowPolicy")
 PrefixRow = dict[str, Tensor]  # what `encode_prefix` gave for one sample, batch size 1
 CFG_SCALE_VARIABLE = "PI0_CFG_SCALE"
 DETERMINISTIC_SEED = 0  # predict(deterministic=True) starts every chunk from this one noise
@@ -373,6 +374,27 @@ class FlowPolicy(BasePolicy):
         for name in ("observation_space", "action_space", "lr_schedule"):
             arguments.pop(name, None)
         return arguments
+
+    @classmethod
+    def load(  # type: ignore[override]
+        cls: type[SelfPolicy],
+        path: str,
+        device: torch.device | str = "auto",
+        *,
+        trusted: bool = False,
+    ) -> SelfPolicy:
+        """SB3's `load`, of what `policy.save` wrote: a pickle, which can run code.
+
+        :param trusted: whether it may; `CFGRL.load` and `save_pretrained` need no such trust
+        :raises ValueError: it may not
+        """
+        if not trusted:
+            raise ValueError(
+                f"'{path}' was not loaded: what policy.save writes is a pickle, which can run "
+                "code. Keep policies with CFGRL.save or save_pretrained; or, if you trust where "
+                "the file comes from: load(path, trusted=True)"
+            )
+        return super().load(path, device)
 
     def _predict(self, observation: Any, deterministic: bool = False) -> Tensor:
         noise = None

@@ -84,7 +84,7 @@ def test_learning_goes_on_after_loading_as_if_it_had_not_stopped(tmp_path):
     algorithm = make(env, learning_rate=schedule, cfg_scale=1.5).learn(40)
     algorithm.policy.cfg_scale = 2.0
     algorithm.save(tmp_path / "cfgrl")
-    loaded = CFGRL.load(tmp_path / "cfgrl", env=vec(SeedEnv, 2), device="cpu")
+    loaded = CFGRL.load(tmp_path / "cfgrl", env=vec(SeedEnv, 2), device="cpu", trusted=True)
     assert loaded.policy.cfg_scale == 2.0
     obs = np.ones((4, 2), np.float32)
     np.testing.assert_array_equal(

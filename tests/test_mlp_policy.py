@@ -73,7 +73,7 @@ def test_cfg_scale_is_saved_with_the_weights_unless_the_environment_sets_it(tmp_
     policy = make()
     policy.cfg_scale = 2.5
     policy.save(tmp_path / "policy.pt")
-    loaded = MlpPolicy.load(tmp_path / "policy.pt", device="cpu")
+    loaded = MlpPolicy.load(tmp_path / "policy.pt", device="cpu", trusted=True)
     assert loaded.cfg_scale == 2.5
     obs = np.zeros((2, 3), np.float32)
     np.testing.assert_array_equal(

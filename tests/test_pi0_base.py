@@ -139,7 +139,7 @@ def test_the_policy_alone_is_saved_whole(base: Path, tmp_path: Path) -> None:
     expected = policy.predict(make_observation(), deterministic=True)[0]
     policy.save(str(tmp_path / "policy"))
     (base / "model.safetensors").unlink()
-    again = Pi0Policy.load(str(tmp_path / "policy"), device="cpu")
+    again = Pi0Policy.load(str(tmp_path / "policy"), device="cpu", trusted=True)
     assert np.array_equal(again.predict(make_observation(), deterministic=True)[0], expected)
 
 

@@ -38,7 +38,7 @@ def test_sb3_save_and_load_predict_bit_equal(mode: str, tmp_path: Path) -> None:
         mode, norm_stats=STATS, cfg_scale=1.7, delta_actions=True, num_inference_steps=4
     )
     policy.save(str(tmp_path / "policy"))
-    again = Pi0Policy.load(str(tmp_path / "policy"), device="cpu")
+    again = Pi0Policy.load(str(tmp_path / "policy"), device="cpu", trusted=True)
     assert np.array_equal(predictions(again), predictions(policy))
     assert (again.cfg_scale, again.norm_stats) == (1.7, policy.norm_stats)
 
@@ -84,7 +84,7 @@ def test_plain_pi0_checkpoint_serves_the_full_preset(tmp_path: Path) -> None:
     assert again.config.condition_mode == "bias"
     assert np.array_equal(predictions(again), predictions(policy))
     policy.save(str(tmp_path / "sb3"))
-    loaded = Pi0Policy.load(str(tmp_path / "sb3"), device="cpu")
+    loaded = Pi0Policy.load(str(tmp_path / "sb3"), device="cpu", trusted=True)
     assert np.array_equal(predictions(loaded), predictions(policy))
 
 

@@ -312,7 +312,7 @@ def test_sb3_save_and_load_predict_bit_equal(mode: str, tmp_path: Path) -> None:
     policy = lora_policy(mode=mode)
     randomise_adapters(policy.model)
     policy.save(str(tmp_path / "policy"))
-    again = Pi0Policy.load(str(tmp_path / "policy"), device="cpu")
+    again = Pi0Policy.load(str(tmp_path / "policy"), device="cpu", trusted=True)
     assert (again.config.trainable, again.lora_rank) == ("lora", 2)
     obs = make_observation()
     actions, expected = (p.predict(obs, deterministic=True)[0] for p in (again, policy))

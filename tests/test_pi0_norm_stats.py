@@ -75,7 +75,7 @@ def _broken(part: str, key: str, value: Any) -> dict[str, Any]:
     ("data", "message"),
     [
         ('{"norm_stats": ', "is not JSON"),
-        ([1, 2], "has no 'norm_stats' \\(it has list\\)"),
+        ([1, 2], "holds a list, not an object"),
         ({"state": {}}, "has no 'norm_stats' \\(it has \\['state'\\]\\)"),
         ({"norm_stats": {"state": content()["norm_stats"]["state"]}}, "has no 'actions'"),
         (_broken("state", "std", None), "state has no 'std'"),

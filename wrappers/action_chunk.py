@@ -7,6 +7,8 @@ import numpy as np
 from gymnasium import spaces
 from gymnasium.utils import RecordConstructorArgs
 
+from cfgrl_gym.envs.arguments import LONGEST, check_action, check_int
+
 
 class ActionChunk(gym.Wrapper[Any, np.ndarray, Any, np.ndarray], RecordConstructorArgs):
     """Execute `chunk_size` actions open loop in one `step`, ending early when the episode does.
@@ -18,10 +20,10 @@ class ActionChunk(gym.Wrapper[Any, np.ndarray, Any, np.ndarray], RecordConstruct
     the observations that nobody will see.
 
     :param env: environment with a Box action of shape (dim,)
-    :param chunk_size: actions in a chunk
+    :param chunk_size: actions in a chunk, 1 to 10,000
     :param observation_stride: also give the observations after every so many steps inside a chunk,
         as `info["observations"]`, a list of (steps executed, observation); None for none
-    :raises ValueError: another kind of action space, or a size below 1
+    :raises ValueError: another kind of action space, or a size out of its range
 
     Example:
         >>> import gymnasium as gym
@@ -44,11 +46,9 @@ class ActionChunk(gym.Wrapper[Any, np.ndarray, Any, np.ndarray], RecordConstruct
         space = env.action_space
         if not isinstance(space, spaces.Box) or len(space.shape) != 1:
             raise ValueError(f"ActionChunk needs a Box action space of shape (dim,); got {space}")
-        for name, value in (("chunk_size", chunk_size), ("observation_stride", observation_stride)):
-            optional = name == "observation_stride" and value is None
-            if not optional and (not isinstance(value, (int, np.integer)) or value < 1):
-                raise ValueError(f"{name} must be an int of at least 1; got {value!r}")
-        self.chunk_size = int(chunk_size)
+        self.chunk_size = check_int("chunk_size", chunk_size, 1, LONGEST)
+        if observation_stride is not None:
+            observation_stride = check_int("observation_stride", observation_stride, 1)
         self.observation_stride = observation_stride
         low, high = (np.tile(bound, (self.chunk_size, 1)) for bound in (space.low, space.high))
         self.action_space = spaces.Box(low, high, dtype=space.dtype.type)  # type: ignore[union-attr, arg-type]
@@ -56,15 +56,12 @@ class ActionChunk(gym.Wrapper[Any, np.ndarray, Any, np.ndarray], RecordConstruct
     def step(self, action: np.ndarray) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         """Execute a chunk, (chunk_size, dim).
 
-        :raises ValueError: wrong shape, NaN or infinity; nothing has been executed then
+        :raises ValueError: wrong shape, NaN or infinity, or no numbers; nothing has been executed
+            then
         """
-        chunk = np.asarray(action)
-        if chunk.shape != self.action_space.shape:
-            raise ValueError(
-                f"a chunk must have shape {self.action_space.shape}; got {chunk.shape}"
-            )
-        if not np.isfinite(chunk).all():
-            raise ValueError("a chunk must be finite; it has NaN or infinity")
+        shape = self.action_space.shape
+        assert shape is not None
+        chunk = check_action(action, shape, "a chunk")
         rewards: list[float] = []
         dones: list[bool] = []
         observations: list[tuple[int, Any]] = []

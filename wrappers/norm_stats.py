@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from cfgrl_gym.json_files import read_json_object
+
 STATE_DIM = 8  # end-effector position (3), axis-angle (3), gripper fingers (2)
 ACTION_DIM = 7  # OSC_POSE delta (6), gripper (1)
 _FORMAT = '{"norm_stats": {"state": {"mean": [...], "std": [...]}, "actions": {...}}}'
@@ -26,7 +28,10 @@ class Moments:
             value = getattr(self, name)
             if value is None and name in ("q01", "q99"):
                 continue
-            vector = tuple(float(x) for x in value)
+            try:
+                vector = tuple(float(x) for x in value)
+            except OverflowError:  # an integer of JSON's may have any length
+                raise ValueError(f"{name} must be finite numbers") from None
             object.__setattr__(self, name, vector)
             if len(vector) != len(self.mean):
                 raise ValueError(
@@ -116,13 +121,7 @@ class NormStats:
                 "norm_stats.json for this checkpoint (in its assets folder), or compute one from "
                 "demonstrations with NormStats.compute(states, actions).save(path)"
             )
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(
-                f"norm stats file '{path}' is not JSON ({error}); expected {_FORMAT}. "
-                "Is it an unfinished download?"
-            ) from error
+        content = read_json_object(path, f"expected {_FORMAT}. Is it an unfinished download?")
         file = f"norm stats file '{path}'"
         stats = _member(content, "norm_stats", file, "the file")
         return cls(

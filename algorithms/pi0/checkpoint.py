@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cfgrl_gym.algorithms.pi0.base import Base, BaseReference, missing_base
 from cfgrl_gym.algorithms.pi0.condition import Pi0CFGRLConfig, check_condition_mode
-from cfgrl_gym.algorithms.pi0.formats import Source, read_source
+from cfgrl_gym.algorithms.pi0.formats import Source, is_hub_name, read_source
 from cfgrl_gym.algorithms.pi0.model import Pi0ForCFGRL
 from cfgrl_gym.algorithms.pi0.presets import PRESETS, TinySizes, new_model, tiny_config
 from cfgrl_gym.algorithms.pi0.shipped import SHIPPED, find_shipped
@@ -19,9 +19,11 @@ from cfgrl_gym.algorithms.pi0.tokenizer import (
     PALIGEMMA_TOKENIZER,
     ByteTokenizer,
     PaliGemmaTokenizer,
+    Places,
     PromptTokenizer,
 )
 from cfgrl_gym.algorithms.pi0.weights import DTYPES, is_conditional, load_model
+from cfgrl_gym.json_files import read_json_object
 from cfgrl_gym.wrappers.norm_stats import NormStats
 
 POLICY_FILE = "pi0_policy.json"
@@ -52,6 +54,14 @@ class Pi0PolicyConfig:
     cameras: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
+        for name in ("use_prefix_dropout", "delta_actions"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be true or false; got {getattr(self, name)!r}")
+        if not isinstance(self.tokenizer, str | Path | None):
+            raise ValueError(f"tokenizer must be a folder or hub name; got {self.tokenizer!r}")
+        cameras = () if self.cameras is None else self.cameras
+        if isinstance(cameras, str) or not all(isinstance(name, str) for name in cameras):
+            raise ValueError(f"cameras must be names of images; got {self.cameras!r}")
         if self.preset not in PRESETS:
             raise ValueError(f"preset must be one of {PRESETS}; got {self.preset!r}")
         check_condition_mode(self.condition_mode)
@@ -109,7 +119,7 @@ def build(
     if checkpoint is not None and sizes is not None:
         raise ValueError("sizes are of a new model; a checkpoint brings its own: pass only one")
     source = None if checkpoint is None else _find_source(find_shipped(checkpoint), preset, base)
-    saved = {} if source is None else _read_policy_file(source.folder, preset)
+    saved = {} if source is None else _saved_policy(source.folder, preset)
     if source is not None:
         config = _checkpoint_config(source, condition_mode, horizon)
     elif model_config is not None:
@@ -139,7 +149,7 @@ def build(
     prompts: PromptTokenizer = (
         ByteTokenizer()
         if policy_config.tokenizer is None
-        else PaliGemmaTokenizer(policy_config.tokenizer)
+        else PaliGemmaTokenizer(policy_config.tokenizer, _tokenizer_places(tokenizer, source))
     )
     if source is None:
         model = new_model(config, seed, DTYPES[policy_config.vlm_dtype])
@@ -176,23 +186,33 @@ def _first(*values: Any) -> Any:
     return next(value for value in values if value is not None)
 
 
-def _read_policy_file(folder: Path, preset: str) -> dict[str, Any]:
+def read_policy_file(folder: Path) -> dict[str, Any]:
+    """What `save_checkpoint` wrote of a policy's configuration; empty where there is none.
+
+    :raises ValueError: damaged, or from another version
+    """
     path = folder / POLICY_FILE
     if not path.is_file():
-        if preset == "tiny":
-            raise ValueError(
-                f"checkpoint '{folder}' has no {POLICY_FILE}, so it is not a tiny policy that "
-                "save_pretrained wrote; for any other PI0 checkpoint pass preset='pi0'"
-            )
         return {}
-    try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"'{path}' is not JSON ({error}); save the policy again") from error
+    saved = read_json_object(path, "save the policy again")
     expected = {field.name for field in fields(Pi0PolicyConfig)}
-    if not isinstance(saved, dict) or set(saved) | {"cameras"} != expected:
+    if set(saved) | {"cameras"} != expected:
         raise ValueError(f"'{path}' should hold {sorted(expected)}; save the policy again")
-    if saved["preset"] != preset:
+    try:
+        Pi0PolicyConfig(**saved)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"'{path}' is damaged: {error}; save the policy again") from error
+    return saved
+
+
+def _saved_policy(folder: Path, preset: str) -> dict[str, Any]:
+    saved = read_policy_file(folder)
+    if not saved and preset == "tiny":
+        raise ValueError(
+            f"checkpoint '{folder}' has no {POLICY_FILE}, so it is not a tiny policy that "
+            "save_pretrained wrote; for any other PI0 checkpoint pass preset='pi0'"
+        )
+    if saved and saved["preset"] != preset:
         raise ValueError(
             f"checkpoint '{folder}' is of preset '{saved['preset']}', not '{preset}'; "
             f"pass preset='{saved['preset']}'"
@@ -245,7 +265,16 @@ def _checkpoint_config(
 
 def _tokenizer_source(given: str | None, source: Source | None, saved: dict[str, Any]) -> str:
     own = None if source is None else source.tokenizer
-    return given or own or saved.get("tokenizer") or PALIGEMMA_TOKENIZER
+    hub = saved.get("tokenizer")  # its files lie beside it, so that a folder's path isn't needed
+    return given or own or (hub if hub and is_hub_name(hub) else None) or PALIGEMMA_TOKENIZER
+
+
+def _tokenizer_places(given: str | None, source: Source | None) -> Places:
+    """Where a tokenizer is looked for: what only a file names leads to no folder of this machine,
+    and for a local checkpoint to no network."""
+    if given or source is None or source.tokenizer == str(source.folder):
+        return "anywhere"
+    return "cache" if Path(source.name).is_dir() else "hub"
 
 
 def _find_stats(

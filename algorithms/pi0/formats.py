@@ -4,7 +4,6 @@ Only config files and the headers of weight files are read here, and of local fi
 looked up anywhere else.
 """
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +13,18 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
 from cfgrl_gym.algorithms.pi0.condition import Pi0CFGRLConfig
+from cfgrl_gym.algorithms.pi0.config_checks import check_sizes, config_from_file
+from cfgrl_gym.algorithms.pi0.members import member
 from cfgrl_gym.algorithms.pi0.sizes import Shapes, config_from_shapes, read_shapes
-from cfgrl_gym.algorithms.pi0.stats_files import lerobot_stats, openpi_stats, own_stats
+from cfgrl_gym.algorithms.pi0.stats_files import (
+    PREPROCESSOR,
+    lerobot_stats,
+    openpi_stats,
+    own_stats,
+    processor_steps,
+)
 from cfgrl_gym.algorithms.pi0.tokenizer import has_tokenizer
+from cfgrl_gym.json_files import read_json_object
 from cfgrl_gym.wrappers.norm_stats import NormStats
 from cfgrl_gym.wrappers.transforms import POSE_DIM
 
@@ -130,6 +138,18 @@ def read_source(checkpoint: str | Path) -> Source:
     """
     folder = locate(checkpoint)
     raw = _read_config(folder)
+    try:
+        return _read_source(checkpoint, folder, raw)
+    except (ValueError, OSError, MemoryError):
+        raise
+    except Exception as error:  # whatever transformers makes of a file that is no configuration
+        raise ValueError(
+            f"'{folder / 'config.json'}' is no PI0 configuration ({_first_line(error)}); download "
+            "the checkpoint again"
+        ) from error
+
+
+def _read_source(checkpoint: str | Path, folder: Path, raw: dict[str, Any]) -> Source:
     kind = raw.get("model_type", raw.get("type"))
     if kind is not None and kind != "pi0":
         other = OTHER_MODELS.get(kind)
@@ -141,7 +161,7 @@ def read_source(checkpoint: str | Path) -> Source:
     delta: bool | None = None
     tokenizer = str(folder) if has_tokenizer(folder) else None
     if "model_type" in raw:
-        form, config = "transformers", Pi0CFGRLConfig.from_dict(raw)
+        form, config = "transformers", config_from_file(folder, raw, shapes)
     elif kind == "pi0":
         form = "lerobot"
         _check_normalization(folder, raw)
@@ -154,6 +174,7 @@ def read_source(checkpoint: str | Path) -> Source:
         delta = True  # its LIBERO configuration has extra_delta_transform (training/config.py)
         horizon = raw.get("action_horizon", OPENPI_HORIZON)
         config = config_from_shapes(folder, shapes, {"chunk_size": horizon})
+    check_sizes(folder, config, shapes)
     name = str(checkpoint) if not Path(checkpoint).is_dir() else str(folder.resolve())
     return Source(name, folder, form, files, shapes, config, delta, tokenizer)
 
@@ -168,14 +189,14 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
     if single.is_file():
         return (single,)
     if index.is_file():
-        names = sorted(set(_read_json(index).get("weight_map", {}).values()))
-        missing = [name for name in names if not (folder / name).is_file()]
-        if missing or not names:
+        files = _shards(folder, index)
+        missing = [file.name for file in files if not file.is_file()]
+        if missing or not files:
             raise FileNotFoundError(
-                f"checkpoint '{folder}' lacks {len(missing)} of its {len(names)} weight files: "
+                f"checkpoint '{folder}' lacks {len(missing)} of its {len(files)} weight files: "
                 f"{', '.join(missing[:5])}; download it again"
             )
-        return tuple(folder / name for name in names)
+        return files
     if any(folder.glob("pytorch_model*.bin")):
         raise ValueError(
             f"checkpoint '{folder}' holds pytorch_model.bin, which can run code when it is read; "
@@ -189,6 +210,13 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
     raise FileNotFoundError(
         f"folder '{folder}' holds no weights (no model.safetensors); give a PI0 checkpoint"
     )
+
+
+def _shards(folder: Path, index: Path) -> tuple[Path, ...]:
+    weight_map = read_json_object(index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise ValueError(f"'{index}' has no weight_map of files; download it again")
+    return tuple(sorted({member(folder, name, index.name) for name in weight_map.values()}))
 
 
 def _check_is_pi0(name: str, shapes: Shapes) -> None:
@@ -208,20 +236,10 @@ def _check_is_pi0(name: str, shapes: Shapes) -> None:
 def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if path.is_file():
-        return _read_json(path)
+        return read_json_object(path)
     # openpi's own PyTorch trainer writes no config.json.
     weight_files(folder)
     return {}
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"'{path}' is not JSON ({error}); download it again") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"'{path}' holds a {type(content).__name__}; expected an object")
-    return content
 
 
 def _check_normalization(folder: Path, raw: dict[str, Any]) -> None:
@@ -255,12 +273,11 @@ def _lerobot_delta(folder: Path, raw: dict[str, Any]) -> bool:
 
 
 def _lerobot_tokenizer(folder: Path) -> str | None:
-    path = folder / "policy_preprocessor.json"
-    if not path.is_file():
-        return None
-    for step in _read_json(path).get("steps", []):
-        name = step.get("config", {}).get("tokenizer_name")
-        if name:
+    """The hub name of the tokenizer; a path would be one of the machine it was trained on."""
+    for step in processor_steps(folder, PREPROCESSOR):
+        settings = step.get("config")
+        name = settings.get("tokenizer_name") if isinstance(settings, dict) else None
+        if name and is_hub_name(name):
             return str(name)
     return None
 

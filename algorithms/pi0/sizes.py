@@ -64,7 +64,20 @@ def config_from_shapes(
     content["dit_config"] |= {**expert, "vocab_size": vocab_size}
     content["max_state_dim"] = named.shape("state_proj.weight")[1]
     content["max_action_dim"] = named.shape("action_in_proj.weight")[1]
-    return Pi0CFGRLConfig.from_dict({**content, **(fields or {})})
+    return read_config(folder, {**content, **(fields or {})})
+
+
+def read_config(folder: Path, content: dict[str, Any]) -> Pi0CFGRLConfig:
+    """:raises ValueError: transformers can't make a PI0 configuration of it."""
+    try:
+        return Pi0CFGRLConfig.from_dict(content)
+    except MemoryError:
+        raise
+    except Exception as error:  # errors of many kinds
+        raise ValueError(
+            f"'{folder / 'config.json'}' is no PI0 configuration ({error!r:.300}); download the "
+            "checkpoint again"
+        ) from error
 
 
 class _Named:

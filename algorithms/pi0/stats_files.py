@@ -1,18 +1,21 @@
 """Normalisation statistics as LeRobot and openpi keep them with their checkpoints."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
+from cfgrl_gym.algorithms.pi0.members import member
+from cfgrl_gym.json_files import read_json_object
 from cfgrl_gym.wrappers.norm_stats import ACTION_DIM, STATE_DIM, NormStats, moments_of
 
 STATS_FILE = "norm_stats.json"
 # LeRobot: names of the features; statistics are "<feature>.mean" and so on.
 _FEATURES = {"state": ("observation.state", STATE_DIM), "actions": ("action", ACTION_DIM)}
-_PROCESSORS = ("policy_preprocessor.json", "policy_postprocessor.json")
+PREPROCESSOR = "policy_preprocessor.json"
+_PROCESSORS = (PREPROCESSOR, "policy_postprocessor.json")
 # LeRobot before processors: the model's own buffers, dots written as underscores.
 _OLD_BUFFERS = {
     "state": ("normalize_inputs.buffer_observation_state",),
@@ -68,35 +71,46 @@ def lerobot_stats(folder: Path, weights: Sequence[Path]) -> NormStats | None:
     )
 
 
+def processor_steps(folder: Path, name: str) -> list[dict[str, Any]]:
+    """The steps of one of LeRobot's processors; none where the folder hasn't it.
+
+    :raises ValueError: damaged
+    """
+    if not (folder / name).is_file():
+        return []
+    steps = read_json_object(folder / name).get("steps")
+    if not isinstance(steps, list) or not all(isinstance(step, dict) for step in steps):
+        raise ValueError(f"'{folder / name}' is damaged (no list of steps); download it again")
+    return steps
+
+
 def _state_files(folder: Path) -> list[Path]:
     files = []
     for name in _PROCESSORS:
-        if not (folder / name).is_file():
-            continue
-        try:
-            steps = json.loads((folder / name).read_text(encoding="utf-8"))["steps"]
-            states = [step["state_file"] for step in steps if step.get("state_file")]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"'{folder / name}' is damaged ({error!r}); download it again"
-            ) from error
-        for state in states:
-            if not (folder / state).is_file():
+        for step in processor_steps(folder, name):
+            state = step.get("state_file")
+            if not state:
+                continue
+            file = member(folder, state, name)
+            if not file.is_file():
                 raise FileNotFoundError(
                     f"'{folder / name}' names {state}, which isn't there; download it, or pass "
                     "norm_stats="
                 )
-            files.append(folder / state)
+            files.append(file)
     return files
 
 
 def _read(file: Path, feature: str) -> Vectors:
-    with safe_open(file, framework="pt") as tensors:
-        names = set(tensors.keys())
-        found = {
-            key: tensors.get_tensor(f"{feature}.{key}").to(torch.float64).flatten()
-            for key in ("mean", "std", "q01", "q99")
-            if f"{feature}.{key}" in names
-        }
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            names = set(tensors.keys())
+            found = {
+                key: tensors.get_tensor(f"{feature}.{key}").to(torch.float64).flatten()
+                for key in ("mean", "std", "q01", "q99")
+                if f"{feature}.{key}" in names
+            }
+    except SafetensorError as error:
+        raise ValueError(f"'{file}' can't be read ({error}); download it again") from error
     # Older versions wrote infinity where no statistics had been set.
     return {key: vector.tolist() for key, vector in found.items() if not vector.isinf().all()}

@@ -5,7 +5,7 @@ Two tokenizers with one interface: bytes, for the tiny preset, and PaliGemma's, 
 
 import warnings
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from huggingface_hub import snapshot_download
@@ -24,6 +24,7 @@ TOKENIZER_FILES = (
     "added_tokens.json",
     "tokenizer.model",
 )
+Places = Literal["anywhere", "hub", "cache"]
 _HELP = (
     "PI0 needs PaliGemma's tokenizer: accept the licence at "
     f"https://huggingface.co/{PALIGEMMA_TOKENIZER}, download tokenizer.json, "
@@ -61,6 +62,7 @@ class PaliGemmaTokenizer:
     """PaliGemma's tokenizer, as openpi uses it (`models/tokenizer.py`).
 
     :param source: a folder that holds the tokenizer, or its name on the hub
+    :param places: "anywhere"; "hub" and its cache, but no folder; or "cache", without a network
     :raises FileNotFoundError: it isn't there, and there is no network or no permission to fetch it
     :raises ValueError: its files can't be read, or are another model's
     """
@@ -68,13 +70,18 @@ class PaliGemmaTokenizer:
     max_tokens = PALIGEMMA_PROMPT_TOKENS
     pad_to: int | None = PALIGEMMA_PROMPT_TOKENS
 
-    def __init__(self, source: str) -> None:
+    def __init__(self, source: str, places: Places = "anywhere") -> None:
         from transformers import AutoTokenizer
 
-        folder = _tokenizer_folder(source)
+        folder = _tokenizer_folder(source, places)
         try:
-            self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        except (OSError, ValueError, KeyError) as error:
+            # Without the last argument, a folder that names code of its own is a question on stdin.
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False
+            )
+        except MemoryError:
+            raise
+        except Exception as error:  # whatever the tokenizers make of a damaged file
             raise ValueError(
                 f"no tokenizer could be read from '{folder}' ({error!r}). {_HELP}"
             ) from error
@@ -99,13 +106,14 @@ def has_tokenizer(folder: Path) -> bool:
     return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
 
 
-def _tokenizer_folder(source: str) -> Path:
+def _tokenizer_folder(source: str, places: Places) -> Path:
     """Where the tokenizer's files are, fetched from the hub if need be (once: then from cache)."""
     folder = Path(source).expanduser()
-    if has_tokenizer(folder):
-        return folder
-    if folder.is_dir():
-        raise FileNotFoundError(f"folder '{source}' holds no tokenizer. {_HELP}")
+    if places == "anywhere":
+        if has_tokenizer(folder):
+            return folder
+        if folder.is_dir():
+            raise FileNotFoundError(f"folder '{source}' holds no tokenizer. {_HELP}")
     try:
         # The cache first: with the files there, a network that is down need not be waited for.
         cached = Path(snapshot_download(source, local_files_only=True))
@@ -113,6 +121,11 @@ def _tokenizer_folder(source: str) -> Path:
             return cached
     except (OSError, ValueError):  # not in the cache, or no hub name
         pass
+    if places == "cache":
+        raise FileNotFoundError(
+            f"tokenizer '{source}' is not in the hub's cache, and for a local checkpoint nothing "
+            f"is fetched unless you name it: tokenizer='{source}'. {_HELP}"
+        )
     try:
         fetched = Path(snapshot_download(source, allow_patterns=list(TOKENIZER_FILES)))
     except (OSError, ValueError) as error:

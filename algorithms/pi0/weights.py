@@ -24,14 +24,23 @@ def load_model(source: Source, config: Pi0CFGRLConfig, vlm_dtype: str) -> Pi0For
     :raises ValueError: tensors are missing, superfluous or of another shape
     """
     state = _read_state(source)
-    loaded: Any = Pi0ForCFGRL.from_pretrained(
-        None,
-        config=config,
-        state_dict=state,
-        dtype=DTYPES[vlm_dtype],
-        ignore_mismatched_sizes=True,  # counted below, with the rest
-        output_loading_info=True,
-    )
+    try:
+        loaded: Any = Pi0ForCFGRL.from_pretrained(
+            None,
+            config=config,
+            state_dict=state,
+            dtype=DTYPES[vlm_dtype],
+            ignore_mismatched_sizes=True,  # counted below, with the rest
+            output_loading_info=True,
+            local_files_only=True,
+        )
+    except MemoryError:
+        raise
+    except Exception as error:  # an activation that isn't one, heads that don't divide, ...
+        raise ValueError(
+            f"checkpoint '{source.name}': its config.json makes no model ({error!r:.300}); "
+            "download it again"
+        ) from error
     model: Pi0ForCFGRL = loaded[0]
     report: dict[str, Any] = loaded[1]
     missing = set(report["missing_keys"])
@@ -81,6 +90,12 @@ def _read_state(source: Source) -> dict[str, Tensor]:
             for name in tensors.keys():  # noqa: SIM118 (no mapping: it has keys() only)
                 if not name.removeprefix("model.").startswith(OLD_BUFFER_PREFIXES):
                     state[name] = tensors.get_tensor(name)
+    integers = [name for name, tensor in state.items() if not tensor.is_floating_point()]
+    if integers:
+        raise ValueError(
+            f"checkpoint '{source.name}' has tensors that aren't floating point "
+            f"({_some(integers)}): it is quantised or damaged; get the one it was made from"
+        )
     # transformers reads the VLM's lm_head as its embeddings, and over them where a file has both.
     # PI0 has no use for an lm_head: embeddings that are there are the ones that were trained.
     if any(name.endswith("language_model.embed_tokens.weight") for name in state):

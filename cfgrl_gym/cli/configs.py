@@ -6,6 +6,8 @@ Nothing here imports torch: `cfgrl --help` reads these classes.
 from dataclasses import dataclass
 from typing import Literal
 
+from cfgrl_gym.cli.option_checks import Options, at_least
+
 TaskId = int | list[int] | Literal["all"]
 Preset = Literal["tiny", "pi0"]
 ConditionMode = Literal["token", "bias", "concat"]
@@ -13,14 +15,8 @@ Camera = Literal["agentview", "robot0_eye_in_hand"]
 Trainable = Literal["expert", "all", "lora"]
 
 
-def _at_least(least: int, **values: int | None) -> None:
-    for name, value in values.items():
-        if value is not None and value < least:
-            raise ValueError(f"{name} must be at least {least}; got {value}")
-
-
 @dataclass(frozen=True, kw_only=True)
-class DemosConfig:
+class DemosConfig(Options):
     """Options of `cfgrl demos`.
 
     :param suite: suite of the tasks
@@ -46,12 +42,13 @@ class DemosConfig:
     out: str = "./demos"
 
     def __post_init__(self) -> None:
-        _at_least(1, demos=self.demos, image_stride=self.image_stride, workers=self.workers)
-        _at_least(8, image_size=self.image_size)
+        super().__post_init__()
+        at_least(1, demos=self.demos, image_stride=self.image_stride, workers=self.workers)
+        at_least(8, image_size=self.image_size)
 
 
 @dataclass(frozen=True, kw_only=True)
-class SftConfig:
+class SftConfig(Options):
     """Options of `cfgrl sft`.
 
     :param demos: demonstrations: an HDF5 file, a folder that is searched, or a pattern such as
@@ -128,7 +125,8 @@ class SftConfig:
     out: str | None = None
 
     def __post_init__(self) -> None:
-        _at_least(
+        super().__post_init__()
+        at_least(
             1,
             steps=self.steps,
             batch_size=self.batch_size,
@@ -139,7 +137,7 @@ class SftConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PolicyOptions:
+class PolicyOptions(Options):
     """The policy that a command starts from.
 
     :param policy: libero_tiny (comes with the package), a policy folder (what save_pretrained
@@ -163,11 +161,12 @@ class PolicyOptions:
     device: str = "auto"
 
     def __post_init__(self) -> None:
-        _at_least(1, num_inference_steps=self.num_inference_steps)
+        super().__post_init__()
+        at_least(1, num_inference_steps=self.num_inference_steps)
 
 
 @dataclass(frozen=True, kw_only=True)
-class LiberoOptions:
+class LiberoOptions(Options):
     """The environments that a command runs.
 
     :param suite: suite of the tasks
@@ -187,13 +186,14 @@ class LiberoOptions:
     n_envs: int = 1
 
     def __post_init__(self) -> None:
-        _at_least(
+        super().__post_init__()
+        at_least(
             1,
             chunk_size=self.chunk_size,
             max_episode_steps=self.max_episode_steps,
             n_envs=self.n_envs,
         )
-        _at_least(8, image_size=self.image_size)
+        at_least(8, image_size=self.image_size)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -293,9 +293,8 @@ class TrainConfig(LiberoOptions, PolicyOptions):
     resume: str | None = None
 
     def __post_init__(self) -> None:
-        LiberoOptions.__post_init__(self)
-        PolicyOptions.__post_init__(self)
-        _at_least(
+        super().__post_init__()
+        at_least(
             1,
             keep_checkpoints=self.keep_checkpoints,
             total_timesteps=self.total_timesteps,
@@ -313,6 +312,8 @@ class TrainConfig(LiberoOptions, PolicyOptions):
 class EvalConfig(LiberoOptions, PolicyOptions):
     """Options of `cfgrl eval`. Its policy may also be the model.zip of `cfgrl train`.
 
+    :param trusted: of a model.zip, load also what can run code: only for files whose origin you
+        trust. What `cfgrl train` writes needs no such trust
     :param episodes: the first so many initial states of each task. null: all (LIBERO has 50)
     :param init_states: exactly these initial states of each task, as [0,7,21], instead of episodes
     :param cfg_scale: guidance, or several values as [1,1.5,2] to compare. null: the policy's own
@@ -321,6 +322,7 @@ class EvalConfig(LiberoOptions, PolicyOptions):
     :param out: run folder. null: runs/eval-<date-time>
     """
 
+    trusted: bool = False
     episodes: int | None = None
     init_states: list[int] | None = None
     cfg_scale: float | list[float] | None = None
@@ -329,9 +331,8 @@ class EvalConfig(LiberoOptions, PolicyOptions):
     out: str | None = None
 
     def __post_init__(self) -> None:
-        LiberoOptions.__post_init__(self)
-        PolicyOptions.__post_init__(self)
-        _at_least(1, episodes=self.episodes)
+        super().__post_init__()
+        at_least(1, episodes=self.episodes)
         if self.episodes is not None and self.init_states is not None:
             raise ValueError("episodes and init_states exclude each other; give one of them")
         if self.init_states == [] or self.cfg_scale == []:
@@ -339,7 +340,7 @@ class EvalConfig(LiberoOptions, PolicyOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReportConfig:
+class ReportConfig(Options):
     """Options of `cfgrl report`.
 
     :param runs: a folder of `cfgrl train` or `cfgrl eval`, or one that is searched for them; or
@@ -355,5 +356,6 @@ class ReportConfig:
     embed_videos: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.runs:
             raise ValueError("runs must name at least one folder; got none")

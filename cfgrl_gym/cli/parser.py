@@ -1,6 +1,7 @@
 """From a command line to the function to call, with all options checked."""
 
 import argparse
+import contextlib
 import importlib
 import json
 import re
@@ -11,12 +12,15 @@ from pathlib import Path
 from typing import Any, NoReturn, get_args, get_type_hints
 
 import jsonargparse
+import yaml
 
 from cfgrl_gym._version import __version__
 from cfgrl_gym.cli import configs
 
 CONFIG_FILE = "config.yaml"  # that a run folder holds
 _CHANGED_BY_RESUMING = ("--total_timesteps", "--max_iterations")
+LARGEST_FILE = 2**20  # bytes of a configuration file
+LONGEST_MESSAGE = 1000
 _CONFIG_HELP = "YAML file with any of the options below; the command line overrides it"
 
 # jsonargparse's messages in one line, without Python's names for types.
@@ -123,8 +127,33 @@ class _Parser(jsonargparse.ArgumentParser):
         text = " ".join(message.split()).replace("Parser key ", "option ")
         for pattern, replacement in _PLAINER:
             text = re.sub(pattern, replacement, text)
-        print(f"cfgrl: error: {text} (see {prog} --help)", file=sys.stderr)
-        sys.exit(2)
+        _refuse(text, prog)
+
+
+def _refuse(text: str, prog: str) -> NoReturn:
+    shown = text if len(text) <= LONGEST_MESSAGE else f"{text[:LONGEST_MESSAGE]}..."
+    print(f"cfgrl: error: {shown} (see {prog} --help)", file=sys.stderr)
+    sys.exit(2)
+
+
+def _check_file(name: str) -> None:
+    """A configuration file, before anything is made of it.
+
+    :raises ValueError: too big, or with aliases: a few lines of them are more than any memory holds
+    :raises OSError: it can't be read
+    """
+    path = Path(name)
+    if not path.is_file():
+        return  # said by who reads it
+    with path.open("rb") as file:
+        content = file.read(LARGEST_FILE + 1)
+    if len(content) > LARGEST_FILE:
+        raise ValueError(f"it has more than {LARGEST_FILE} bytes")
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the one in Python can take minutes
+    with contextlib.suppress(yaml.YAMLError):  # also said by who reads it
+        events = yaml.parse(content.decode(), Loader=loader)
+        if any(isinstance(event, yaml.AliasEvent) for event in events):
+            raise ValueError("it has YAML aliases (*name), which are not supported")
 
 
 def _metavar(command: Command) -> str:
@@ -171,7 +200,18 @@ def parse(argv: Sequence[str]) -> Callable[[], int]:
     :raises SystemExit: with status 2 for a command line that is wrong, 0 after --help
     """
     parser = build_parser()
-    arguments = parser.parse_args(_resume(_name_words(_arrange(argv))))
+    words = _resume(_name_words(_arrange(argv)))
+    for option, value in zip(words, [*words[1:], ""], strict=False):
+        name, _, file = option.partition("=")
+        if name == "--config":
+            try:
+                _check_file(file or value)
+            except (ValueError, OSError, RecursionError) as error:
+                _refuse(f"configuration file '{file or value}': {error}", f"cfgrl {words[0]}")
+    try:
+        arguments = parser.parse_args(words)
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, for one
+        _refuse(str(error), "cfgrl")
     command = next(c for c in COMMANDS if c.name == arguments.command)
     values = arguments[command.name]
     config: Any = None
@@ -179,9 +219,7 @@ def parse(argv: Sequence[str]) -> Callable[[], int]:
         try:
             config = _configuration(command.config, values)
         except ValueError as error:
-            text = f"cfgrl: error: {error} (see cfgrl {command.name} --help)"
-            print(text, file=sys.stderr)
-            sys.exit(2)
+            _refuse(str(error), f"cfgrl {command.name}")
 
     def run() -> int:
         module = importlib.import_module(f"cfgrl_gym.cli.{command.name}")
@@ -242,8 +280,7 @@ def _resume(argv: list[str]) -> list[str]:
     elif "--help" not in names and not file.is_file():
         problem = f"no run to resume: '{file}' does not exist; give a folder that train wrote"
     if problem is not None:
-        print(f"cfgrl: error: {problem} (see cfgrl train --help)", file=sys.stderr)
-        sys.exit(2)
+        _refuse(problem, "cfgrl train")
     return ["train", "--config", str(file), *argv[1:]] if "--help" not in names else argv
 
 
@@ -268,6 +305,5 @@ def _name_words(argv: list[str]) -> list[str]:
     given = [a for a in rest if a.partition("=")[0].rstrip("+") == f"--{command.words}"]
     if given:
         text = f"give all of {command.words} in one way, not {words[0]!r} and {given[0]} both"
-        print(f"cfgrl: error: {text} (see cfgrl {command.name} --help)", file=sys.stderr)
-        sys.exit(2)
+        _refuse(text, f"cfgrl {command.name}")
     return [command.name, *rest, f"--{command.words}", json.dumps(words)]

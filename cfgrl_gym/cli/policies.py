@@ -1,6 +1,5 @@
 """Finding and building the policy that a command starts from."""
 
-import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -8,11 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from stable_baselines3.common.utils import get_device
 
 from cfgrl_gym.algorithms import CFGRL
 from cfgrl_gym.algorithms.pi0 import Pi0Policy
-from cfgrl_gym.algorithms.pi0.checkpoint import POLICY_FILE
+from cfgrl_gym.algorithms.pi0.checkpoint import POLICY_FILE, read_policy_file
 from cfgrl_gym.algorithms.pi0.formats import Source, read_source
 from cfgrl_gym.algorithms.pi0.shipped import SHIPPED, find_shipped
 from cfgrl_gym.cli.configs import EvalConfig, TrainConfig
@@ -46,7 +46,7 @@ def find_checkpoint(policy: str, preset: str | None) -> Checkpoint:
     saved: dict[str, Any] = {}
     if folder.is_dir():
         path = str(folder)
-        saved = _saved_policy(folder / POLICY_FILE)
+        saved = read_policy_file(folder)
         preset = preset or saved.get("preset", "pi0")
     elif preset != "pi0":
         raise FileNotFoundError(
@@ -64,19 +64,28 @@ def find_checkpoint(policy: str, preset: str | None) -> Checkpoint:
     )
 
 
-def _saved_policy(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        return {}
+def check_device(name: str) -> torch.device:
+    """The device of this name, or the one that "auto" chooses.
+
+    :raises ValueError: there is none
+    """
     try:
-        saved: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        saved["preset"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"'{file}' is damaged ({error!r}); save the policy again") from error
-    return saved
+        device = get_device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"device '{name}' can't be used ({reason:.200}); try auto or cpu"
+        ) from error
+    return device
 
 
 def policy_arguments(config: TrainConfig | EvalConfig, checkpoint: Checkpoint) -> dict[str, Any]:
-    """Keyword arguments of `Pi0Policy`, beside its spaces."""
+    """Keyword arguments of `Pi0Policy`, beside its spaces.
+
+    :raises ValueError: the device can't be used
+    """
+    check_device(config.device)
     arguments: dict[str, Any] = {
         "preset": checkpoint.preset,
         "checkpoint": checkpoint.path,
@@ -107,7 +116,8 @@ def load_policy(config: EvalConfig) -> Pi0Policy:
             raise FileNotFoundError(f"model '{config.policy}' does not exist")
         if config.norm_stats is not None or config.delta_actions is not None:
             raise ValueError("a model.zip brings its norm_stats and delta_actions; leave them out")
-        policy = CFGRL.load(config.policy, device=config.device).policy
+        check_device(config.device)
+        policy = CFGRL.load(config.policy, device=config.device, trusted=config.trusted).policy
         if not isinstance(policy, Pi0Policy):
             raise ValueError(f"'{config.policy}' is a {type(policy).__name__}, not a Pi0Policy")
         if config.chunk_size not in (None, policy.chunk_size):
@@ -124,7 +134,7 @@ def load_policy(config: EvalConfig) -> Pi0Policy:
     )
     arguments = policy_arguments(config, checkpoint)
     policy = Pi0Policy(*spaces, lambda _: 0.0, **arguments)
-    return policy.to(get_device(config.device))
+    return policy.to(check_device(config.device))
 
 
 @contextmanager

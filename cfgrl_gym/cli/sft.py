@@ -5,13 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from stable_baselines3.common.logger import configure
-from stable_baselines3.common.utils import get_device
 
 from cfgrl_gym.algorithms.pi0 import NormStats, Pi0Policy, TinySizes
 from cfgrl_gym.algorithms.warm_start import WarmStartConfig, demonstration_stats, warm_start
 from cfgrl_gym.cli.configs import SftConfig
 from cfgrl_gym.cli.environments import SLOT_OF_CAMERA, libero_spaces
-from cfgrl_gym.cli.policies import find_checkpoint, saving_when_stopped
+from cfgrl_gym.cli.policies import check_device, find_checkpoint, saving_when_stopped
 from cfgrl_gym.cli.progress import progress_bar
 from cfgrl_gym.cli.run_folder import POLICY_FOLDER, choose_folder, create_folder, replace_folder
 from cfgrl_gym.demos.files import Demonstration, read_demonstrations
@@ -107,7 +106,7 @@ def build_policy(config: SftConfig, demonstrations: list[Demonstration]) -> Pi0P
         ema_decay=config.ema_decay,
         seed=config.seed,
         **arguments,
-    ).to(get_device(config.device))
+    ).to(check_device(config.device))
     if compute:
         stats = demonstration_stats(
             demonstrations,

@@ -101,36 +101,66 @@ def _instruction(data: Any, path: Path) -> str:
             f"'language_instruction' ({error!r})"
         ) from error
     # Some of LIBERO's own files hold a list of characters.
+    if not isinstance(text, str | list) or not all(isinstance(part, str) for part in text):
+        raise DemonstrationFileError(f"{path}: language_instruction must be text; got {text!r:.80}")
     return "".join(text).strip().strip('"')
+
+
+def _own(group: Any, key: str, kind: type, path: Path) -> Any:
+    """A member of a group, if its content is in this file: HDF5 has three ways to show that of
+    any other file instead.
+
+    :raises DemonstrationFileError: it is somewhere else, of another kind, or not there
+    """
+    link = group.get(key, getlink=True)
+    inside = isinstance(link, h5py.HardLink)
+    member = group[key] if inside else None
+    if inside and isinstance(member, h5py.Dataset):
+        inside = member.external is None and not member.is_virtual
+    if not inside or not isinstance(member, kind):
+        raise DemonstrationFileError(
+            f"{path}: {group.name}/{key} must be a {kind.__name__.lower()} in the file itself; "
+            "links and other files are not followed"
+        )
+    return member
+
+
+def _numbers(group: Any, key: str, path: Path) -> np.ndarray:
+    dataset = _own(group, key, h5py.Dataset, path)
+    if dataset.dtype.kind not in "fiub":
+        raise DemonstrationFileError(f"{path}: {group.name}/{key} must hold numbers")
+    return np.asarray(dataset)
 
 
 def _read_one(group: Any, name: str, path: Path, prompt: str) -> Demonstration:
     missing = [key for key in ("actions", "obs") if key not in group]
-    obs = group.get("obs", {})
+    obs = _own(group, "obs", h5py.Group, path) if "obs" in group else {}
     missing += [f"obs/{key}" for key in (*_OBS_KEYS, *_IMAGE_KEYS) if key not in obs]
     if missing:
         raise DemonstrationFileError(
             f"{path}: data/{name} lacks {', '.join(missing)}; LIBERO's files have actions and "
             f"obs/{{{', '.join((*_OBS_KEYS, *_IMAGE_KEYS))}}}"
         )
-    actions = np.asarray(group["actions"], dtype=np.float64)
+    actions = np.atleast_1d(_numbers(group, "actions", path)).astype(np.float64)
     length = len(actions)
     shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
         "actions": (actions.shape, (length, 7))
     }
     arrays: dict[str, np.ndarray] = {}
     for key, width in _OBS_KEYS.items():
-        arrays[key] = np.asarray(obs[key], dtype=np.float64)
+        arrays[key] = _numbers(obs, key, path).astype(np.float64)
         shapes[f"obs/{key}"] = (arrays[key].shape, (length, width))
     for key in _IMAGE_KEYS:
-        arrays[key] = np.asarray(obs[key])
+        arrays[key] = _numbers(obs, key, path)
         shape = arrays[key].shape
         expected = (length, *shape[1:3], 3) if len(shape) == 4 else (length, -1, -1, 3)
         shapes[f"obs/{key}"] = (shape, expected)
         if arrays[key].dtype != np.uint8:
             raise DemonstrationFileError(f"{path}: data/{name}/obs/{key} must be uint8 images")
+    rendered = np.ones(length, dtype=bool)
     if RENDERED_KEY in obs:
-        shapes[f"obs/{RENDERED_KEY}"] = (obs[RENDERED_KEY].shape, (length,))
+        rendered = _numbers(obs, RENDERED_KEY, path).astype(bool)
+        shapes[f"obs/{RENDERED_KEY}"] = (rendered.shape, (length,))
     wrong = [
         f"{key} {given}, expected {want}" for key, (given, want) in shapes.items() if given != want
     ]
@@ -142,13 +172,11 @@ def _read_one(group: Any, name: str, path: Path, prompt: str) -> Demonstration:
         raise DemonstrationFileError(f"{path}: data/{name} holds NaN or infinity")
     return Demonstration(
         actions=actions,
-        states=np.asarray(group["states"]) if "states" in group else np.empty((length, 0)),
-        joint_states=np.asarray(obs["joint_states"])
+        states=_numbers(group, "states", path) if "states" in group else np.empty((length, 0)),
+        joint_states=_numbers(obs, "joint_states", path)
         if "joint_states" in obs
         else np.empty((length, 0)),
-        images_rendered=np.asarray(obs[RENDERED_KEY], dtype=bool)
-        if RENDERED_KEY in obs
-        else np.ones(length, dtype=bool),
+        images_rendered=rendered,
         prompt=prompt,
         **arrays,
     )
@@ -167,17 +195,21 @@ def read_demonstrations(path: str | Path) -> list[Demonstration]:
         )
     try:
         with h5py.File(path, "r") as file:
-            if "data" not in file or not any(n.startswith("demo_") for n in file["data"]):
+            data = _own(file, "data", h5py.Group, path) if "data" in file else {}
+            if not any(n.startswith("demo_") for n in data):
                 raise DemonstrationFileError(f"{path}: no data/demo_* group; is it a LIBERO file?")
-            data = file["data"]
             prompt = _instruction(data, path)
             names = [n for n in data if n.startswith("demo_")]
             odd = [n for n in names if not n[5:].isdecimal()]
             if odd:
                 raise DemonstrationFileError(f"{path}: data/{odd[0]} is not named demo_<number>")
             names.sort(key=lambda n: int(n[5:]))
-            return [_read_one(data[name], name, path, prompt) for name in names]
-    except OSError as error:
+            return [
+                _read_one(_own(data, name, h5py.Group, path), name, path, prompt) for name in names
+            ]
+    except DemonstrationFileError:
+        raise
+    except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:  # what HDF5 says
         raise DemonstrationFileError(
             f"{path}: not a readable HDF5 file ({error}); truncated? make or copy it again"
         ) from error

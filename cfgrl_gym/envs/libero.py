@@ -1,7 +1,7 @@
 """`Libero-v0`: a LIBERO task, or several, as an ordinary Gymnasium environment."""
 
 from collections import OrderedDict, deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,6 +12,15 @@ from gymnasium.error import ResetNeeded
 from gymnasium.vector import AutoresetMode
 from gymnasium.wrappers import TimeLimit
 
+from cfgrl_gym.envs.arguments import (
+    LARGEST_IMAGE,
+    LONGEST,
+    as_list,
+    check_action,
+    check_int,
+    check_known,
+    is_int,
+)
 from cfgrl_gym.envs.fast_simulator import build_simulator
 from cfgrl_gym.envs.rendering import QUALITIES, Quality
 from cfgrl_gym.envs.simulator import CAMERAS, LIBERO_SEED, SETTLE_STEPS, Simulator, image_key
@@ -24,6 +33,7 @@ MAX_BUILT_TASKS = 4  # compiled tasks that one environment keeps, so that switch
 BOUND = 1e6  # of metres, radians and their rates: beyond anything real, but finite
 SAMPLER_SEEDS = 2**31  # range of the placement seeds that init_states="random" draws from
 
+_INIT_STATES = "'benchmark' or 'random', or a list of the benchmark states to draw from"
 _ROBOT_KEYS = {
     "robot0_joint_pos": 7,
     "robot0_joint_pos_cos": 7,
@@ -51,9 +61,10 @@ class LiberoEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
     :param suite: a suite that the installed LIBERO has
     :param task_id: an int, a sequence of ints or "all"; with several, each episode draws one, and
         observations hold only the objects that all of them have
-    :param image_size: side of the two camera images in pixels
+    :param image_size: side of the two camera images in pixels, 8 to 4096
     :param max_episode_steps: time limit in control steps; None for the suite's own
-    :param settle_steps: control steps of no motion after a reset, outside the time limit
+    :param settle_steps: control steps of no motion after a reset, outside the time limit;
+        at most 10,000
     :param init_states: "benchmark" for the states LIBERO evaluates on, or a list of some of them
         to draw from (an episode may still be asked to start from another); "random" for its
         placement sampler: an episode's `init_state_id` is then the sampler's seed
@@ -84,38 +95,32 @@ class LiberoEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
         image_quality: Quality = "benchmark",
     ) -> None:
         if isinstance(init_states, str) and init_states not in ("benchmark", "random"):
-            raise ValueError(
-                "init_states must be 'benchmark' or 'random', or a list of the benchmark states to "
-                f"draw from; got {init_states!r}"
-            )
-        if render_mode not in (None, *RENDER_MODES):
-            raise ValueError(
-                f"render_mode must be None or one of {RENDER_MODES}; got {render_mode!r}"
-            )
-        if isinstance(cameras, str) or not cameras or set(cameras) - set(CAMERAS):
-            raise ValueError(f"cameras must be some of {CAMERAS}; got {cameras!r}")
-        if image_quality not in QUALITIES:
-            raise ValueError(f"image_quality must be one of {QUALITIES}; got {image_quality!r}")
-        limit = episode_limit(suite) if max_episode_steps is None else max_episode_steps
-        for name, value, least in (
-            ("image_size", image_size, 8),
-            ("max_episode_steps", limit, 1),
-            ("settle_steps", settle_steps, 0),
-        ):
-            if not isinstance(value, (int, np.integer)) or value < least:
-                raise ValueError(f"{name} must be an int of at least {least}; got {value!r}")
+            raise ValueError(f"init_states must be {_INIT_STATES}; got {init_states!r:.100}")
+        check_known("render_mode", render_mode, (None, *RENDER_MODES))
+        check_known("image_quality", image_quality, QUALITIES)
+        named = as_list("cameras", cameras, f"a list of some of {CAMERAS}")
+        if not named:
+            raise ValueError(f"cameras must be a list of some of {CAMERAS}; got none")
+        for camera in named:
+            check_known("each of cameras", camera, CAMERAS)
+        image_size = check_int("image_size", image_size, 8, LARGEST_IMAGE)
+        settle_steps = check_int("settle_steps", settle_steps, 0, LONGEST)
+        if max_episode_steps is not None:
+            max_episode_steps = check_int("max_episode_steps", max_episode_steps, 1)
         self._tasks: dict[int, Task] = {t.task_id: t for t in select_tasks(suite, task_id)}
         self.metadata = dict(self.metadata)  # vector environments write into it
         self.suite = suite
-        self.image_size = int(image_size)
-        self.max_episode_steps = int(limit)
-        self.settle_steps = int(settle_steps)
-        self.init_states = init_states if isinstance(init_states, str) else tuple(init_states)
+        self.image_size = image_size
+        self.max_episode_steps = max_episode_steps or episode_limit(suite)
+        self.settle_steps = settle_steps
+        self.init_states: str | tuple[int, ...] = (
+            init_states if isinstance(init_states, str) else _state_ids(init_states)
+        )
         if not isinstance(init_states, str):
             for listed_for in self._tasks:
                 self.init_state_ids(listed_for)  # says which of them there aren't
         self.render_mode = render_mode
-        self.cameras = tuple(camera for camera in CAMERAS if camera in cameras)
+        self.cameras = tuple(camera for camera in CAMERAS if camera in named)
         self.image_quality: Quality = image_quality
         # True: steps that don't end the episode repeat the last observation.
         self.skip_observations = False
@@ -186,10 +191,8 @@ class LiberoEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
 
     def _check_episode(self, task_id: int | None, init_state_id: int | None) -> None:
         for name, value in (("task_id", task_id), ("init_state_id", init_state_id)):
-            if value is not None and (
-                isinstance(value, bool) or not isinstance(value, (int, np.integer))
-            ):
-                raise ValueError(f"{name} must be an int or None; got {value!r}")
+            if value is not None and not is_int(value):
+                raise ValueError(f"{name} must be an int or None; got {value!r:.100}")
         if task_id is not None and task_id not in self._tasks:
             raise ValueError(
                 f"task_id {task_id} is not one of this environment's tasks {self.task_ids}; "
@@ -204,16 +207,23 @@ class LiberoEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
         if not 0 <= init_state_id < limit:
             raise ValueError(f"init_state_id must be in 0 to {limit - 1}; got {init_state_id}")
 
-    def _next_episode(self, options: dict[str, Any] | None) -> tuple[int, int]:
-        options = options or {}
-        unknown = set(options) - {"task_id", "init_state_id"}
+    def _check_options(self, options: Any) -> None:
+        if not isinstance(options, Mapping | None):
+            raise ValueError(
+                "reset options must be a dictionary with 'task_id' and 'init_state_id', or None; "
+                f"got {options!r:.100}"
+            )
+        unknown = [key for key in options or {} if key not in ("task_id", "init_state_id")]
         if unknown:
             raise ValueError(
-                f"reset option(s) {sorted(unknown)} unknown; use 'task_id' and 'init_state_id'"
+                f"reset option(s) {unknown!r:.100} unknown; use 'task_id' and 'init_state_id'"
             )
         if options:
+            self._check_episode(options.get("task_id"), options.get("init_state_id"))
+
+    def _next_episode(self, options: dict[str, Any] | None) -> tuple[int, int]:
+        if options:
             chosen = (options.get("task_id"), options.get("init_state_id"))
-            self._check_episode(*chosen)
         else:
             chosen = self._queue.popleft() if self._queue else (None, None)
         # Drawn even where they are given, so that what is chosen doesn't shift later draws.
@@ -232,7 +242,9 @@ class LiberoEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
 
         :param options: {"task_id": int, "init_state_id": int}, both optional
         :raises RuntimeError: the physics blow up before the first step
+        :raises ValueError: other options; the episode that runs goes on then
         """
+        self._check_options(options)
         super().reset(seed=seed)
         task_id, self._init_state_id = self._next_episode(options)
         self._task = self._tasks[task_id]
@@ -260,10 +272,11 @@ class LiberoEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
         """One control step.
 
         :param action: (7,) in [-1, 1]: OSC_POSE delta (6) and gripper (-1 opens, 1 closes)
-        :raises ValueError: wrong shape, NaN or infinity; the simulator has not moved then
+        :raises ValueError: wrong shape, NaN or infinity, or no numbers; the simulator has not
+            moved then
         :raises ResetNeeded: the episode is over
         """
-        action = check_action(action, (ACTION_DIM,))
+        action = check_action(action, (ACTION_DIM,)).astype(np.float64)
         if self._over or self._simulator is None:
             raise ResetNeeded("the episode is over, or none has begun; call reset() first")
         simulator = self._simulator
@@ -355,6 +368,13 @@ class LiberoEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
         return info if fault is None else info | {"unstable_reason": fault}
 
 
+def _state_ids(given: Any) -> tuple[int, ...]:
+    ids = as_list("init_states", given, _INIT_STATES)
+    if not all(is_int(one) for one in ids):
+        raise ValueError(f"init_states must be {_INIT_STATES}, ints; got {given!r:.100}")
+    return tuple(int(one) for one in ids)
+
+
 def limit_control_steps(env: gym.Env) -> gym.Env:
     """Give the limit that `gym.make` took for itself to the environment it is meant for.
 
@@ -366,18 +386,6 @@ def limit_control_steps(env: gym.Env) -> gym.Env:
     inner = env.unwrapped
     assert isinstance(inner, LiberoEnv)
     assert inner.spec is not None
-    inner.max_episode_steps = inner.spec.kwargs["max_episode_steps"] = env._max_episode_steps
+    limit = check_int("max_episode_steps", env._max_episode_steps, 1)
+    inner.max_episode_steps = inner.spec.kwargs["max_episode_steps"] = limit
     return env.env
-
-
-def check_action(action: Any, shape: tuple[int, ...]) -> np.ndarray:
-    """The action as float64, or a ValueError that says what is wrong with it."""
-    try:
-        array = np.asarray(action, dtype=np.float64)
-    except (TypeError, ValueError):
-        raise ValueError(f"an action must be numbers of shape {shape}; got {action!r}") from None
-    if array.shape != shape:
-        raise ValueError(f"an action must have shape {shape}; got {array.shape}")
-    if not np.isfinite(array).all():
-        raise ValueError("an action must be finite; it has NaN or infinity")
-    return array

@@ -4,6 +4,7 @@ import contextlib
 import difflib
 import functools
 import io
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from cfgrl_gym.envs.arguments import as_list, is_int
 from cfgrl_gym.envs.installation import import_libero
+from cfgrl_gym.restricted_pickle import NUMBERS, read_pickle
 
 # Control steps; openpi, examples/libero/main.py
 _LIMITS = {
@@ -67,8 +70,10 @@ def load_tasks(suite: str) -> tuple[Task, ...]:
 
     :raises ValueError: the suite is unknown; the message names the nearest ones
     """
-    if suite not in available_suites():
-        raise ValueError(f"suite {suite!r} is unknown{suggest(str(suite), available_suites())}")
+    if not isinstance(suite, str) or suite not in available_suites():
+        raise ValueError(
+            f"suite {suite!r:.100} is unknown{suggest(str(suite), available_suites())}"
+        )
     benchmark = _benchmark(suite)
     states = Path(import_libero("__init__").get_libero_path("init_states"))
 
@@ -99,16 +104,19 @@ def select_tasks(suite: str, task_id: int | Sequence[int] | str) -> tuple[Task, 
     if isinstance(task_id, str):
         if task_id != "all":
             raise ValueError(
-                f"task_id must be an int, a sequence of ints or 'all'; got {task_id!r}"
+                f"task_id must be an int, a sequence of ints or 'all'; got {task_id!r:.100}"
             )
         return tasks
-    ids = [task_id] if isinstance(task_id, (int, np.integer)) else list(task_id)
+    kinds = "an int, a sequence of ints or 'all'"
+    one = isinstance(task_id, (int, np.integer))
+    ids: list[Any] = [task_id] if one else as_list("task_id", task_id, kinds)
     if not ids:
         raise ValueError("task_id is empty; give at least one task, or 'all'")
     for i in ids:
-        if isinstance(i, bool) or not isinstance(i, (int, np.integer)) or not 0 <= i < len(tasks):
+        if not is_int(i) or not 0 <= i < len(tasks):
             raise ValueError(
-                f"task_id {i!r} is not in suite {suite!r}; it has tasks 0 to {len(tasks) - 1}: "
+                f"task_id {i!r:.100} is not in suite {suite!r}; it has tasks 0 to "
+                f"{len(tasks) - 1}: "
                 + "; ".join(f"{t.task_id} {t.prompt!r}" for t in tasks[:12])
                 + ("; ..." if len(tasks) > 12 else "")
             )
@@ -117,21 +125,43 @@ def select_tasks(suite: str, task_id: int | Sequence[int] | str) -> tuple[Task, 
 
 @functools.lru_cache(maxsize=16)
 def load_init_states(suite: str, task_id: int) -> np.ndarray:
-    """The benchmark's initial states of a task: float64 (n, 1 + nq + nv), read-only."""
-    benchmark = _benchmark(suite)
-    try:
-        states = benchmark.get_task_init_states(task_id)
-    except Exception as error:
-        if "weights_only" not in str(error):
-            raise
-        # The original LIBERO pickles its states with torch.save; recent torch refuses that by
-        # default. The file belongs to the installed package, whose code runs here anyway.
-        import torch
+    """The benchmark's initial states of a task: float64 (n, 1 + nq + nv), read-only.
 
-        states = torch.load(load_tasks(suite)[task_id].init_states_file, weights_only=False)
-    array = np.array(states, dtype=np.float64)
+    :raises ValueError: a file that holds anything but numbers, or is damaged
+    """
+    file = load_tasks(suite)[task_id].init_states_file
+    array = np.array(read_init_states(file), dtype=np.float64)
     array.setflags(write=False)
     return array
+
+
+def read_init_states(file: Path) -> np.ndarray:
+    """The array in an initial-states file, without running code: `.npz`, or the original LIBERO's.
+
+    LIBERO itself has torch unpickle the original's, where code can run. torch's restricted reading
+    would need NumPy's dtypes, by which a file's bytes can be taken for pointers.
+
+    :raises ValueError: a file that holds anything but numbers, or is damaged
+    """
+    try:
+        if file.suffix in (".npz", ".npy"):
+            loaded = np.load(file, allow_pickle=False)
+            states = loaded["states"] if file.suffix == ".npz" else loaded
+        else:
+            with zipfile.ZipFile(file) as archive:  # torch.save's
+                (name,) = (n for n in archive.namelist() if n.endswith("/data.pkl"))
+                states = read_pickle(archive.read(name), NUMBERS)
+    except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(
+            f"initial states '{file}' can't be read ({error}); expected an array of numbers as "
+            "LIBERO keeps it: install LIBERO again"
+        ) from error
+    if not isinstance(states, np.ndarray) or states.ndim != 2 or states.dtype.kind not in "fiu":
+        raise ValueError(
+            f"initial states '{file}' hold {states!r:.80}; expected an array of numbers (n, size): "
+            "install LIBERO again"
+        )
+    return states
 
 
 def episode_limit(suite: str) -> int:
