@@ -11,10 +11,12 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from cfgrl_envs import QueueEnv, vec
@@ -347,6 +349,24 @@ def test_train_resumes_after_kill_and_after_sigterm(tmp_path: Path) -> None:
     ]
     assert [e["iteration"] for e in evaluations[1]] == [0, 3]
     assert [e["results"] for e in evaluations[0]] == [e["results"] for e in evaluations[1]]
+
+
+def test_workers_that_keep_dying_end_train_with_its_state_saved(tmp_path: Path) -> None:
+    process = cfgrl(*TRAIN.split(), "--out", str(tmp_path / "run"))
+    wait_for(tmp_path / "run" / "checkpoints" / "000001", process)
+    deadline = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < deadline:
+        for server in psutil.Process(process.pid).children():
+            for worker in server.children():
+                with suppress(psutil.NoSuchProcess):
+                    worker.kill()
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 2, said
+    assert "times in a row, the last time so: worker" in said
+    assert "SIGKILL" in said
+    assert f"go on with: cfgrl train --resume {tmp_path / 'run'}" in said
+    assert "Traceback" not in said.partition("cfgrl: error")[0]
+    assert CheckpointStore(tmp_path / "run" / "checkpoints").iterations()[-1] >= 1
 
 
 def assert_events_once(run: Path) -> None:
