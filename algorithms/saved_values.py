@@ -30,6 +30,8 @@ from cfgrl_gym.wrappers.norm_stats import Moments, NormStats
 SERIALIZED = ":serialized:"  # SB3's key of a pickled value
 # Made anew from the learning rate; SB3 before 2.7 saved even a constant one as a function's code.
 REMADE = ("lr_schedule",)
+# SB3 takes a saved environment for its own, and Gymnasium imports the module in its name.
+NEVER_SAVED = ("env", "policy", "device", "_logger", "_custom_logger", "_vec_normalize_env")
 _PI0 = b"cfgrl_gym.algorithms.pi0."
 _OPTIMIZERS = (
     *(torch.optim.Adadelta, torch.optim.Adagrad, torch.optim.Adam, torch.optim.Adamax),
@@ -61,6 +63,11 @@ def read_values(text: str, path: Any, custom_objects: Mapping[str, Any]) -> dict
     for key, value in saved.items():
         if key in custom_objects:
             values[key] = custom_objects[key]
+        elif key in NEVER_SAVED:
+            raise UntrustedFileError(
+                f"'{path}' was not loaded: it has a value of '{key}', which CFGRL doesn't save; "
+                "if you trust where the file comes from: CFGRL.load(path, trusted=True)"
+            )
         elif not isinstance(value, dict) or SERIALIZED not in value:
             values[key] = value
         elif key in REMADE:

@@ -232,6 +232,35 @@ def test_a_trusted_file_runs_what_it_brings(saved: Path, tmp_path: Path) -> None
     assert mark.exists()
 
 
+def test_the_command_line_trusts_only_when_asked_to(
+    saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mark = tmp_path / "it_ran"
+    path = with_value(saved, tmp_path / "x.zip", "extra", ATTACKS["os.system"](mark))
+    assert main(["eval", "--policy", str(path)]) == 2
+    assert not mark.exists()
+    assert main(["eval", "--policy", str(path), "--trusted", "true"]) == 2
+    assert "is a MlpPolicy, not a Pi0Policy" in capsys.readouterr().err
+    assert mark.exists()
+
+
+def test_a_saved_environments_name_imports_no_module(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cfgrl_test_mine.py").write_text("open('it_ran', 'w')\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def change(parts: dict[str, bytes]) -> None:
+        data = json.loads(parts["data"]) | {"env": "cfgrl_test_mine:Pendulum-v1"}
+        parts["data"] = json.dumps(data).encode()
+
+    path = rewrite(saved, tmp_path / "x.zip", change)
+    with pytest.raises(UntrustedFileError, match="a value of 'env'"):
+        CFGRL.load(path, device="cpu")
+    assert not Path("it_ran").exists()
+
+
 def test_numpys_shared_dtypes_stay_as_they_are(saved: Path, tmp_path: Path) -> None:
     state = ("MARK", "BININT1", b"\3", *text(">"), *["NONE"] * 3)
     ends = ("BININT", b"\xff" * 4, "BININT", b"\xff" * 4, "BININT1", b"\0", "TUPLE", "BUILD")
