@@ -13,6 +13,8 @@ import os
 import random
 import shutil
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ import numpy as np
 import torch
 
 from cfgrl_gym.algorithms.cfgrl import CFGRL
+from cfgrl_gym.algorithms.policies import FlowPolicy
 from cfgrl_gym.algorithms.prefix_memory import KeptPrefix
 from cfgrl_gym.algorithms.windows import WindowBatch
 
@@ -116,22 +119,14 @@ def load_checkpoint(model: CFGRL, path: Path) -> dict[str, Any]:
     :raises ValueError: files are missing, damaged or another model's
     """
     state = _read_state(path)
-    try:
-        parts = torch.load(path / MODEL_FILE, map_location="cpu", weights_only=True)
-        replay = (
-            torch.load(path / REPLAY_FILE, weights_only=True)
-            if REPLAY_FILE in state["files"]
-            else []
-        )
+    parts = torch.load(path / MODEL_FILE, map_location="cpu", weights_only=True)
+    has_replay = REPLAY_FILE in state["files"]
+    replay = torch.load(path / REPLAY_FILE, weights_only=True) if has_replay else []
+    with _same_model(path):
         model.set_parameters(
             {"policy": parts["policy"], "policy.optimizer": parts["optimizer"]},
             device=model.device,
         )
-    except (RuntimeError, KeyError, ValueError) as error:
-        raise ValueError(
-            f"checkpoint '{path}' is of another model: {error}; give the configuration and the "
-            "policy that its training began with"
-        ) from error
     _set_generators(parts["generators"])
     model._recent = deque(_windows(batch) for batch in replay)
     counters = state["counters"]
@@ -149,6 +144,29 @@ def load_checkpoint(model: CFGRL, path: Path) -> dict[str, Any]:
     }
     about: dict[str, Any] = state["about"]
     return about
+
+
+def load_policy_state(policy: FlowPolicy, path: Path) -> None:
+    """Bring a policy alone to what it is in a checkpoint, ready to act.
+
+    :raises ValueError: files are missing, damaged or another model's
+    """
+    _read_state(path)
+    parts = torch.load(path / MODEL_FILE, map_location="cpu", weights_only=True)
+    with _same_model(path):
+        policy.load_state_dict(policy.complete_state(parts["policy"]))
+    policy.set_training_mode(False)
+
+
+@contextmanager
+def _same_model(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (RuntimeError, KeyError, ValueError) as error:
+        raise ValueError(
+            f"checkpoint '{path}' is of another model: {error}; give the configuration and the "
+            "policy that its training began with"
+        ) from error
 
 
 # Files --------------------------------------------------------------------------------------------

@@ -369,6 +369,30 @@ def test_workers_that_keep_dying_end_train_with_its_state_saved(tmp_path: Path) 
     assert CheckpointStore(tmp_path / "run" / "checkpoints").iterations()[-1] >= 1
 
 
+def test_a_checkpoint_can_be_evaluated(tmp_path: Path) -> None:
+    from cfgrl_gym.cli.configs import EvalConfig
+    from cfgrl_gym.cli.policies import load_policy
+
+    run = tmp_path / "run"
+    training = cfgrl(*TRAIN.replace("--max_iterations 3", "--max_iterations 1").split(), "--out",
+                     str(run))  # fmt: skip
+    assert training.wait(240) == 0, training.communicate()
+    policies = [
+        load_policy(EvalConfig(policy=str(folder)))
+        for folder in (run, run / "checkpoints" / "000001")
+    ]
+    states = [dict(policy.named_parameters()) for policy in policies]
+    assert list(states[0]) == list(states[1])
+    for name in states[0]:
+        assert torch.equal(states[0][name], states[1][name]), name
+    shutil.rmtree(run / "policy")  # as after a kill
+    with pytest.raises(FileNotFoundError, match=r"go on with it .* or evaluate a folder"):
+        load_policy(EvalConfig(policy=str(run)))
+    (run / "config.yaml").unlink()
+    with pytest.raises(ValueError, match=r"config.yaml' says what the checkpoint is of"):
+        load_policy(EvalConfig(policy=str(run / "checkpoints" / "000001")))
+
+
 def assert_events_once(run: Path) -> None:
     """No point of TensorBoard's curves is there twice, in whatever file."""
     from tensorboard.backend.event_processing.event_file_loader import EventFileLoader

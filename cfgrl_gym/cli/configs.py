@@ -310,7 +310,8 @@ class TrainConfig(LiberoOptions, PolicyOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig(LiberoOptions, PolicyOptions):
-    """Options of `cfgrl eval`. Its policy may also be the model.zip of `cfgrl train`.
+    """Options of `cfgrl eval`. Its policy may also be the model.zip of `cfgrl train`, or one of the
+    checkpoints in its run folder.
 
     :param trusted: of a model.zip, load also what can run code: only for files whose origin you
         trust. What `cfgrl train` writes needs no such trust

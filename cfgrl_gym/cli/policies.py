@@ -3,21 +3,23 @@
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from stable_baselines3.common.utils import get_device
 
 from cfgrl_gym.algorithms import CFGRL
+from cfgrl_gym.algorithms.checkpoints import STATE_FILE, load_policy_state
 from cfgrl_gym.algorithms.pi0 import Pi0Policy
 from cfgrl_gym.algorithms.pi0.checkpoint import POLICY_FILE, read_policy_file
 from cfgrl_gym.algorithms.pi0.formats import Source, read_source
 from cfgrl_gym.algorithms.pi0.shipped import SHIPPED, find_shipped
 from cfgrl_gym.cli.configs import EvalConfig, TrainConfig
 from cfgrl_gym.cli.environments import libero_spaces
-from cfgrl_gym.cli.run_folder import POLICY_FOLDER
+from cfgrl_gym.cli.run_folder import CHECKPOINTS_FOLDER, CONFIG_FILE, POLICY_FOLDER
 from cfgrl_gym.wrappers.two_test import CAMERA_SLOTS
 
 
@@ -45,6 +47,12 @@ def find_checkpoint(policy: str, preset: str | None) -> Checkpoint:
         folder = folder / POLICY_FOLDER
     saved: dict[str, Any] = {}
     if folder.is_dir():
+        if (folder / CHECKPOINTS_FOLDER).is_dir():
+            raise FileNotFoundError(
+                f"the training in '{folder}' was stopped before it wrote its policy; go on with "
+                f"it (cfgrl train --resume {folder}), or evaluate a folder in "
+                f"'{folder / CHECKPOINTS_FOLDER}'"
+            )
         path = str(folder)
         saved = read_policy_file(folder)
         preset = preset or saved.get("preset", "pi0")
@@ -128,13 +136,39 @@ def load_policy(config: EvalConfig) -> Pi0Policy:
         policy.num_inference_steps = config.num_inference_steps
         policy.guidance = config.guidance
         return policy
-    checkpoint = find_checkpoint(config.policy, config.preset)
+    if (Path(config.policy) / STATE_FILE).is_file():
+        return _of_training(Path(config.policy), config)
+    return _build(config, find_checkpoint(config.policy, config.preset), config.chunk_size)
+
+
+def _build(
+    config: TrainConfig | EvalConfig, checkpoint: Checkpoint, chunk_size: int | None
+) -> Pi0Policy:
     spaces = libero_spaces(
-        checkpoint.image_size, config.chunk_size or checkpoint.horizon, checkpoint.cameras
+        checkpoint.image_size, chunk_size or checkpoint.horizon, checkpoint.cameras
     )
-    arguments = policy_arguments(config, checkpoint)
-    policy = Pi0Policy(*spaces, lambda _: 0.0, **arguments)
+    policy = Pi0Policy(*spaces, lambda _: 0.0, **policy_arguments(config, checkpoint))
     return policy.to(check_device(config.device))
+
+
+def _of_training(folder: Path, config: EvalConfig) -> Pi0Policy:
+    """The policy of a training's checkpoint, which is built as the training built it."""
+    if config.norm_stats is not None or config.delta_actions is not None:
+        raise ValueError("a checkpoint has its training's norm_stats and delta_actions; leave them")
+    file = folder.parent.parent / CONFIG_FILE
+    try:
+        training = TrainConfig(**yaml.safe_load(file.read_text(encoding="utf-8")))
+    except (OSError, TypeError, yaml.YAMLError) as error:
+        raise ValueError(
+            f"'{file}' says what the checkpoint is of, and can't be read ({error}); leave "
+            "checkpoints in the run folder that they were written to"
+        ) from error
+    training = replace(training, device=config.device)
+    checkpoint = find_checkpoint(training.policy, training.preset)
+    policy = _build(training, checkpoint, config.chunk_size or training.chunk_size)
+    load_policy_state(policy, folder)
+    policy.num_inference_steps, policy.guidance = config.num_inference_steps, config.guidance
+    return policy
 
 
 @contextmanager
