@@ -36,8 +36,9 @@ COLOURS = {
 
 
 def training(study: Study, algorithm: str, task: int, seed: int) -> Training:
-    """The main task is evaluated half way too, the others before and after."""
+    """The main task is evaluated half way too, the others before and after; so is a small study's."""
     iterations = study.budget.iterations
+    half_way = task == study.main_task and not study.small
     # The controls have no conditions to draw more or less often.
     changed = {} if algorithm == "CFGRL" else {"positive_share": None}
     options = training_options(
@@ -45,7 +46,7 @@ def training(study: Study, algorithm: str, task: int, seed: int) -> Training:
         seed,
         study.budget,
         cfg_scale=COLLECTING[algorithm],
-        eval_every=max(1, iterations // 2) if task == study.main_task else iterations,
+        eval_every=max(1, iterations // 2) if half_way else iterations,
         eval_cfg_scale=CURVE[algorithm],
         **changed,
     )
