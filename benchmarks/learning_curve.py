@@ -36,7 +36,7 @@ COLOURS = {
 
 
 def training(study: Study, algorithm: str, task: int, seed: int) -> Training:
-    """The main task is evaluated half way too, the others before and after; so is a small study's."""
+    """The main task is evaluated half way too; the others, and a small study, before and after."""
     iterations = study.budget.iterations
     half_way = task == study.main_task and not study.small
     # The controls have no conditions to draw more or less often.
