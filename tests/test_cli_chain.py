@@ -77,6 +77,7 @@ def test_train_leaves_a_complete_run_folder(chain: tuple[Path, dict[str, str]]) 
     train = chain[0] / "train"
     names = {path.name.split(".")[0] if "tfevents" in path.name else path.name for path in
              train.iterdir()}  # fmt: skip
+    assert [path.name for path in (train / "checkpoints").iterdir()] == ["000001"]
     assert names == {
         "config.yaml",
         "versions.json",
@@ -87,6 +88,8 @@ def test_train_leaves_a_complete_run_folder(chain: tuple[Path, dict[str, str]]) 
         "model.zip",
         "episode.mp4",
         "evaluations.json",
+        "checkpoints",
+        ".lock",
     }
     config = yaml.safe_load((train / "config.yaml").read_text())
     assert (config["policy"], config["window_stride"], config["cfg_scale"]) == ("sft", 4, None)
