@@ -49,9 +49,9 @@ def test_the_2_test_observation_has_the_cameras_that_there_are() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"cameras": "agentview"}, "cameras must be some of"),
-        ({"cameras": []}, "cameras must be some of"),
-        ({"cameras": ["frontview"]}, r"cameras must be some of .*'frontview'"),
+        ({"cameras": "agentview"}, "cameras must be a list of some of"),
+        ({"cameras": []}, r"cameras must be a list of some of .* got none"),
+        ({"cameras": ["frontview"]}, r"each of cameras must be one of .*'frontview'"),
         ({"image_quality": "best"}, r"image_quality must be one of .*'best'"),
     ],
 )
