@@ -77,7 +77,8 @@ def plot(trained: list[dict[str, Any]], path: Path) -> None:
     )
     for axes in (left, right):
         axes.set_xscale("symlog", linthresh=1)
-        axes.set_xticks(scales, [f"{w:g}" for w in scales], fontsize=7)
+        whole = [w for w in scales if w == int(w)]  # others have no room
+        axes.set_xticks(whole, [f"{w:g}" for w in whole])
         axes.minorticks_off()
     left.set(xlabel="cfg_scale w", ylabel="success rate (95% Wilson)", ylim=(0, 1))
     gaps = [point["guidance_gap"] for point in trained]
