@@ -184,7 +184,7 @@ def test_configurations_that_are_traps(content: bytes, folder: Path) -> None:
         ["--early_stop_percentage", "7"],
         ["--ema_decay", "2"],
         ["--norm_stats", "zz"],
-        ["--condition_mode", "bias"],
+        ["--condition_mode", "token"],
         ["--eval_every", "1", "--eval_episodes", "51"],
     ],
 )
