@@ -127,30 +127,37 @@ def test_the_global_generators_go_on_too(tmp_path: Path) -> None:
     assert drawn() == first
 
 
+def train_in_child(folder: Path, ready: Any) -> None:
+    ready.send(True)
+    go_on(folder)
+
+
 def test_the_trainer_may_be_killed_at_any_moment(tmp_path: Path) -> None:
-    reference = go_on(tmp_path / "whole")
+    reference = all_state(go_on(tmp_path / "whole"))
+    store = CheckpointStore(tmp_path / "killed")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["__main__", "cfgrl_gym.algorithms.worker"])
-    rng = np.random.default_rng(0)
-    killed, seen = 0, set()
+    rng, length = np.random.default_rng(0), 0.0
+    killed, left = 0, set()
     while killed < 20:
-        process = context.Process(target=go_on, args=(tmp_path / "killed",))
+        here, there = context.Pipe()
+        process = context.Process(target=train_in_child, args=(store.folder, there))
         process.start()
-        # Most of the run is between two checkpoints that follow one another closely.
-        process.join(rng.uniform(0.05, 1.5))
+        assert here.recv()
+        began = time.monotonic()
+        process.join(rng.uniform(0, length) if length else None)  # the first one ends in peace
         if process.exitcode is None:
             process.kill()
             process.join()
             killed += 1
-        else:
-            assert process.exitcode == 0
-            if killed < 20:  # done before it could be killed as often: once more from an early one
-                for iteration in CheckpointStore(tmp_path / "killed").iterations()[1:]:
-                    shutil.rmtree(CheckpointStore(tmp_path / "killed").path(iteration))
-        seen |= set(CheckpointStore(tmp_path / "killed").iterations())
-    again = go_on(tmp_path / "killed")
-    assert len(seen) > 3
-    assert_equal_states(all_state(reference), all_state(again))
+            left |= set(store.iterations()[-1:])
+            continue
+        assert process.exitcode == 0  # done before it could be killed: right, and begin anew
+        length = length or time.monotonic() - began
+        assert_equal_states(reference, all_state(go_on(store.folder)))
+        shutil.rmtree(store.folder)
+    assert len(left) > 3
+    assert_equal_states(reference, all_state(go_on(store.folder)))
 
 
 def test_the_last_ones_and_the_best_are_kept(tmp_path: Path) -> None:

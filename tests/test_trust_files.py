@@ -247,8 +247,16 @@ def attempts(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         tried.append(target)
         raise OSError("no network in this test")
 
+    def refuse_unless_local(method: Any) -> Any:
+        def call(self: socket.socket, *target: Any) -> Any:
+            if self.family == socket.AF_UNIX:  # to a process of this machine, a worker's
+                return method(self, *target)
+            return refuse(*target)
+
+        return call
+
     for name in ("connect", "connect_ex", "sendto"):
-        monkeypatch.setattr(socket.socket, name, refuse)
+        monkeypatch.setattr(socket.socket, name, refuse_unless_local(getattr(socket.socket, name)))
     for name in ("getaddrinfo", "gethostbyname"):
         monkeypatch.setattr(socket, name, refuse)
     return tried

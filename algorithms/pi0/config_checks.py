@@ -8,8 +8,12 @@ from cfgrl_gym.algorithms.pi0.condition import Pi0CFGRLConfig
 from cfgrl_gym.algorithms.pi0.sizes import Shapes, read_config
 
 LONGEST_CHUNK = 10_000  # no tensor tells the horizon; this many actions are minutes of motion
-# They choose code, at worst a kernel that is fetched from the hub; that is not a file's to choose.
-_CODE = ("attn_implementation", "experts_implementation", "auto_map", "use_kernels")
+# They choose code, at worst a kernel that is fetched from the hub, or what a pass gives out beside
+# its result; neither is a file's to choose.
+_NOT_ITS_TO_CHOOSE = (
+    *("attn_implementation", "experts_implementation", "auto_map", "use_kernels"),
+    *("output_attentions", "output_hidden_states", "return_dict"),
+)
 
 
 def config_from_file(folder: Path, raw: dict[str, Any], shapes: Shapes) -> Pi0CFGRLConfig:
@@ -26,20 +30,21 @@ def config_from_file(folder: Path, raw: dict[str, Any], shapes: Shapes) -> Pi0CF
             f"checkpoint '{folder}' is quantised (quantization_config), which can't be fine-tuned "
             "here; take the checkpoint it was made from"
         )
-    config = read_config(folder, _without_code(raw))
+    config = read_config(folder, _description(raw))
     check_sizes(folder, config, shapes)
     return config
 
 
-def _without_code(raw: Any) -> Any:
+def _description(raw: Any) -> Any:
+    """What describes the model: all but `_NOT_ITS_TO_CHOOSE`."""
     if isinstance(raw, list):
-        return [_without_code(value) for value in raw]
+        return [_description(value) for value in raw]
     if not isinstance(raw, dict):
         return raw
     return {
-        key: _without_code(value)
+        key: _description(value)
         for key, value in raw.items()
-        if not key.lstrip("_").startswith(_CODE)
+        if not key.lstrip("_").startswith(_NOT_ITS_TO_CHOOSE)
     }
 
 
