@@ -106,6 +106,9 @@ def legend_on_top(figure: Figure, handles: Sequence[Any], labels: Sequence[str])
         return
     widest = max(map(len, labels)) + 7
     columns = max(1, min(len(labels), int(125 // widest)))
+    rows = -(-len(labels) // columns)
+    # The panels keep the height that they were made for, but for one row.
+    figure.set_figheight(figure.get_figheight() + 0.2 * (rows - 1))
     figure.legend(
         handles,
         labels,
