@@ -27,7 +27,7 @@ class SlowEnv(QueueEnv):
     """`QueueEnv` that takes its time, so that there is a moment to be killed at."""
 
     def step(self, action: np.ndarray) -> Any:
-        time.sleep(0.02)
+        time.sleep(0.04)
         return super().step(action)
 
 

@@ -109,11 +109,11 @@ def test_a_dictionary_of_observations_and_ppo() -> None:
         ("raise", "the arm fell off"),
         ("abort", "SIGABRT.*Fatal Python error"),
         ("exit", "exit code 7"),
-        ("hang", "no answer in 1 seconds"),
+        ("hang", "no answer in 3 seconds"),
     ],
 )
 def test_a_worker_that_fails_is_replaced_and_its_episode_is_lost(fault: str, said: str) -> None:
-    env = fragile(fault, timeout=1)
+    env = fragile(fault, timeout=3)
     env.reset()
     env.step(actions(0, 0, 0))
     with pytest.warns(UserWarning, match="(?s)" + said):
