@@ -1,9 +1,9 @@
 """Two workers for 2,000 chunks over mixed tasks: does anything grow, does anything change?
 
 The first and the last 100 episodes start from one initial state with the same actions; in between
-are episodes of more tasks than an environment keeps built, so that simulators come and go. Every
-episode's observations and rewards are hashed; memory (proportional set size) and open files of all
-processes are noted every 20 chunks. Writes <results>/soak.json and says whether memory and files
+are episodes of six tasks, three of them for each worker. Every episode's observations and rewards
+are hashed; memory (proportional set size) and open files of all processes are noted every 20
+chunks. Writes <results>/soak.json and says whether memory and files
 stayed within 5% of their median after the warm-up, and whether the 200 episodes are equal bit for
 bit.
 
@@ -158,7 +158,7 @@ def main() -> None:
         hashes, samples = run(env, args.chunks)
     finally:
         env.close()
-    # Warm: every task has been built, evicted and built again.
+    # Warm: every task has been built, and each has come several times.
     warm = CHUNKS_OF_EPISODE * (SAME_EPISODES + 6 * WORKERS * len(TASKS))
     rows = steadiness(samples, warm)
     first = [hashes[i] for i in range(SAME_EPISODES)]
