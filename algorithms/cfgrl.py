@@ -244,11 +244,12 @@ class CFGRL(SavesWhatWasTrained, OnPolicyAlgorithm):
         """
         self.policy.set_training_mode(False)
         self.windows = None
-        while len(self._recent) > self.replay_iterations:
-            self._recent.popleft().forget_prefixes()
         for earlier in self._recent:
-            # Computed anew, as after a resumption: other batches round otherwise.
+            # Replayed ones too: computed anew, as after a resumption, for other batches round
+            # otherwise.
             earlier.forget_prefixes()
+        while len(self._recent) > self.replay_iterations:
+            self._recent.popleft()
         plan = self._draw_plan(env)
         collector = Collector(env, self.policy, plan, self._noise, self.cfg_scale, self._prefixes)
         selection = Selection([], [], complete=False)

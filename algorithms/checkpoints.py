@@ -25,6 +25,7 @@ from cfgrl_gym.algorithms.cfgrl import CFGRL
 from cfgrl_gym.algorithms.policies import FlowPolicy
 from cfgrl_gym.algorithms.prefix_memory import KeptPrefix
 from cfgrl_gym.algorithms.windows import WindowBatch
+from cfgrl_gym.whole_files import replace_file, sha256
 
 FORMAT = 1
 STATE_FILE, MODEL_FILE, REPLAY_FILE, SCORE_FILE = (
@@ -86,9 +87,7 @@ class CheckpointStore:
         """Note how well a checkpoint's policy does, which decides on the best one."""
         folder = self.path(iteration)
         if folder.is_dir():
-            new = folder / f".{SCORE_FILE}.new"
-            new.write_text(json.dumps({"success_rate": success_rate}) + "\n", encoding="utf-8")
-            new.replace(folder / SCORE_FILE)
+            replace_file(folder / SCORE_FILE, json.dumps({"success_rate": success_rate}) + "\n")
 
     def success_rate(self, iteration: int) -> float:
         """What `rate` noted; below all others where it noted nothing."""
@@ -184,7 +183,7 @@ def _write(folder: Path, model: CFGRL, about: dict[str, Any]) -> None:
         _save([_tensors(batch) for batch in recent], folder / REPLAY_FILE)
     state = {
         "format": FORMAT,
-        "files": {file.name: _digest(file) for file in sorted(folder.iterdir())},
+        "files": {file.name: sha256(file) for file in sorted(folder.iterdir())},
         "counters": {
             "iteration": model._iteration,
             "entropy": model._entropy,
@@ -230,17 +229,9 @@ def _read_state(path: Path) -> dict[str, Any]:
         )
     for name, digest in state["files"].items():
         file = path / name
-        if not file.is_file() or _digest(file) != digest:
+        if not file.is_file() or sha256(file) != digest:
             raise ValueError(f"'{file}' is missing or damaged (wrong checksum); {remedy}")
     return state
-
-
-def _digest(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while part := stream.read(1 << 20):
-            digest.update(part)
-    return digest.hexdigest()
 
 
 def _digest_of(state: dict[str, Any]) -> str:

@@ -101,8 +101,9 @@ class WorkerVecEnv(VecEnv):
         for index in self._indices_of(number):
             self._lost.setdefault(index, reason)
         for index, name, value in self._attributes:
-            if index % len(self.workers) == number:
-                worker.ask("set", index // len(self.workers), name, value)
+            holder, place = self._place(index)
+            if holder == number:
+                worker.ask("set", place, name, value)
                 worker.answer()
 
     def _reset(self, how: dict[int, dict[str, Any]]) -> None:

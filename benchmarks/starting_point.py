@@ -10,7 +10,6 @@ is the cheaper one to draw without a GPU. Writes <out>/sft/policy and
 """
 
 import argparse
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from study_settings import EVALUATION_SEED, N_ENVS
 
 from cfgrl_gym.cli import demos, sft
 from cfgrl_gym.cli.configs import DemosConfig, SftConfig
+from cfgrl_gym.whole_files import sha256
 
 TASKS = {"libero_object": [0, 5, 6, 8], "libero_goal": [6]}
 IMAGE_SIZE = 112
@@ -80,7 +80,7 @@ def forget_condition(folder: Path) -> None:
 def write_checksums(folder: Path) -> None:
     """In the format of sha256sum, which can check them: sha256sum -c SHA256SUMS."""
     lines = [
-        f"{hashlib.sha256(file.read_bytes()).hexdigest()}  {file.name}\n"
+        f"{sha256(file)}  {file.name}\n"
         for file in sorted(folder.iterdir())
         if file.suffix in (".json", ".safetensors")
     ]

@@ -9,11 +9,12 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import pytest
+import test_malformed_inputs
 import torch
 import yaml
 from cfgrl_envs import QueueEnv, vec
@@ -30,16 +31,7 @@ from cfgrl_gym.cli.configs import TrainConfig
 from cfgrl_gym.cli.policies import find_checkpoint
 from cfgrl_gym.demos.files import DemonstrationFileError, read_demonstrations
 
-REFUSED = (ValueError, FileNotFoundError)
-
-
-def refusal(call: Callable[[], Any]) -> str | None:
-    """What the error says that a file is refused with; any other error is the test's failure."""
-    try:
-        call()
-    except REFUSED as error:
-        return str(error)
-    return None
+refusal = partial(test_malformed_inputs.refusal, kinds=(ValueError, FileNotFoundError))
 
 
 def damaged(content: bytes, draw: Any, beyond: int = 0) -> bytes:

@@ -47,11 +47,11 @@ def chunked() -> Iterator[gym.Env]:
         yield env
 
 
-def refusal(call: Callable[[], Any]) -> str | None:
+def refusal(call: Callable[[], Any], kinds: tuple[type[Exception], ...] = REFUSED) -> str | None:
     """What the error says that an input is refused with; any other error is the test's failure."""
     try:
         call()
-    except REFUSED as error:
+    except kinds as error:
         return str(error)
     return None
 

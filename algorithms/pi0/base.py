@@ -1,9 +1,10 @@
 """The base of a fine-tuned policy: the checkpoint whose frozen weights are kept nowhere else."""
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from cfgrl_gym.whole_files import sha256
 
 
 @dataclass(frozen=True)
@@ -80,15 +81,6 @@ def missing_base(expected: BaseReference, name: str, reason: Exception) -> FileN
         f"'{name}' ({reason}). If it is elsewhere now: CFGRL.load(path, checkpoint=NEW_FOLDER); "
         f"its weights have sha256 {_beginnings(expected.sha256)}"
     )
-
-
-def sha256(file: Path) -> str:
-    """Hexadecimal SHA-256 of a file."""
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while block := stream.read(2**24):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _beginnings(hashes: dict[str, str]) -> str:

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from cfgrl_gym.algorithms.pi0.base import sha256
+from cfgrl_gym.whole_files import sha256
 
 # libero_tiny: a tiny PI0 that succeeds sometimes. What it is and how it was made stands beside it.
 SHIPPED = ("libero_tiny",)

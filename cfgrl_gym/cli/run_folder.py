@@ -16,6 +16,8 @@ from typing import Any
 
 import yaml
 
+from cfgrl_gym.whole_files import replace_file
+
 CONFIG_FILE = "config.yaml"
 POLICY_FOLDER = "policy"
 CHECKPOINTS_FOLDER = "checkpoints"
@@ -97,13 +99,6 @@ def write_config(path: Path, config: Any) -> None:
     """Every option with its value, as a file for --config."""
     text = yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True)
     replace_file(path, text)
-
-
-def replace_file(path: Path, text: str) -> None:
-    """Write a file that takes the place of `path` only when it is complete."""
-    new = path.with_name(f".{path.name}.new")
-    new.write_text(text, encoding="utf-8")
-    new.replace(path)
 
 
 def replace_folder(path: Path, write: Callable[[Path], None]) -> None:
