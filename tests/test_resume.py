@@ -133,27 +133,35 @@ def train_in_child(folder: Path, ready: Any) -> None:
 
 
 def test_the_trainer_may_be_killed_at_any_moment(tmp_path: Path) -> None:
+    began = time.monotonic()
     reference = all_state(go_on(tmp_path / "whole"))
+    iteration = (time.monotonic() - began) / ITERATIONS  # seconds
     store = CheckpointStore(tmp_path / "killed")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["__main__", "cfgrl_gym.algorithms.worker"])
-    rng, length = np.random.default_rng(0), 0.0
+    rng = np.random.default_rng(0)
     killed, left = 0, set()
+
+    def last() -> int:
+        return max(store.iterations(), default=0)
+
     while killed < 20:
         here, there = context.Pipe()
         process = context.Process(target=train_in_child, args=(store.folder, there))
         process.start()
         assert here.recv()
-        began = time.monotonic()
-        process.join(rng.uniform(0, length) if length else None)  # the first one ends in peace
+        # A random moment within one of the next few iterations, its checkpoint's writing included.
+        target = last() + int(rng.integers(4))
+        while process.is_alive() and last() < target:
+            time.sleep(0.001)
+        process.join(rng.uniform(0, iteration))
         if process.exitcode is None:
             process.kill()
             process.join()
             killed += 1
-            left |= set(store.iterations()[-1:])
+            left.add(last())
             continue
         assert process.exitcode == 0  # done before it could be killed: right, and begin anew
-        length = length or time.monotonic() - began
         assert_equal_states(reference, all_state(go_on(store.folder)))
         shutil.rmtree(store.folder)
     assert len(left) > 3
