@@ -366,9 +366,14 @@ def test_train_resumes_after_kill_and_after_sigterm(tmp_path: Path) -> None:
     assert [e["results"] for e in evaluations[0]] == [e["results"] for e in evaluations[1]]
 
 
-def test_workers_that_keep_dying_end_train_with_its_state_saved(tmp_path: Path) -> None:
-    process = cfgrl(*TRAIN.split(), "--out", str(tmp_path / "run"))
-    wait_for(tmp_path / "run" / "checkpoints" / "000001", process)
+@pytest.mark.parametrize(("since", "iteration"), [("checkpoints/000001", 1), (".lock", 0)])
+def test_workers_that_keep_dying_end_train_with_its_state_saved(
+    tmp_path: Path, since: str, iteration: int
+) -> None:
+    # Without evaluations the first reset of all is the training's own, before it has begun.
+    options = TRAIN.replace("--eval_every 3 --eval_episodes 1 ", "")
+    process = cfgrl(*options.split(), "--out", str(tmp_path / "run"))
+    wait_for(tmp_path / "run" / since, process)
     deadline = time.monotonic() + 120
     while process.poll() is None and time.monotonic() < deadline:
         for server in psutil.Process(process.pid).children():
@@ -381,7 +386,7 @@ def test_workers_that_keep_dying_end_train_with_its_state_saved(tmp_path: Path) 
     assert "SIGKILL" in said
     assert f"go on with: cfgrl train --resume {tmp_path / 'run'}" in said
     assert "Traceback" not in said.partition("cfgrl: error")[0]
-    assert CheckpointStore(tmp_path / "run" / "checkpoints").iterations()[-1] >= 1
+    assert CheckpointStore(tmp_path / "run" / "checkpoints").iterations()[-1] >= iteration
 
 
 def test_a_checkpoint_can_be_evaluated(tmp_path: Path) -> None:

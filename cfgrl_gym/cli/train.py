@@ -173,6 +173,7 @@ def run(config: TrainConfig, algorithm: type[CFGRL] = CFGRL) -> Path:
 def _learn(model: CFGRL, config: TrainConfig, out: Path, between: BetweenIterations) -> None:
     """To the end, or to a state from which `--resume` goes on."""
     iterations = config.max_iterations
+    between.init_callback(model)  # SB3 resets the environments first, and that may fail already
     try:
         model.learn(
             config.total_timesteps - model.num_timesteps,  # SB3 counts on from those that were made
