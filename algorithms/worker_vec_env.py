@@ -68,7 +68,8 @@ class WorkerVecEnv(VecEnv):
         try:
             for worker in self.workers:
                 worker.ask("spaces")
-            offered = [worker.answer() for worker in self.workers]
+            self.num_envs = len(env_fns)
+            offered = [self._answer(number, "spaces") for number in range(count)]
             super().__init__(len(env_fns), *offered[0])
         except BaseException:
             self.close()
@@ -104,7 +105,7 @@ class WorkerVecEnv(VecEnv):
             holder, place = self._place(index)
             if holder == number:
                 worker.ask("set", place, name, value)
-                worker.answer()
+                self._answer(number, "set", place, name, value)
 
     def _reset(self, how: dict[int, dict[str, Any]]) -> None:
         """Reset environments, each with its keyword arguments, in all workers at once."""
@@ -136,12 +137,17 @@ class WorkerVecEnv(VecEnv):
 
     def _one(self, index: int, name: str, *args: Any) -> Any:
         number, place = self._place(index)
+        self.workers[number].ask(name, place, *args)
+        return self._answer(number, name, place, *args)
+
+    def _answer(self, number: int, name: str, *args: Any) -> Any:
+        """A worker's answer to this request; one that dies over it is replaced and asked again."""
         while True:
-            self.workers[number].ask(name, place, *args)
             try:
                 return self.workers[number].answer()
             except WorkerError as error:
                 self._replace(number, error)
+                self.workers[number].ask(name, *args)
 
     # VecEnv -----------------------------------------------------------------------------------
 

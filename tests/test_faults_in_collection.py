@@ -132,8 +132,8 @@ def test_real_libero_goes_on_with_the_same_numbers() -> None:
     }
     makers = [partial(gym.make, "cfgrl_gym:LiberoChunked-v0", **arguments)] * 2
     results = []
-    for faults in (0, 2):
-        env = WorkerVecEnv(makers, workers=2)
+    for faults in ((), (signal.SIGKILL, signal.SIGSTOP)):
+        env = WorkerVecEnv(makers, workers=2, timeout=30)  # a stopped process is one that hangs
         algorithm = Recorded(
             "Pi0Policy",
             env,
@@ -144,14 +144,17 @@ def test_real_libero_goes_on_with_the_same_numbers() -> None:
             seed=0,
             device="cpu",
         )
+        due = dict(zip((2, 5), faults, strict=False))  # in the middle of episodes
         steps = itertools.count(1)
 
-        def kill(_: Any, __: Any, env: Any = env, steps: Any = steps, n: int = faults) -> bool:
-            if next(steps) in (2, 6)[:n]:
-                os.kill(env.workers[0].pid, signal.SIGKILL)
+        def fault(_: Any, __: Any, env: Any = env, steps: Any = steps, due: Any = due) -> bool:
+            step = next(steps)
+            if step in due:
+                os.kill(env.workers[0].pid, due.pop(step))
             return True
 
-        results.append(algorithm.learn(10**6, callback=kill, max_iterations=1))
+        results.append(algorithm.learn(10**6, callback=fault, max_iterations=1))
+        assert not due
         env.close()
     assert_same(*results)
     assert [r.num_episodes for r in results] == [6, 6]

@@ -320,7 +320,13 @@ def wait_for(path: Path, process: "subprocess.Popen[str]") -> None:
         time.sleep(0.02)
 
 
-def test_train_resumes_after_kill_and_after_sigterm(tmp_path: Path) -> None:
+def workers_of(process: "subprocess.Popen[str]") -> list[psutil.Process]:
+    """Those that its server has forked."""
+    servers = psutil.Process(process.pid).children()
+    return [worker for server in servers for worker in server.children()]
+
+
+def test_train_resumes_after_kill_and_after_signals(tmp_path: Path) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     done = cfgrl(*TRAIN.split(), "--out", str(whole))
     assert done.wait(300) == 0, done.communicate()
@@ -343,6 +349,19 @@ def test_train_resumes_after_kill_and_after_sigterm(tmp_path: Path) -> None:
     assert f"go on with: cfgrl train --resume {parts}" in said
     assert "Traceback" not in said
     assert (parts / "policy" / "model.safetensors").is_file()
+
+    # As a terminal does it: Ctrl-C reaches the workers too, which are only just being made.
+    fourth = cfgrl("train", "--resume", str(parts), start_new_session=True)
+    deadline = time.monotonic() + 120
+    while f"{fourth.pid}\n" != (parts / ".lock").read_text() or not workers_of(fourth):
+        assert fourth.poll() is None, fourth.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    os.killpg(fourth.pid, signal.SIGINT)
+    assert fourth.wait(120) == 128 + signal.SIGINT
+    said = fourth.communicate()[1]
+    assert "Traceback" not in said
+    assert CheckpointStore(parts / "checkpoints").iterations()[-1] == 2
 
     last = cfgrl("train", "--resume", str(parts))
     assert last.wait(300) == 0, last.communicate()
@@ -376,10 +395,9 @@ def test_workers_that_keep_dying_end_train_with_its_state_saved(
     wait_for(tmp_path / "run" / since, process)
     deadline = time.monotonic() + 120
     while process.poll() is None and time.monotonic() < deadline:
-        for server in psutil.Process(process.pid).children():
-            for worker in server.children():
-                with suppress(psutil.NoSuchProcess):
-                    worker.kill()
+        for worker in workers_of(process):
+            with suppress(psutil.NoSuchProcess):
+                worker.kill()
     said = process.communicate(timeout=60)[1]
     assert process.returncode == 2, said
     assert "times in a row, the last time so: worker" in said

@@ -6,6 +6,8 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
@@ -199,6 +201,33 @@ def test_what_a_caller_does_wrong_is_told_the_caller_and_costs_nothing() -> None
 
     with pytest.raises(LookupError, match="no such robot"):
         WorkerVecEnv([broken])
+
+
+def dies_when_made(marks: Path, times: int) -> gym.Env[Any, Any]:
+    """An environment whose process is killed while it makes it, so many times."""
+    mark = marks / str(len(list(marks.iterdir())))
+    if mark.name != str(times):
+        mark.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return Fragile()
+
+
+def test_a_worker_that_dies_while_it_makes_its_environments_is_replaced(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="SIGKILL"):
+        env = WorkerVecEnv([Fragile, partial(dies_when_made, tmp_path, 2)], workers=2)
+    assert len(list(tmp_path.iterdir())) == 2
+    assert env.reset().tolist() == [[0, 0], [0, 0]]
+    _, _, dones, infos = env.step(actions(0, 0))
+    assert not dones.any()
+    assert not any(LOST in info for info in infos)
+    env.close()
+
+
+@pytest.mark.filterwarnings("ignore:worker")
+def test_one_that_always_does_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(WorkerError, match=r"3 times in a row.*SIGKILL"):
+        WorkerVecEnv([partial(dies_when_made, tmp_path, 100)])
+    assert len(list(tmp_path.iterdir())) == 3
 
 
 def test_workers_end_with_their_parent_even_while_they_hang() -> None:
