@@ -93,9 +93,10 @@ def make_evaluation(
     policy: str = "runs/sft",
     suite: str = "libero_object",
     videos: Sequence[str] = (),
+    **options: Any,
 ) -> Path:
     """A folder of `cfgrl eval`."""
-    make_run(folder, EvalConfig(policy=policy, suite=suite))
+    make_run(folder, EvalConfig(policy=policy, suite=suite, **options))
     content = {"policy": policy, "suite": suite, "results": list(results)}
     (folder / "eval.json").write_text(json.dumps(content))
     for name in videos:

@@ -149,6 +149,36 @@ def test_a_start_that_was_measured_again_counts_once(
     assert [p["n_episodes"] for p in curve["pooled"]] == [episodes, 30]
 
 
+def test_evaluations_with_other_noise_are_pooled_and_other_guidance_is_another_setting(
+    tmp_path: Path,
+) -> None:
+    folder = str(make_training(tmp_path / "a"))
+    scales = [(1.0, 4, 0.25), (2.0, 6, 0.25), (3.0, 5, 0.5)]
+    for seed in (7, 8):
+        results = [one_task(w, s + seed - 7, 10, noise=seed, gap=gap) for w, s, gap in scales]
+        make_evaluation(tmp_path / f"e{seed}", results, policy=folder, seed=seed)
+    # A part of what is there already, as the seed says.
+    make_evaluation(tmp_path / "again", [one_task(2.0, 1, 5)], policy=folder, seed=8)
+    action = [one_task(2.0, 1, 10)]
+    make_evaluation(tmp_path / "action", action, policy=folder, seed=7, guidance="action")
+    data, page = report(tmp_path)
+    counted = {
+        (row["guidance"], row["cfg_scale"]): (row["after"]["successes"], row["after"]["n_episodes"])
+        for row in data["comparisons"]
+    }
+    assert counted == {
+        ("velocity", 1.0): (9, 20),
+        ("velocity", 2.0): (13, 20),
+        ("velocity", 3.0): (11, 20),
+        ("action", 2.0): (1, 10),
+    }
+    assert data["comparisons"][-2]["after"]["policies"] == 1
+    (sweep,) = data["guidance_sweeps"]
+    assert [point["n_episodes"] for point in sweep["points"]] == [20, 20, 20]
+    assert [point["guidance_gap"] for point in sweep["points"]] == [0.25, 0.25, 0.5]
+    assert "libero_object task 0, guidance action" in page
+
+
 def test_of_several_evaluations_of_a_policy_the_largest_counts(tmp_path: Path) -> None:
     last = (3, 100, 60.0, [one_task(1.0, 1, 90)])
     training = make_training(tmp_path / "a", evaluations=[(0, 0, 0.0, [one_task(1.0, 1, 9)]), last])

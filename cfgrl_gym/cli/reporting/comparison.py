@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from cfgrl_gym.cli.reporting.methods import Method, plain_policy, value_text
 from cfgrl_gym.cli.reporting.rates import Pooled, Rate, total, verdict
-from cfgrl_gym.cli.reporting.runs import EvaluationRun, Result, Run, Runs, Setting, Training
+from cfgrl_gym.cli.reporting.runs import EvaluationRun, Result, Runs, Setting, Training
 from cfgrl_gym.cli.run_folder import MODEL_FILE
 
 # Options of an evaluation that change what is measured; null is the policy's own.
@@ -22,8 +22,7 @@ class Measured:
 
     setting: Setting
     result: Result
-    source: str
-    run: Run
+    sources: tuple[str, ...]
 
 
 @dataclass
@@ -89,7 +88,9 @@ def _own_policies(training: Training) -> set[str]:
 
 def _of_run(evaluation: EvaluationRun) -> list[Measured]:
     return [
-        Measured(Setting(evaluation.suite, tuple(r.tasks)), r, evaluation.name, evaluation)
+        Measured(
+            Setting(evaluation.suite, tuple(r.tasks), evaluation.guidance), r, (evaluation.name,)
+        )
         for r in evaluation.results
     ]
 
@@ -100,9 +101,9 @@ def _of_checkup(training: Training, position: int) -> list[Measured]:
     checkup = training.evaluations[position]
     if (checkup.iteration == 0) != (position == 0):
         return []  # nothing was evaluated before the training, or nothing since
-    source = f"{training.name}, iteration {checkup.iteration}"
-    suite = training.evaluated_suite
-    return [Measured(Setting(suite, tuple(r.tasks)), r, source, training) for r in checkup.results]
+    sources = (f"{training.name}, iteration {checkup.iteration}",)
+    suite, guidance = training.evaluated_suite, training.guidance
+    return [Measured(Setting(suite, tuple(r.tasks), guidance), r, sources) for r in checkup.results]
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,7 +138,7 @@ def compare(method: Method, links: Links) -> list[Comparison]:
             starts[key] += 1
     after: dict[_Key, list[tuple[Training, Measured]]] = {}
     for training in method.trainings:
-        last, evaluated = _of_checkup(training, -1), _largest(links.after[training.name])
+        last, evaluated = _of_checkup(training, -1), _of_policy(links.after[training.name])
         for key, one in {**_by_key(last), **evaluated}.items():
             after.setdefault(key, []).append((training, one))
     # A start may have been measured on more than this method was.
@@ -154,7 +155,7 @@ def compare(method: Method, links: Links) -> list[Comparison]:
 
 
 def _before(start: str, links: Links) -> dict[_Key, list[Measured]]:
-    """What is known of a policy before any training: its largest evaluation, else those that its
+    """What is known of a policy before any training: its own evaluations, else those that its
     trainings began with, where equal episodes count once."""
     trainings = links.started_from[start]
     found: dict[_Key, list[Measured]] = {}
@@ -162,8 +163,8 @@ def _before(start: str, links: Links) -> dict[_Key, list[Measured]]:
         for one in _of_checkup(training, 0):
             found.setdefault(_key(one), []).append(one)
     runs = dict.fromkeys(run for training in trainings for run in links.before[training.name])
-    largest = {key: [one] for key, one in _largest(list(runs)).items()}
-    return {key: distinct(ones) for key, ones in found.items()} | largest
+    evaluated = {key: [one] for key, one in _of_policy(list(runs)).items()}
+    return {key: distinct(ones) for key, ones in found.items()} | evaluated
 
 
 def _key(measured: Measured) -> _Key:
@@ -174,22 +175,43 @@ def _by_key(measured: Sequence[Measured]) -> dict[_Key, Measured]:
     return {_key(one): one for one in measured}
 
 
-def _largest(evaluations: Sequence[EvaluationRun]) -> dict[_Key, Measured]:
-    """Evaluations of one policy may share episodes: the largest counts, not their sum."""
-    measured = [one for evaluation in evaluations for one in _of_run(evaluation)]
-    return _by_key(sorted(measured, key=lambda one: one.result.rate.episodes))
+def _of_policy(evaluations: Sequence[EvaluationRun]) -> dict[_Key, Measured]:
+    """All evaluations of one policy together. Those with one seed may share episodes: of them the
+    largest counts. Those with different seeds are pooled."""
+    found: dict[_Key, dict[str, Measured]] = {}  # of each seed
+    pairs = [
+        (value_text(evaluation.seed), one)
+        for evaluation in evaluations
+        for one in _of_run(evaluation)
+    ]
+    for seed, one in sorted(pairs, key=lambda pair: pair[1].result.rate.episodes):
+        found.setdefault(_key(one), {})[seed] = one
+    return {key: _together(list(ones.values())) for key, ones in found.items()}
+
+
+def _together(measured: Sequence[Measured]) -> Measured:
+    results = [one.result for one in measured]
+    gaps = [result.guidance_gap for result in results if result.guidance_gap is not None]
+    result = Result(
+        cfg_scale=results[0].cfg_scale,
+        rate=total(result.rate for result in results),
+        tasks={task: total(r.tasks[task] for r in results) for task in results[0].tasks},
+        guidance_gap=sum(gaps) / len(gaps) if gaps else None,
+        episodes=tuple(episode for result in results for episode in result.episodes),
+    )
+    return Measured(measured[0].setting, result, tuple(s for one in measured for s in one.sources))
 
 
 def distinct(measured: Sequence[Measured]) -> list[Measured]:
     """Without those whose episodes are, one by one, another's: a policy measured again."""
     kept: dict[object, Measured] = {}
     for one in measured:
-        kept.setdefault(one.result.episodes or one.source, one)
+        kept.setdefault(one.result.episodes or one.sources, one)
     return list(kept.values())
 
 
 def _pooled(measured: Sequence[Measured], policies: int) -> Pooled:
-    sources = tuple(dict.fromkeys(m.source for m in measured))
+    sources = tuple(dict.fromkeys(source for m in measured for source in m.sources))
     return Pooled(total(m.result.rate for m in measured), policies, sources)
 
 

@@ -137,6 +137,7 @@ def as_json(report: Report) -> dict[str, Any]:
                 "method": row.method.label,
                 "suite": row.setting.suite,
                 "tasks": list(row.setting.tasks),
+                "guidance": row.setting.guidance,
                 "cfg_scale": row.cfg_scale,
                 "before": row.before and row.before.as_json(),
                 "after": row.after and row.after.as_json(),
@@ -150,6 +151,7 @@ def as_json(report: Report) -> dict[str, Any]:
             {
                 "suite": panel.setting.suite,
                 "tasks": list(panel.setting.tasks),
+                "guidance": panel.setting.guidance,
                 "measured": panel.kind,
                 "method": line.method.label,
                 "cfg_scale": line.cfg_scale,
@@ -164,6 +166,7 @@ def as_json(report: Report) -> dict[str, Any]:
                 "title": sweep.title,
                 "suite": sweep.setting.suite,
                 "tasks": list(sweep.setting.tasks),
+                "guidance": sweep.setting.guidance,
                 "highest": sweep.best.cfg_scale,
                 "points": [
                     {"cfg_scale": p.cfg_scale, "guidance_gap": p.gap, **p.pooled.as_json()}

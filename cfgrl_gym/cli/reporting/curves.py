@@ -81,21 +81,22 @@ def _evaluated(method: Method) -> list[tuple[Setting, Line]]:
                 tasks = tuple(result.tasks)
                 parts = [tasks] if len(tasks) == 1 else [tasks, *((task,) for task in tasks)]
                 for part in parts:
-                    keys[Setting(training.evaluated_suite, part), result.cfg_scale] = None
+                    setting = Setting(training.evaluated_suite, part, training.guidance)
+                    keys[setting, result.cfg_scale] = None
     return [(setting, _evaluated_line(method, setting, w)) for setting, w in keys]
 
 
 def _evaluated_line(method: Method, setting: Setting, scale: float) -> Line:
     curves = []  # of each training: evaluation number → what was measured
     for training in method.trainings:
-        if training.evaluated_suite != setting.suite:
+        if (training.evaluated_suite, training.guidance) != (setting.suite, setting.guidance):
             continue
         curve: dict[float, tuple[Checkup, Measured]] = {}
         for checkup in training.evaluations:
             for result in checkup.results:
                 part = _part(result, setting)
                 if result.cfg_scale == scale and part is not None:
-                    measured = Measured(setting, part, training.name, training)
+                    measured = Measured(setting, part, (training.name,))
                     curve[checkup.iteration] = checkup, measured
         if curve:
             last = max(curve)
@@ -192,7 +193,7 @@ def _trained_on(training: Training) -> Setting:
     if not tasks:
         given = training.config.get("task_id")
         tasks = [given] if isinstance(given, int) else given if isinstance(given, list) else []
-    return Setting(str(training.config.get("suite", "?")), tuple(tasks))
+    return Setting(str(training.config.get("suite", "?")), tuple(tasks), training.guidance)
 
 
 def without_curve(methods: Sequence[Method]) -> list[str]:

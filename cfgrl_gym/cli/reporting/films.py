@@ -72,6 +72,7 @@ def _caption(run: Run, video: Path) -> str:
     outcome = _OUTCOMES.get(video.stem)
     episode = next((e for e in first.episodes if e.success == outcome), None)
     if outcome is None or episode is None:
-        return f"{name}, {Setting(run.suite, tuple(first.tasks))}, w = {first.cfg_scale:g}"
+        setting = Setting(run.suite, tuple(first.tasks), run.guidance)
+        return f"{name}, {setting}, w = {first.cfg_scale:g}"
     where = f"{run.suite} task {episode.task_id}, initial state {episode.init_state_id}"
     return f"{name}: {where}, w = {first.cfg_scale:g}"

@@ -12,6 +12,7 @@ from cfgrl_gym.cli.run_folder import CONFIG_FILE
 
 RESULT_FILE, EVALUATIONS_FILE, TABLE_FILE = "eval.json", "evaluations.json", "progress.csv"
 VERSIONS_FILE = "versions.json"
+VELOCITY = "velocity"  # the guidance of a run that says nothing of it
 
 
 @dataclass(frozen=True)
@@ -20,13 +21,15 @@ class Setting:
 
     suite: str
     tasks: tuple[int, ...]
+    guidance: str = VELOCITY
 
     def __str__(self) -> str:
+        how = "" if self.guidance == VELOCITY else f", guidance {self.guidance}"
         if len(self.tasks) == 1:
-            return f"{self.suite} task {self.tasks[0]}"
+            return f"{self.suite} task {self.tasks[0]}{how}"
         if len(self.tasks) <= 4:
-            return f"{self.suite} tasks {', '.join(map(str, self.tasks))}"
-        return f"{self.suite}, {len(self.tasks)} tasks"
+            return f"{self.suite} tasks {', '.join(map(str, self.tasks))}{how}"
+        return f"{self.suite}, {len(self.tasks)} tasks{how}"
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,14 @@ class Run:
     versions: dict[str, Any]
     videos: tuple[Path, ...]
 
+    @property
+    def seed(self) -> Any:
+        return self.config.get("seed")
+
+    @property
+    def guidance(self) -> str:
+        return str(self.config.get("guidance", VELOCITY))
+
 
 @dataclass(frozen=True, eq=False)
 class Training(Run):
@@ -82,10 +93,6 @@ class Training(Run):
     @property
     def algorithm(self) -> str:
         return str(self.versions.get("algorithm", "CFGRL"))
-
-    @property
-    def seed(self) -> Any:
-        return self.config.get("seed")
 
     def column(self, name: str) -> list[float]:
         """The values of a column, in the rows that have one."""

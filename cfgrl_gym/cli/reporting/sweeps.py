@@ -85,7 +85,7 @@ def _of_evaluation(evaluation: EvaluationRun, role: str) -> Sweep:
         for r in results
     )
     about = f"{evaluation.name} (before training)" if role == "before" else evaluation.name
-    setting = Setting(evaluation.suite, tuple(results[0].tasks))
+    setting = Setting(evaluation.suite, tuple(results[0].tasks), evaluation.guidance)
     return Sweep(about, setting, points, (tuple(results),))
 
 
