@@ -14,16 +14,8 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 from study_results import describe, read_evaluation, read_training, write_result
-from study_runs import DONE_FILE, EvaluationOf, Training, run_jobs
-from study_settings import (
-    EVALUATION_SEED,
-    N_ENVS,
-    START,
-    SUITE,
-    Budget,
-    parse_study,
-    training_options,
-)
+from study_runs import DONE_FILE, Training, evaluation_of, run_jobs
+from study_settings import START, Budget, parse_study, training_options
 
 from cfgrl_gym.algorithms.pi0.condition import CONDITION_MODES
 from cfgrl_gym.algorithms.pi0.shipped import find_shipped
@@ -59,6 +51,9 @@ def cells(groups: int, unconditional: Path) -> dict[str, dict[str, Any]]:
         "early_stop_percentage": 1.0,
         "max_groups_tried": groups,
     }
+    # Of a mixed group, only successes where at most half of the other episodes succeeded.
+    options["label_threshold=0.4"] = {"label_threshold": 0.4}
+    options |= {f"learning_rate={lr:g}": {"learning_rate": lr} for lr in (2.5e-4, 1e-3)}
     options["positive_share=None"] = {"positive_share": None}
     options["rollout_cfg_scale=2"] = {"cfg_scale": 2.0}
     options["replay_iterations=0"] = {"replay_iterations": 0}
@@ -102,18 +97,12 @@ def main() -> None:
         raise SystemExit(f"no such cells: {', '.join(unknown)}; known: {', '.join(trainings)}")
     wanted = {BASELINE, *(study.cells or trainings)}
     run_jobs([t for name, t in trainings.items() if name in wanted], study.jobs)
-    action = EvaluationOf(
+    action = evaluation_of(
+        trainings[BASELINE].folder,
         folder / "guidance=action",
-        {
-            "policy": str(trainings[BASELINE].folder),
-            "suite": SUITE,
-            "task_id": study.main_task,
-            "cfg_scale": SCALE,
-            "guidance": "action",
-            "n_envs": N_ENVS,
-            "seed": EVALUATION_SEED,
-            "video": False,
-        },
+        study.main_task,
+        [SCALE],
+        guidance="action",
     )
     run_jobs([action], study.jobs)
     rows = []

@@ -13,26 +13,24 @@ from typing import Any
 import learning_curve
 from scipy.stats import binomtest
 from study_results import describe, pool, read_evaluation, save_figure, write_result
-from study_runs import EvaluationOf, run_jobs
-from study_settings import EVALUATION_SEED, N_ENVS, SUITE, Study, parse_study
+from study_runs import EvaluationOf, evaluation_of, run_jobs
+from study_settings import EVALUATION_SEED, Study, parse_study
 
 PART = "guidance_sweep"
 SCALES = (0.0, 1.0, 1.25, 1.5, 2.0, 3.0, 5.0, 10.0, 20.0)
-SCALES_SMALL = (0.0, 1.0, 2.0, 3.0)
+SCALES_SMALL = (0.0, 1.0, 3.0)  # w = 2 is in the curve
 NOISE_SEEDS = tuple(range(EVALUATION_SEED, EVALUATION_SEED + 4))
 
 
 def evaluation(study: Study, policy: Path, seed: int) -> EvaluationOf:
-    options = {
-        "policy": str(policy),
-        "suite": SUITE,
-        "task_id": study.main_task,
-        "cfg_scale": list(SCALES_SMALL if study.small else SCALES),
-        "n_envs": N_ENVS,
-        "seed": seed,
-        "video": seed == NOISE_SEEDS[0],
-    }
-    return EvaluationOf(study.folder / PART / f"noise{seed}", options)
+    return evaluation_of(
+        policy,
+        study.folder / PART / f"noise{seed}",
+        study.main_task,
+        SCALES_SMALL if study.small else SCALES,
+        seed=seed,
+        video=seed == EVALUATION_SEED,
+    )
 
 
 def sweep(jobs: list[EvaluationOf]) -> list[dict[str, Any]]:

@@ -15,19 +15,23 @@ from study_results import (
     before_after,
     curve,
     describe,
+    read_evaluation,
     read_training,
     save_figure,
     write_result,
 )
-from study_runs import ALGORITHMS, Training, run_jobs
-from study_settings import Study, parse_study, training_options
+from study_runs import ALGORITHMS, EvaluationOf, Training, evaluation_of, run_jobs
+from study_settings import EVALUATION_SEED, Study, parse_study, training_options
 
 PART = "learning_curve"
-# Guidance while collecting, while the curve is measured, and what the end is evaluated at besides:
-# the controls act as v_∅ alone, w = 0.
+# Guidance while collecting, while the curve is measured, and what the end is evaluated at besides
+# (a small study has the curve only): the controls act as v_∅ alone, w = 0.
 COLLECTING = {"CFGRL": 1.0, "FilteredBC": 0.0, "AdvantageWeighted": 0.0}
 CURVE = {"CFGRL": 2.0, "FilteredBC": 0.0, "AdvantageWeighted": 0.0}
 AT_THE_END = {"CFGRL": (1.0, 2.0), "FilteredBC": (0.0,), "AdvantageWeighted": (0.0,)}
+# Of CFGRL's policies, with as many episodes: the best w of `guidance_sweep.py`, which looks
+# at the first seed of the main task only.
+BEST = 3.0
 COLOURS = {
     ("CFGRL", 2.0): "#0072B2",
     ("FilteredBC", 0.0): "#E69F00",
@@ -51,7 +55,7 @@ def training(study: Study, algorithm: str, task: int, seed: int) -> Training:
         **changed,
     )
     folder = study.folder / PART / f"{algorithm}-task{task}-seed{seed}"
-    return Training(folder, algorithm, options, AT_THE_END[algorithm])
+    return Training(folder, algorithm, options, () if study.small else AT_THE_END[algorithm])
 
 
 def trainings(study: Study) -> list[Training]:
@@ -59,6 +63,29 @@ def trainings(study: Study) -> list[Training]:
     pairs = [(study.main_task, seed) for seed in study.seeds]
     pairs += [(task, study.seeds[0]) for task in study.other_tasks]
     return [training(study, a, task, seed) for task, seed in pairs for a in ALGORITHMS]
+
+
+def at_the_best_scale(study: Study, trained: Training) -> list[EvaluationOf]:
+    """CFGRL's policy at `BEST`, with two seeds of noise; nothing for others or a small study."""
+    if study.small or trained.algorithm != "CFGRL":
+        return []
+    return [
+        evaluation_of(
+            trained.folder,
+            trained.folder.with_name(f"{trained.folder.name}-w{BEST:g}-noise{seed}"),
+            trained.options["task_id"],
+            [BEST],
+            seed=seed,
+        )
+        for seed in (EVALUATION_SEED, EVALUATION_SEED + 1)
+    ]
+
+
+def read(trained: Training, evaluations: list[EvaluationOf]) -> dict[str, Any]:
+    run = read_training(trained.folder)
+    for job in evaluations:
+        run["final"] += read_evaluation(job.folder, run["options"])
+    return run
 
 
 def plot(runs: list[dict[str, Any]], study: Study) -> None:
@@ -99,6 +126,10 @@ def summary(runs: list[dict[str, Any]], study: Study) -> list[dict[str, Any]]:
     tasks = (study.main_task, *study.other_tasks)
     rows = []
     for name, scales in AT_THE_END.items():
+        if study.small:
+            scales = (CURVE[name],)
+        elif name == "CFGRL":
+            scales += (BEST,)
         for w in scales:
             of_tasks = [before_after(runs, name, task, w) for task in tasks]
             mean = sum(row["after"]["success_rate"] for row in of_tasks) / len(tasks)
@@ -111,8 +142,10 @@ def summary(runs: list[dict[str, Any]], study: Study) -> list[dict[str, Any]]:
 def main() -> None:
     study = parse_study(__doc__)
     jobs = trainings(study)
+    further = [at_the_best_scale(study, job) for job in jobs]
     run_jobs(jobs, study.jobs)
-    runs = [read_training(job.folder) for job in jobs]
+    run_jobs([evaluation for each in further for evaluation in each], study.jobs)
+    runs = [read(*pair) for pair in zip(jobs, further, strict=True)]
     rows = summary(runs, study)
     write_result(study.results / f"{PART}.json", summary=rows, runs=runs)
     plot(runs, study)

@@ -27,6 +27,7 @@ def read_training(folder: Path) -> dict[str, Any]:
         "options": config,
         "iterations": rows,
         "evaluations": [],
+        "final": [],
     }
     if (folder / EVALUATIONS_FILE).is_file():
         content = json.loads((folder / EVALUATIONS_FILE).read_text())
@@ -34,7 +35,7 @@ def read_training(folder: Path) -> dict[str, Any]:
             results = [short_result(result, config) for result in evaluation["results"]]
             run["evaluations"].append(evaluation | {"results": results})
     if (folder / "eval" / RESULT_FILE).is_file():
-        run["final"] = read_evaluation(folder / "eval", config)
+        run["final"] += read_evaluation(folder / "eval", config)
     return run
 
 
@@ -111,7 +112,7 @@ def before_after(
 ) -> dict[str, Any]:
     """All there is of one method on one task at one w, before and after training, seeds pooled.
 
-    After it are the curve's last evaluation and the one at the end, with other noise.
+    After it are the curve's last evaluation and those at the end, with other noise.
     """
     before, after, seeds = [], [], 0
     for run in runs:

@@ -17,7 +17,7 @@ from pathlib import Path
 from queue import Queue
 from typing import Any
 
-from study_settings import EVALUATION_SEED
+from study_settings import EVALUATION_SEED, N_ENVS, SUITE
 from tqdm import tqdm
 
 DONE_FILE = "done"
@@ -53,6 +53,27 @@ class EvaluationOf:
 
 
 Job = Training | EvaluationOf
+
+
+def evaluation_of(
+    policy: Path, folder: Path, task: int, scales: Sequence[float], **changed: Any
+) -> EvaluationOf:
+    """An evaluation of a training's policy on its task, all 50 states, at each cfg_scale.
+
+    :param policy: the training's folder
+    :param folder: for the results
+    :param changed: what else the caller wants, or changes
+    """
+    options = {
+        "policy": str(policy),
+        "suite": SUITE,
+        "task_id": task,
+        "cfg_scale": list(scales),
+        "n_envs": N_ENVS,
+        "seed": EVALUATION_SEED,
+        "video": False,
+    }
+    return EvaluationOf(folder, options | changed)
 
 
 def run_jobs(jobs: Sequence[Job], processes: int) -> None:
