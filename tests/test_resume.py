@@ -3,20 +3,16 @@
 import hashlib
 import json
 import multiprocessing
-import os
 import random
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import pytest
 import torch
 from cfgrl_envs import QueueEnv, vec
@@ -287,181 +283,3 @@ def test_a_full_disk_or_a_read_only_one_loses_nothing(
     assert "earlier ones are intact" in first
     assert re.search(said, first)
     assert last == "[2, 3, 4] []"
-
-
-# The command ------------------------------------------------------------------------------------
-
-
-TRAIN = (
-    "train --policy libero_tiny --task_id 8 --n_envs 2 --rloo_batch_size 2 "
-    "--groups_per_iteration 2 --max_iterations 3 --max_episode_steps 32 "
-    "--enable_dynamic_sampling false --video false "
-    "--replay_iterations 1 --trainable expert --ema_decay 0.9 --init_states [0,1] "
-    "--num_inference_steps 2 --eval_every 3 --eval_episodes 1 --seed 1"
-)
-
-
-def cfgrl(*words: str, **options: Any) -> "subprocess.Popen[str]":
-    return subprocess.Popen(
-        [sys.executable, "-m", "cfgrl_gym", *words],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        **options,
-    )
-
-
-def wait_for(path: Path, process: "subprocess.Popen[str]") -> None:
-    deadline = time.monotonic() + 240
-    while not path.exists():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
-def workers_of(process: "subprocess.Popen[str]") -> list[psutil.Process]:
-    """Those that its server has forked."""
-    servers = psutil.Process(process.pid).children()
-    return [worker for server in servers for worker in server.children()]
-
-
-def test_train_resumes_after_kill_and_after_signals(tmp_path: Path) -> None:
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    done = cfgrl(*TRAIN.split(), "--out", str(whole))
-    assert done.wait(300) == 0, done.communicate()
-
-    first = cfgrl(*TRAIN.split(), "--out", str(parts))
-    wait_for(parts / "checkpoints" / "000001", first)
-    first.send_signal(signal.SIGSTOP)
-    second = cfgrl("train", "--resume", str(parts))  # while the first one is there
-    assert second.wait(120) == 2
-    assert f"process {first.pid} is writing its run" in second.communicate()[1]
-    first.kill()
-    first.wait()
-    assert not (parts / "checkpoints" / "000002").exists()
-
-    third = cfgrl("train", "--resume", str(parts))
-    wait_for(parts / "checkpoints" / "000002", third)
-    third.send_signal(signal.SIGTERM)
-    assert third.wait(120) == 128 + signal.SIGTERM
-    said = third.communicate()[1]
-    assert f"go on with: cfgrl train --resume {parts}" in said
-    assert "Traceback" not in said
-    assert (parts / "policy" / "model.safetensors").is_file()
-
-    # As a terminal does it: Ctrl-C reaches the workers too, which are only just being made.
-    fourth = cfgrl("train", "--resume", str(parts), start_new_session=True)
-    deadline = time.monotonic() + 120
-    while f"{fourth.pid}\n" != (parts / ".lock").read_text() or not workers_of(fourth):
-        assert fourth.poll() is None, fourth.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    os.killpg(fourth.pid, signal.SIGINT)
-    assert fourth.wait(120) == 128 + signal.SIGINT
-    said = fourth.communicate()[1]
-    assert "Traceback" not in said
-    assert CheckpointStore(parts / "checkpoints").iterations()[-1] == 2
-
-    last = cfgrl("train", "--resume", str(parts))
-    assert last.wait(300) == 0, last.communicate()
-    for file in ("checkpoints/000003/model.pt", "policy/model.safetensors"):
-        assert (whole / file).read_bytes() == (parts / file).read_bytes()
-    rows = [
-        [json.loads(line) for line in (run / "progress.json").read_text().splitlines()]
-        for run in (whole, parts)
-    ]
-    assert [row["time/iterations"] for row in rows[1]] == [1, 2, 3]
-    for one, other in zip(*rows, strict=True):
-        assert set(one) == set(other)
-        for key in one:
-            assert key.startswith("time/") or one[key] == other[key], key
-    assert len((parts / "progress.csv").read_text().splitlines()) == 1 + 3
-    assert_events_once(parts)
-    evaluations = [
-        json.loads((run / "evaluations.json").read_text())["evaluations"] for run in (whole, parts)
-    ]
-    assert [e["iteration"] for e in evaluations[1]] == [0, 3]
-    assert [e["results"] for e in evaluations[0]] == [e["results"] for e in evaluations[1]]
-
-
-@pytest.mark.parametrize(("since", "iteration"), [("checkpoints/000001", 1), (".lock", 0)])
-def test_workers_that_keep_dying_end_train_with_its_state_saved(
-    tmp_path: Path, since: str, iteration: int
-) -> None:
-    # Without evaluations the first reset of all is the training's own, before it has begun.
-    options = TRAIN.replace("--eval_every 3 --eval_episodes 1 ", "")
-    process = cfgrl(*options.split(), "--out", str(tmp_path / "run"))
-    wait_for(tmp_path / "run" / since, process)
-    deadline = time.monotonic() + 120
-    while process.poll() is None and time.monotonic() < deadline:
-        for worker in workers_of(process):
-            with suppress(psutil.NoSuchProcess):
-                worker.kill()
-    said = process.communicate(timeout=60)[1]
-    assert process.returncode == 2, said
-    assert "times in a row, the last time so: worker" in said
-    assert "SIGKILL" in said
-    assert f"go on with: cfgrl train --resume {tmp_path / 'run'}" in said
-    assert "Traceback" not in said.partition("cfgrl: error")[0]
-    assert CheckpointStore(tmp_path / "run" / "checkpoints").iterations()[-1] >= iteration
-
-
-def test_a_checkpoint_can_be_evaluated(tmp_path: Path) -> None:
-    from cfgrl_gym.cli.configs import EvalConfig
-    from cfgrl_gym.cli.policies import load_policy
-
-    run = tmp_path / "run"
-    training = cfgrl(*TRAIN.replace("--max_iterations 3", "--max_iterations 1").split(), "--out",
-                     str(run))  # fmt: skip
-    assert training.wait(240) == 0, training.communicate()
-    policies = [
-        load_policy(EvalConfig(policy=str(folder)))
-        for folder in (run, run / "checkpoints" / "000001")
-    ]
-    states = [dict(policy.named_parameters()) for policy in policies]
-    assert list(states[0]) == list(states[1])
-    for name in states[0]:
-        assert torch.equal(states[0][name], states[1][name]), name
-    shutil.rmtree(run / "policy")  # as after a kill
-    with pytest.raises(FileNotFoundError, match=r"go on with it .* or evaluate a folder"):
-        load_policy(EvalConfig(policy=str(run)))
-    (run / "config.yaml").unlink()
-    with pytest.raises(ValueError, match=r"config.yaml' says what the checkpoint is of"):
-        load_policy(EvalConfig(policy=str(run / "checkpoints" / "000001")))
-
-
-def assert_events_once(run: Path) -> None:
-    """No point of TensorBoard's curves is there twice, in whatever file."""
-    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
-
-    points = [
-        (value.tag, event.step)
-        for file in run.glob("events*")
-        for event in EventFileLoader(str(file)).Load()
-        for value in event.summary.value
-    ]
-    assert len(points) > 30
-    assert len(points) == len(set(points))
-
-
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        (["--resume", "nowhere"], "no run to resume: 'nowhere/config.yaml' does not exist"),
-        (["--resume", "run", "--seed", "3"], "beside it only --total_timesteps and"),
-        (["--resume=run", "--policy", "x"], "not --policy"),
-        (["--resume"], "no run to resume"),
-    ],
-)
-def test_what_cannot_be_resumed_is_said(
-    words: list[str], said: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from cfgrl_gym.cli import main
-
-    with pytest.raises(SystemExit) as ended:
-        main(["train", *words])
-    assert ended.value.code == 2
-    error = capsys.readouterr().err
-    assert said in error
-    assert error.count("\n") == 1
