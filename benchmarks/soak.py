@@ -145,6 +145,20 @@ def steadiness(samples: list[dict[str, Any]], warm: int) -> list[dict[str, Any]]
     return rows
 
 
+def growth(samples: list[dict[str, Any]], warm: int, total: int) -> list[dict[str, Any]]:
+    """Of each worker's memory while tasks come and go: MiB an episode, by a straight line."""
+    last = total - CHUNKS_OF_EPISODE * SAME_EPISODES
+    mixed = [s for s in samples if warm < s["chunks"] <= last]
+    episodes = [s["chunks"] / CHUNKS_OF_EPISODE / WORKERS for s in mixed]  # of one worker
+    rows = []
+    for name in (f"worker {number}" for number in range(WORKERS)):
+        memory = [s["processes"][name]["pss_mib"] for s in mixed]
+        (slope, _), covariance = np.polyfit(episodes, memory, 1, cov=True)
+        error = float(np.sqrt(covariance[0, 0]))
+        rows.append({"process": name, "mib_an_episode": float(slope), "standard_error": error})
+    return rows
+
+
 def main() -> None:
     args = parse()
     make = partial(
@@ -174,6 +188,7 @@ def main() -> None:
         same_episodes_equal=equal,
         distinct_episodes=len(set(hashes.values())),
         steadiness=rows,
+        growth=growth(samples, warm, args.chunks),
         samples=samples,
     )
     for row in rows:
