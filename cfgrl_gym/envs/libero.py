@@ -22,6 +22,7 @@ from cfgrl_gym.envs.arguments import (
     is_int,
 )
 from cfgrl_gym.envs.fast_simulator import build_simulator
+from cfgrl_gym.envs.freed_memory import give_back_freed_memory
 from cfgrl_gym.envs.rendering import QUALITIES, Quality
 from cfgrl_gym.envs.simulator import CAMERAS, LIBERO_SEED, SETTLE_STEPS, Simulator, image_key
 from cfgrl_gym.envs.stability import attempt
@@ -332,6 +333,7 @@ class LiberoEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
         if task.task_id not in self._simulators:
             if len(self._simulators) >= MAX_BUILT_TASKS:
                 self._simulators.popitem(last=False)[1].close()
+                give_back_freed_memory()
             self._simulators[task.task_id] = build_simulator(
                 task, self.image_size, self.cameras, self.image_quality
             )
