@@ -3,10 +3,18 @@
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from cfgrl_gym.cli.reporting.methods import Method, plain_policy, value_text
 from cfgrl_gym.cli.reporting.rates import Pooled, Rate, total, verdict
-from cfgrl_gym.cli.reporting.runs import EvaluationRun, Result, Runs, Setting, Training
+from cfgrl_gym.cli.reporting.runs import (
+    VELOCITY,
+    EvaluationRun,
+    Result,
+    Runs,
+    Setting,
+    Training,
+)
 from cfgrl_gym.cli.run_folder import MODEL_FILE
 
 # Options of an evaluation that change what is measured; null is the policy's own.
@@ -88,10 +96,8 @@ def _own_policies(training: Training) -> set[str]:
 
 def _of_run(evaluation: EvaluationRun) -> list[Measured]:
     return [
-        Measured(
-            Setting(evaluation.suite, tuple(r.tasks), evaluation.guidance), r, (evaluation.name,)
-        )
-        for r in evaluation.results
+        Measured(evaluation.setting(result.tasks), result, (evaluation.name,))
+        for result in evaluation.results
     ]
 
 
@@ -102,8 +108,7 @@ def _of_checkup(training: Training, position: int) -> list[Measured]:
     if (checkup.iteration == 0) != (position == 0):
         return []  # nothing was evaluated before the training, or nothing since
     sources = (f"{training.name}, iteration {checkup.iteration}",)
-    suite, guidance = training.evaluated_suite, training.guidance
-    return [Measured(Setting(suite, tuple(r.tasks), guidance), r, sources) for r in checkup.results]
+    return [Measured(training.setting(r.tasks), r, sources) for r in checkup.results]
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,13 +150,18 @@ def compare(method: Method, links: Links) -> list[Comparison]:
     settings = {setting for setting, _ in after}
     before = {key: ones for key, ones in before.items() if not after or key[0] in settings}
     rows = []
-    for key in sorted({*before, *after}, key=lambda k: (k[0].suite, k[0].tasks, k[1])):
+    for key in sorted({*before, *after}, key=_order):
         ones = after.get(key, [])
         start_pooled = _pooled(before[key], starts[key]) if key in before else None
         pooled = _pooled([m for _, m in ones], len(ones)) if ones else None
         by_seed = tuple((training, m.result) for training, m in ones)
         rows.append(Comparison(method, *key, start_pooled, pooled, by_seed))
     return rows
+
+
+def _order(key: _Key) -> Any:
+    setting, scale = key
+    return setting.suite, setting.tasks, setting.guidance != VELOCITY, scale
 
 
 def _before(start: str, links: Links) -> dict[_Key, list[Measured]]:
@@ -191,15 +201,20 @@ def _of_policy(evaluations: Sequence[EvaluationRun]) -> dict[_Key, Measured]:
 
 def _together(measured: Sequence[Measured]) -> Measured:
     results = [one.result for one in measured]
-    gaps = [result.guidance_gap for result in results if result.guidance_gap is not None]
     result = Result(
         cfg_scale=results[0].cfg_scale,
         rate=total(result.rate for result in results),
         tasks={task: total(r.tasks[task] for r in results) for task in results[0].tasks},
-        guidance_gap=sum(gaps) / len(gaps) if gaps else None,
+        guidance_gap=mean_gap(results),
         episodes=tuple(episode for result in results for episode in result.episodes),
     )
     return Measured(measured[0].setting, result, tuple(s for one in measured for s in one.sources))
+
+
+def mean_gap(results: Sequence[Result]) -> float | None:
+    """Of those whose gap is known."""
+    gaps = [result.guidance_gap for result in results if result.guidance_gap is not None]
+    return sum(gaps) / len(gaps) if gaps else None
 
 
 def distinct(measured: Sequence[Measured]) -> list[Measured]:

@@ -81,15 +81,14 @@ def _evaluated(method: Method) -> list[tuple[Setting, Line]]:
                 tasks = tuple(result.tasks)
                 parts = [tasks] if len(tasks) == 1 else [tasks, *((task,) for task in tasks)]
                 for part in parts:
-                    setting = Setting(training.evaluated_suite, part, training.guidance)
-                    keys[setting, result.cfg_scale] = None
+                    keys[training.setting(part), result.cfg_scale] = None
     return [(setting, _evaluated_line(method, setting, w)) for setting, w in keys]
 
 
 def _evaluated_line(method: Method, setting: Setting, scale: float) -> Line:
     curves = []  # of each training: evaluation number → what was measured
     for training in method.trainings:
-        if (training.evaluated_suite, training.guidance) != (setting.suite, setting.guidance):
+        if training.setting(setting.tasks) != setting:
             continue
         curve: dict[float, tuple[Checkup, Measured]] = {}
         for checkup in training.evaluations:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from cfgrl_gym.cli.reporting.comparison import Links
 from cfgrl_gym.cli.reporting.methods import Method
-from cfgrl_gym.cli.reporting.runs import EvaluationRun, Run, Runs, Setting
+from cfgrl_gym.cli.reporting.runs import EvaluationRun, Run, Runs
 from cfgrl_gym.cli.reporting.strips import Strip, read_strip
 
 # What `cfgrl eval` records: the first such episode at the first cfg_scale.
@@ -72,7 +72,6 @@ def _caption(run: Run, video: Path) -> str:
     outcome = _OUTCOMES.get(video.stem)
     episode = next((e for e in first.episodes if e.success == outcome), None)
     if outcome is None or episode is None:
-        setting = Setting(run.suite, tuple(first.tasks), run.guidance)
-        return f"{name}, {setting}, w = {first.cfg_scale:g}"
+        return f"{name}, {run.setting(first.tasks)}, w = {first.cfg_scale:g}"
     where = f"{run.suite} task {episode.task_id}, initial state {episode.init_state_id}"
     return f"{name}: {where}, w = {first.cfg_scale:g}"

@@ -94,6 +94,10 @@ class Training(Run):
     def algorithm(self) -> str:
         return str(self.versions.get("algorithm", "CFGRL"))
 
+    def setting(self, tasks: Iterable[int]) -> Setting:
+        """Of its evaluations, on these tasks."""
+        return Setting(self.evaluated_suite, tuple(tasks), self.guidance)
+
     def column(self, name: str) -> list[float]:
         """The values of a column, in the rows that have one."""
         return [row[name] for row in self.rows if name in row]
@@ -106,6 +110,10 @@ class EvaluationRun(Run):
     policy: str
     suite: str
     results: tuple[Result, ...]
+
+    def setting(self, tasks: Iterable[int]) -> Setting:
+        """Of its results, on these tasks."""
+        return Setting(self.suite, tuple(tasks), self.guidance)
 
 
 @dataclass(frozen=True)

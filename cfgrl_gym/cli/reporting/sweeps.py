@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cfgrl_gym.cli.reporting.comparison import Comparison, Links
+from cfgrl_gym.cli.reporting.comparison import Comparison, Links, mean_gap
 from cfgrl_gym.cli.reporting.rates import UNDECIDED, Pooled, verdict
 from cfgrl_gym.cli.reporting.runs import EvaluationRun, Result, Setting
 
@@ -71,7 +71,7 @@ def _of_method(rows: Sequence[Comparison]) -> Sweep:
     for row in rows:
         assert row.after is not None
         results = [result for _, result in row.by_seed]
-        points.append(ScalePoint(row.cfg_scale, row.after, _mean_gap(results)))
+        points.append(ScalePoint(row.cfg_scale, row.after, mean_gap(results)))
         for training, result in row.by_seed:
             by_training.setdefault(training.name, []).append(result)
     by_run = tuple(tuple(results) for results in by_training.values())
@@ -85,10 +85,4 @@ def _of_evaluation(evaluation: EvaluationRun, role: str) -> Sweep:
         for r in results
     )
     about = f"{evaluation.name} (before training)" if role == "before" else evaluation.name
-    setting = Setting(evaluation.suite, tuple(results[0].tasks), evaluation.guidance)
-    return Sweep(about, setting, points, (tuple(results),))
-
-
-def _mean_gap(results: Sequence[Result]) -> float | None:
-    gaps = [result.guidance_gap for result in results if result.guidance_gap is not None]
-    return sum(gaps) / len(gaps) if gaps else None
+    return Sweep(about, evaluation.setting(results[0].tasks), points, (tuple(results),))
