@@ -68,7 +68,6 @@ class WorkerVecEnv(VecEnv):
         try:
             for worker in self.workers:
                 worker.ask("spaces")
-            self.num_envs = len(env_fns)
             offered = [self._answer(number, "spaces") for number in range(count)]
             super().__init__(len(env_fns), *offered[0])
         except BaseException:
@@ -82,7 +81,7 @@ class WorkerVecEnv(VecEnv):
         return index % len(self.workers), index // len(self.workers)
 
     def _indices_of(self, worker: int) -> range:
-        return range(worker, self.num_envs, len(self.workers))
+        return range(worker, len(self._last), len(self.workers))
 
     def _replace(self, number: int, error: BaseException) -> None:
         """A new worker in place of one that failed; its running episodes are lost.
@@ -104,8 +103,7 @@ class WorkerVecEnv(VecEnv):
         for index, name, value in self._attributes:
             holder, place = self._place(index)
             if holder == number:
-                worker.ask("set", place, name, value)
-                self._answer(number, "set", place, name, value)
+                self._request(number, "set", place, name, value)
 
     def _reset(self, how: dict[int, dict[str, Any]]) -> None:
         """Reset environments, each with its keyword arguments, in all workers at once."""
@@ -137,8 +135,11 @@ class WorkerVecEnv(VecEnv):
 
     def _one(self, index: int, name: str, *args: Any) -> Any:
         number, place = self._place(index)
-        self.workers[number].ask(name, place, *args)
-        return self._answer(number, name, place, *args)
+        return self._request(number, name, place, *args)
+
+    def _request(self, number: int, name: str, *args: Any) -> Any:
+        self.workers[number].ask(name, *args)
+        return self._answer(number, name, *args)
 
     def _answer(self, number: int, name: str, *args: Any) -> Any:
         """A worker's answer to this request; one that dies over it is replaced and asked again."""

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -37,9 +38,9 @@ def cfgrl(*words: str, **options: Any) -> "subprocess.Popen[str]":
     )
 
 
-def wait_for(path: Path, process: "subprocess.Popen[str]") -> None:
+def wait_until(happened: Callable[[], Any], process: "subprocess.Popen[str]") -> None:
     deadline = time.monotonic() + 240
-    while not path.exists():
+    while not happened():
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -57,7 +58,7 @@ def test_train_resumes_after_kill_and_after_signals(tmp_path: Path) -> None:
     assert done.wait(300) == 0, done.communicate()
 
     first = cfgrl(*TRAIN.split(), "--out", str(parts))
-    wait_for(parts / "checkpoints" / "000001", first)
+    wait_until((parts / "checkpoints" / "000001").exists, first)
     first.send_signal(signal.SIGSTOP)
     second = cfgrl("train", "--resume", str(parts))  # while the first one is there
     assert second.wait(120) == 2
@@ -67,7 +68,7 @@ def test_train_resumes_after_kill_and_after_signals(tmp_path: Path) -> None:
     assert not (parts / "checkpoints" / "000002").exists()
 
     third = cfgrl("train", "--resume", str(parts))
-    wait_for(parts / "checkpoints" / "000002", third)
+    wait_until((parts / "checkpoints" / "000002").exists, third)
     third.send_signal(signal.SIGTERM)
     assert third.wait(120) == 128 + signal.SIGTERM
     said = third.communicate()[1]
@@ -77,11 +78,9 @@ def test_train_resumes_after_kill_and_after_signals(tmp_path: Path) -> None:
 
     # As a terminal does it: Ctrl-C reaches the workers too, which are only just being made.
     fourth = cfgrl("train", "--resume", str(parts), start_new_session=True)
-    deadline = time.monotonic() + 120
-    while f"{fourth.pid}\n" != (parts / ".lock").read_text() or not workers_of(fourth):
-        assert fourth.poll() is None, fourth.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    wait_until(
+        lambda: f"{fourth.pid}\n" == (parts / ".lock").read_text() and workers_of(fourth), fourth
+    )
     os.killpg(fourth.pid, signal.SIGINT)
     assert fourth.wait(120) == 128 + signal.SIGINT
     said = fourth.communicate()[1]
@@ -117,7 +116,7 @@ def test_workers_that_keep_dying_end_train_with_its_state_saved(
     # Without evaluations the first reset of all is the training's own, before it has begun.
     options = TRAIN.replace("--eval_every 3 --eval_episodes 1 ", "")
     process = cfgrl(*options.split(), "--out", str(tmp_path / "run"))
-    wait_for(tmp_path / "run" / since, process)
+    wait_until((tmp_path / "run" / since).exists, process)
     deadline = time.monotonic() + 120
     while process.poll() is None and time.monotonic() < deadline:
         for worker in workers_of(process):
