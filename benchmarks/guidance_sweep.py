@@ -14,12 +14,11 @@ import learning_curve
 from scipy.stats import binomtest
 from study_results import describe, pool, read_evaluation, save_figure, write_result
 from study_runs import EvaluationOf, evaluation_of, run_jobs
-from study_settings import EVALUATION_SEED, Study, parse_study
+from study_settings import EVALUATION_SEED, NOISE_SEEDS, Study, parse_study
 
 PART = "guidance_sweep"
 SCALES = (0.0, 1.0, 1.25, 1.5, 2.0, 3.0, 5.0, 10.0, 20.0)
 SCALES_SMALL = (0.0, 1.0, 3.0)  # w = 2 is in the curve
-NOISE_SEEDS = tuple(range(EVALUATION_SEED, EVALUATION_SEED + 4))
 
 
 def evaluation(study: Study, policy: Path, seed: int) -> EvaluationOf:

@@ -21,7 +21,7 @@ from study_results import (
     write_result,
 )
 from study_runs import ALGORITHMS, EvaluationOf, Training, evaluation_of, run_jobs
-from study_settings import EVALUATION_SEED, Study, parse_study, training_options
+from study_settings import NOISE_SEEDS, Study, parse_study, training_options
 
 PART = "learning_curve"
 # Guidance while collecting, while the curve is measured, and what the end is evaluated at besides
@@ -77,7 +77,7 @@ def at_the_best_scale(study: Study, trained: Training) -> list[EvaluationOf]:
             [BEST],
             seed=seed,
         )
-        for seed in (EVALUATION_SEED, EVALUATION_SEED + 1)
+        for seed in NOISE_SEEDS[:2]
     ]
 
 
@@ -125,12 +125,10 @@ def summary(runs: list[dict[str, Any]], study: Study) -> list[dict[str, Any]]:
     """Before and after of each method on each task, and its mean over the tasks."""
     tasks = (study.main_task, *study.other_tasks)
     rows = []
-    for name, scales in AT_THE_END.items():
-        if study.small:
-            scales = (CURVE[name],)
-        elif name == "CFGRL":
-            scales += (BEST,)
-        for w in scales:
+    for name in ALGORITHMS:
+        of_method = [run for run in runs if run["algorithm"] == name]
+        last = [r for run in of_method for r in run["evaluations"][-1]["results"] + run["final"]]
+        for w in sorted({result["cfg_scale"] for result in last}):
             of_tasks = [before_after(runs, name, task, w) for task in tasks]
             mean = sum(row["after"]["success_rate"] for row in of_tasks) / len(tasks)
             rows.append(

@@ -12,7 +12,8 @@ OTHER_TASKS = (0, 6)
 # Benchmark states that trainings start from; evaluations are on all 50, and the other half of them
 # no training has seen.
 TRAINING_STATES = tuple(range(25))
-EVALUATION_SEED = 1000  # of the sampling noise; trainings have the small ones
+NOISE_SEEDS = (1000, 1001, 1002, 1003)  # of evaluations; trainings have the small ones
+EVALUATION_SEED = NOISE_SEEDS[0]
 N_ENVS = 8
 
 
@@ -90,8 +91,9 @@ def parse_study(description: str | None) -> Study:
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--study", type=Path, default=Path("runs/study"), help="runs (default: %(default)s)")
-    add("--results", type=Path, default=Path("benchmarks/results"), help="JSON and pictures")
+    add("--study", type=Path, help="runs (default: runs/study; --small: runs/study_small)")
+    results = "JSON and pictures (default: benchmarks/results; --small: the folder small in it)"
+    add("--results", type=Path, help=results)
     add("--jobs", type=int, default=2, help="runs at the same time (default: %(default)s)")
     add("--task_id", type=int, default=MAIN_TASK, help="the task with several seeds")
     add("--other_tasks", type=int, nargs="*", default=list(OTHER_TASKS), help="with one seed")
@@ -103,9 +105,10 @@ def parse_study(description: str | None) -> Study:
     given = parser.parse_args()
     if given.small:
         given.seeds, given.other_tasks, given.iterations, given.groups = 1, [], 2, 8
+    # Trainings of a small study have the whole one's names, and must not be taken for them.
     return Study(
-        folder=given.study,
-        results=given.results,
+        folder=given.study or Path("runs/study_small" if given.small else "runs/study"),
+        results=given.results or Path("benchmarks/results", "small" if given.small else ""),
         jobs=given.jobs,
         main_task=given.task_id,
         other_tasks=tuple(given.other_tasks),
