@@ -21,7 +21,7 @@ $(VENV)/installed: setup.cfg pyproject.toml constraints.txt
 venv: $(VENV)/installed
 
 main-job: venv
-	$(BIN)/python benchmarks/main_job.py
+	$(BIN)/python benchmarks/study/main_job.py
 
 test: venv
 	$(BIN)/python -m pytest
@@ -30,11 +30,8 @@ lint: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# A type checker can't see through an editable install with mapped folders: check an installed copy.
 types: venv
-	rm -rf build/types
-	$(BIN)/python -m pip install --quiet --no-deps --target build/types .
-	cd build/types && MYPYPATH=. ../../$(BIN)/mypy --config-file ../../pyproject.toml -p cfgrl_gym
+	$(BIN)/mypy -p cfgrl_gym
 
 clean:
 	rm -rf build $(VENV) *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -18,7 +18,6 @@ from torch.nn.utils import clip_grad_norm_
 
 from cfgrl_gym.algorithms.checks import check_parameters, check_stride
 from cfgrl_gym.algorithms.collector import Collector, Episode
-from cfgrl_gym.algorithms.device_memory import check_weights_fit
 from cfgrl_gym.algorithms.flow import interpolate
 from cfgrl_gym.algorithms.groups import (
     GroupPlan,
@@ -29,13 +28,14 @@ from cfgrl_gym.algorithms.groups import (
     torch_generator,
 )
 from cfgrl_gym.algorithms.labels import LabelSource, Negatives, draw_epoch, drop_condition
-from cfgrl_gym.algorithms.memory_plan import plan_memory
+from cfgrl_gym.algorithms.memory.device import check_weights_fit
+from cfgrl_gym.algorithms.memory.plan import plan_memory
 from cfgrl_gym.algorithms.metrics import UpdateMetrics, rollout_metrics
 from cfgrl_gym.algorithms.mlp_policy import MlpPolicy
 from cfgrl_gym.algorithms.policies import FlowPolicy
 from cfgrl_gym.algorithms.samples import labelled_windows, window_losses
-from cfgrl_gym.algorithms.saved_model import SavesWhatWasTrained
-from cfgrl_gym.algorithms.vec_env import as_vec_env, init_states
+from cfgrl_gym.algorithms.saving.saved_model import SavesWhatWasTrained
+from cfgrl_gym.algorithms.vec_envs.supported import as_vec_env, init_states
 from cfgrl_gym.algorithms.windows import WindowBatch, join_windows
 
 SelfCFGRL = TypeVar("SelfCFGRL", bound="CFGRL")

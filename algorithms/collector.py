@@ -13,10 +13,10 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from cfgrl_gym.algorithms.flow import NonFiniteError
 from cfgrl_gym.algorithms.groups import GroupPlan, Start
+from cfgrl_gym.algorithms.memory.prefix_cache import KeptPrefix, PrefixMemory
 from cfgrl_gym.algorithms.policies import FlowPolicy
-from cfgrl_gym.algorithms.prefix_memory import KeptPrefix, PrefixMemory
-from cfgrl_gym.algorithms.worker import WorkerError
-from cfgrl_gym.algorithms.worker_vec_env import LOST
+from cfgrl_gym.algorithms.vec_envs.worker import WorkerError
+from cfgrl_gym.algorithms.vec_envs.worker_vec_env import LOST
 
 MAX_TIMES_LOST = 10  # one episode; then its own start is what ends the workers
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from cfgrl_gym.algorithms.collector import Episode
 from cfgrl_gym.algorithms.labels import LabelSource, Negatives, label_group
+from cfgrl_gym.algorithms.memory.prefix_cache import PrefixMemory
 from cfgrl_gym.algorithms.policies import FlowPolicy
-from cfgrl_gym.algorithms.prefix_memory import PrefixMemory
 from cfgrl_gym.algorithms.windows import Window, WindowBatch, batch_windows, cut_windows
 
 

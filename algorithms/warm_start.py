@@ -9,19 +9,19 @@ import numpy as np
 import torch
 from torch.nn.utils import clip_grad_norm_
 
-from cfgrl_gym.algorithms.device_memory import available_host_bytes
 from cfgrl_gym.algorithms.flow import POSITIVE
 from cfgrl_gym.algorithms.labels import drop_condition
-from cfgrl_gym.algorithms.micro_batches import MicroBatches
+from cfgrl_gym.algorithms.memory.device import available_host_bytes
+from cfgrl_gym.algorithms.memory.micro_batches import MicroBatches
+from cfgrl_gym.algorithms.memory.prefix_cache import KeptPrefix, PrefixMemory
 from cfgrl_gym.algorithms.pi0.policy import Pi0Policy
-from cfgrl_gym.algorithms.prefix_memory import KeptPrefix, PrefixMemory
 from cfgrl_gym.algorithms.samples import window_losses
 from cfgrl_gym.algorithms.windows import WindowBatch
 from cfgrl_gym.demos.files import Demonstration
+from cfgrl_gym.wrappers.libero_observation import rotate_image
 from cfgrl_gym.wrappers.norm_stats import NormStats
 from cfgrl_gym.wrappers.prompt import encode_prompt
 from cfgrl_gym.wrappers.transforms import resize_with_pad, to_delta
-from cfgrl_gym.wrappers.two_test import rotate_image
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cfgrl_gym.algorithms.collector import Chunk, Episode, Row, stack
-from cfgrl_gym.algorithms.prefix_memory import KeptPrefix
+from cfgrl_gym.algorithms.memory.prefix_cache import KeptPrefix
 
 # Batched observations and environment actions (n, H, action_dim) to model space (n, H, width).
 Encode = Callable[[Any, Tensor], Tensor]

@@ -14,9 +14,9 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 
 from cfgrl_gym.algorithms import CFGRL
 from cfgrl_gym.algorithms.pi0 import Pi0Policy
-from cfgrl_gym.algorithms.pi0.base import Base, sha256
+from cfgrl_gym.algorithms.pi0.checkpoints.base import Base, sha256
 from cfgrl_gym.algorithms.pi0.presets import new_model
-from cfgrl_gym.algorithms.saved_model import saved_policy_kwargs
+from cfgrl_gym.algorithms.saving.saved_model import saved_policy_kwargs
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -146,5 +146,7 @@ def test_the_policy_alone_is_saved_whole(base: Path, tmp_path: Path) -> None:
 def test_hashes_are_computed_once(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read = Base(str(base), (base / "model.safetensors",))
     first = read.reference()
-    monkeypatch.setattr("cfgrl_gym.algorithms.pi0.base.sha256", lambda _: "computed again")
+    monkeypatch.setattr(
+        "cfgrl_gym.algorithms.pi0.checkpoints.base.sha256", lambda _: "computed again"
+    )
     assert read.reference() == first

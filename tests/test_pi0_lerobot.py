@@ -17,9 +17,9 @@ from torch import Tensor
 
 from cfgrl_gym.algorithms.flow import NULL, euler
 from cfgrl_gym.algorithms.pi0 import Pi0ForCFGRL
-from cfgrl_gym.algorithms.pi0.formats import Source, read_source
+from cfgrl_gym.algorithms.pi0.checkpoints.formats import Source, read_source
+from cfgrl_gym.algorithms.pi0.checkpoints.weights import load_model
 from cfgrl_gym.algorithms.pi0.prefix import Prefix
-from cfgrl_gym.algorithms.pi0.weights import load_model
 
 lerobot: Any = pytest.importorskip("lerobot.policies.pi0.modeling_pi0")
 pi_gemma: Any = pytest.importorskip("lerobot.policies.pi_gemma")

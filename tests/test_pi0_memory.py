@@ -13,7 +13,7 @@ import torch
 from pi0_support import make_policy
 from torch.profiler import ProfilerActivity, profile
 
-from cfgrl_gym.algorithms.device_memory import available_bytes
+from cfgrl_gym.algorithms.memory.device import available_bytes
 from cfgrl_gym.algorithms.pi0 import Pi0Policy, TinySizes
 from cfgrl_gym.algorithms.pi0.condition import Pi0CFGRLConfig
 from cfgrl_gym.algorithms.pi0.lora import add_lora

@@ -9,8 +9,8 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 
 from cfgrl_gym.algorithms import CFGRL
 from cfgrl_gym.algorithms.flow import NULL
+from cfgrl_gym.algorithms.memory.prefix_cache import PrefixMemory
 from cfgrl_gym.algorithms.pi0 import Pi0Policy
-from cfgrl_gym.algorithms.prefix_memory import PrefixMemory
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 PLENTY = 2**30

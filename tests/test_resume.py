@@ -19,7 +19,7 @@ from cfgrl_envs import QueueEnv, vec
 from stable_baselines3.common.callbacks import BaseCallback
 
 from cfgrl_gym import CFGRL
-from cfgrl_gym.algorithms.checkpoints import CheckpointStore, load_checkpoint
+from cfgrl_gym.algorithms.saving.checkpoints import CheckpointStore, load_checkpoint
 
 ITERATIONS = 12
 
@@ -134,7 +134,7 @@ def test_the_trainer_may_be_killed_at_any_moment(tmp_path: Path) -> None:
     iteration = (time.monotonic() - began) / ITERATIONS  # seconds
     store = CheckpointStore(tmp_path / "killed")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["__main__", "cfgrl_gym.algorithms.worker"])
+    context.set_forkserver_preload(["__main__", "cfgrl_gym.algorithms.vec_envs.worker"])
     rng = np.random.default_rng(0)
     killed, left = 0, set()
 

@@ -9,7 +9,7 @@ import torch
 
 import cfgrl_gym.algorithms.pi0
 from cfgrl_gym.algorithms.pi0 import Pi0Policy
-from cfgrl_gym.algorithms.pi0.shipped import SHIPPED, find_shipped
+from cfgrl_gym.algorithms.pi0.checkpoints.shipped import SHIPPED, find_shipped
 from cfgrl_gym.cli.environments import libero_spaces
 from cfgrl_gym.cli.policies import find_checkpoint
 from cfgrl_gym.wrappers.prompt import encode_prompt

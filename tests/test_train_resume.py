@@ -16,7 +16,7 @@ import psutil
 import pytest
 import torch
 
-from cfgrl_gym.algorithms.checkpoints import CheckpointStore
+from cfgrl_gym.algorithms.saving.checkpoints import CheckpointStore
 
 TRAIN = (
     "train --policy libero_tiny --task_id 8 --n_envs 2 --rloo_batch_size 2 "

@@ -25,8 +25,8 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 
 from cfgrl_gym.algorithms import CFGRL, MlpPolicy
 from cfgrl_gym.algorithms.pi0 import NormStats, Pi0Policy
-from cfgrl_gym.algorithms.saved_model import saved_policy_kwargs
-from cfgrl_gym.algorithms.saved_values import UntrustedFileError
+from cfgrl_gym.algorithms.saving.saved_model import saved_policy_kwargs
+from cfgrl_gym.algorithms.saving.saved_values import UntrustedFileError
 from cfgrl_gym.cli import main
 
 SMALL = {"rloo_batch_size": 3, "groups_per_iteration": 2, "seed": 3, "device": "cpu"}

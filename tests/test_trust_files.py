@@ -20,7 +20,7 @@ from test_trust import Calls
 
 import cfgrl_gym.envs.suites as suites
 from cfgrl_gym.algorithms.pi0 import Pi0ForCFGRL, Pi0Policy, shipped
-from cfgrl_gym.algorithms.pi0.members import member
+from cfgrl_gym.algorithms.pi0.checkpoints.members import member
 from cfgrl_gym.algorithms.pi0.presets import new_model
 from cfgrl_gym.cli import main
 from cfgrl_gym.cli.policies import find_checkpoint

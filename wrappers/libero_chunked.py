@@ -7,7 +7,7 @@ from gymnasium.envs.registration import EnvSpec
 
 from cfgrl_gym.envs.libero import LiberoEnv
 from cfgrl_gym.wrappers.action_chunk import ActionChunk
-from cfgrl_gym.wrappers.two_test import TwoTestObservation
+from cfgrl_gym.wrappers.libero_observation import TwoTestObservation
 
 
 class LiberoChunked(ActionChunk):

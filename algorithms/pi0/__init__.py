@@ -1,6 +1,6 @@
 """PI0 with an optimality condition: the model, its policy, its presets."""
 
-from cfgrl_gym.algorithms.pi0.checkpoint import Pi0PolicyConfig
+from cfgrl_gym.algorithms.pi0.checkpoints.build import Pi0PolicyConfig
 from cfgrl_gym.algorithms.pi0.condition import CONDITION_MODES, Pi0CFGRLConfig
 from cfgrl_gym.algorithms.pi0.model import Pi0ForCFGRL
 from cfgrl_gym.algorithms.pi0.policy import Pi0Policy

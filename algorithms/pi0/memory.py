@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from cfgrl_gym.algorithms.device_memory import GIB
 from cfgrl_gym.algorithms.flow import POSITIVE, interpolate, masked_mse
+from cfgrl_gym.algorithms.memory.device import GIB
 from cfgrl_gym.algorithms.pi0.live_bytes import LiveBytes, fake_copy
 from cfgrl_gym.algorithms.pi0.model import Pi0ForCFGRL
 from cfgrl_gym.algorithms.pi0.prefix import Prefix

@@ -11,8 +11,9 @@ from stable_baselines3.common.type_aliases import Schedule
 from torch import Tensor
 
 from cfgrl_gym.algorithms.flow import NULL
-from cfgrl_gym.algorithms.pi0.base import BaseReference
-from cfgrl_gym.algorithms.pi0.checkpoint import build, save_checkpoint
+from cfgrl_gym.algorithms.pi0.checkpoints.base import BaseReference
+from cfgrl_gym.algorithms.pi0.checkpoints.build import build, save_checkpoint
+from cfgrl_gym.algorithms.pi0.checkpoints.on_base import OnBase
 from cfgrl_gym.algorithms.pi0.compiled import compiled
 from cfgrl_gym.algorithms.pi0.inputs import (
     check_spaces,
@@ -22,7 +23,6 @@ from cfgrl_gym.algorithms.pi0.inputs import (
 )
 from cfgrl_gym.algorithms.pi0.lora import LORA_RANK, add_lora, check_lora, merged_state_dict
 from cfgrl_gym.algorithms.pi0.memory import plan_update
-from cfgrl_gym.algorithms.pi0.on_base import OnBase
 from cfgrl_gym.algorithms.pi0.prefix import Prefix, join, select_rows
 from cfgrl_gym.algorithms.pi0.presets import TinySizes
 from cfgrl_gym.algorithms.policies import Inputs, Observation, PrefixRow, UpdatePlan

@@ -8,7 +8,7 @@ from stable_baselines3.common.logger import KVWriter
 from tqdm import tqdm
 
 from cfgrl_gym.algorithms import CFGRL
-from cfgrl_gym.algorithms.checkpoints import CheckpointStore
+from cfgrl_gym.algorithms.saving.checkpoints import CheckpointStore
 from cfgrl_gym.cli.configs import TrainConfig
 from cfgrl_gym.cli.evaluations import Evaluations
 from cfgrl_gym.cli.progress import progress_bar

@@ -10,11 +10,11 @@ import numpy as np
 from gymnasium import spaces
 from stable_baselines3.common.vec_env import VecEnv
 
-from cfgrl_gym.algorithms.worker_vec_env import WorkerVecEnv
+from cfgrl_gym.algorithms.vec_envs.worker_vec_env import WorkerVecEnv
 from cfgrl_gym.cli.configs import LiberoOptions
 from cfgrl_gym.envs.libero import ACTION_DIM, BOUND
+from cfgrl_gym.wrappers.libero_observation import CAMERA_SLOTS, STATE_DIM
 from cfgrl_gym.wrappers.prompt import PROMPT_BYTES
-from cfgrl_gym.wrappers.two_test import CAMERA_SLOTS, STATE_DIM
 
 # With the module's name, so that a fresh worker process registers it.
 ENVIRONMENT = "cfgrl_gym:LiberoChunked-v0"

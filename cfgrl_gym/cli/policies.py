@@ -12,15 +12,15 @@ import yaml
 from stable_baselines3.common.utils import get_device
 
 from cfgrl_gym.algorithms import CFGRL
-from cfgrl_gym.algorithms.checkpoints import STATE_FILE, load_policy_state
 from cfgrl_gym.algorithms.pi0 import Pi0Policy
-from cfgrl_gym.algorithms.pi0.checkpoint import POLICY_FILE, read_policy_file
-from cfgrl_gym.algorithms.pi0.formats import Source, read_source
-from cfgrl_gym.algorithms.pi0.shipped import SHIPPED, find_shipped
+from cfgrl_gym.algorithms.pi0.checkpoints.build import POLICY_FILE, read_policy_file
+from cfgrl_gym.algorithms.pi0.checkpoints.formats import Source, read_source
+from cfgrl_gym.algorithms.pi0.checkpoints.shipped import SHIPPED, find_shipped
+from cfgrl_gym.algorithms.saving.checkpoints import STATE_FILE, load_policy_state
 from cfgrl_gym.cli.configs import EvalConfig, TrainConfig
 from cfgrl_gym.cli.environments import libero_spaces
 from cfgrl_gym.cli.run_folder import CHECKPOINTS_FOLDER, CONFIG_FILE, POLICY_FOLDER
-from cfgrl_gym.wrappers.two_test import CAMERA_SLOTS
+from cfgrl_gym.wrappers.libero_observation import CAMERA_SLOTS
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,11 @@ from typing import Any
 from stable_baselines3.common.vec_env import VecEnv
 
 from cfgrl_gym.algorithms import CFGRL
-from cfgrl_gym.algorithms.checkpoints import CheckpointStore, load_checkpoint
 from cfgrl_gym.algorithms.flow import NonFiniteError
 from cfgrl_gym.algorithms.groups import Start
 from cfgrl_gym.algorithms.pi0 import Pi0Policy
-from cfgrl_gym.algorithms.worker import WorkerError
+from cfgrl_gym.algorithms.saving.checkpoints import CheckpointStore, load_checkpoint
+from cfgrl_gym.algorithms.vec_envs.worker import WorkerError
 from cfgrl_gym.cli.between_iterations import BetweenIterations, IterationLine
 from cfgrl_gym.cli.configs import TrainConfig
 from cfgrl_gym.cli.environments import environment_arguments, vec_env

@@ -1,0 +1,43 @@
+"""How an update will use the memory there is, decided before a run starts."""
+
+import warnings
+
+from cfgrl_gym.algorithms.memory.device import GIB, available_bytes, available_host_bytes
+from cfgrl_gym.algorithms.memory.micro_batches import MicroBatches
+from cfgrl_gym.algorithms.memory.prefix_cache import PrefixMemory
+from cfgrl_gym.algorithms.policies import FlowPolicy
+
+
+def plan_memory(
+    policy: FlowPolicy,
+    batch_size: int,
+    device_memory: float | None,
+    prefix_memory: float | None,
+    verbose: int,
+) -> tuple[MicroBatches, PrefixMemory]:
+    """Micro-batches that fit, and the room for prefixes.
+
+    :param batch_size: windows of one forward pass, at most
+    :param device_memory: GiB of the device's memory to use; None: all that is free
+    :param prefix_memory: GiB of the host's memory for prefixes; None: half of what is free
+    :param verbose: print the plan, from 1 on
+    :raises MemoryError: the device can't hold an update
+    """
+    free = available_bytes(policy.device, policy)
+    if device_memory is not None:
+        free = min(free, int(device_memory * GIB))
+    plan = policy.plan_update(batch_size, free)
+    if plan.batch_size < batch_size:
+        warnings.warn(
+            f"batches of {batch_size} don't fit in {free / GIB:.1f} GiB: going on with "
+            f"micro-batches of {plan.batch_size}, which changes memory and speed only",
+            stacklevel=3,
+        )
+    host = available_host_bytes() // 2 if prefix_memory is None else int(prefix_memory * GIB)
+    prefixes = PrefixMemory(policy, plan.room, host)
+    if verbose and plan.needed is not None:
+        print(
+            f"Memory: an update on micro-batches of {plan.batch_size} needs about "
+            f"{plan.needed / GIB:.2f} of {free / GIB:.2f} GiB; {prefixes}"
+        )
+    return MicroBatches(plan.batch_size), prefixes

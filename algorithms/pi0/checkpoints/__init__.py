@@ -1,0 +1,1 @@
+"""PI0 checkpoints in and out: this project's folders and those of others."""

@@ -1,0 +1,116 @@
+"""Normalisation statistics as LeRobot and openpi keep them with their checkpoints."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from cfgrl_gym.algorithms.pi0.checkpoints.members import member
+from cfgrl_gym.json_files import read_json_object
+from cfgrl_gym.wrappers.norm_stats import ACTION_DIM, STATE_DIM, NormStats, moments_of
+
+STATS_FILE = "norm_stats.json"
+# LeRobot: names of the features; statistics are "<feature>.mean" and so on.
+_FEATURES = {"state": ("observation.state", STATE_DIM), "actions": ("action", ACTION_DIM)}
+PREPROCESSOR = "policy_preprocessor.json"
+_PROCESSORS = (PREPROCESSOR, "policy_postprocessor.json")
+# LeRobot before processors: the model's own buffers, dots written as underscores.
+_OLD_BUFFERS = {
+    "state": ("normalize_inputs.buffer_observation_state",),
+    "actions": ("unnormalize_outputs.buffer_action", "normalize_targets.buffer_action"),
+}
+OLD_BUFFER_PREFIXES = ("normalize_inputs.", "normalize_targets.", "unnormalize_outputs.")
+Vectors = dict[str, list[float]]
+
+
+def own_stats(folder: Path) -> NormStats | None:
+    """norm_stats.json in the folder itself."""
+    return NormStats.load(folder / STATS_FILE) if (folder / STATS_FILE).is_file() else None
+
+
+def openpi_stats(folder: Path) -> NormStats | None:
+    """openpi's assets/<asset id>/norm_stats.json.
+
+    :raises ValueError: several of them
+    """
+    found = sorted((folder / "assets").rglob(STATS_FILE))
+    if len(found) > 1:
+        names = ", ".join(str(path.relative_to(folder)) for path in found)
+        raise ValueError(
+            f"checkpoint '{folder}' has {len(found)} norm_stats.json: {names}; pass norm_stats= "
+            "the path of the one that belongs to your robot"
+        )
+    return NormStats.load(found[0]) if found else None
+
+
+def lerobot_stats(folder: Path, weights: Sequence[Path]) -> NormStats | None:
+    """Statistics in the state files of LeRobot's processors, or in the weights of older versions.
+
+    :raises ValueError: the wrong length, or damaged
+    """
+    vectors: dict[str, Vectors] = {}
+    for file in _state_files(folder):
+        for part, (feature, _) in _FEATURES.items():
+            vectors.setdefault(part, {}).update(_read(file, feature))
+    if not any(vectors.values()):
+        for file in weights:
+            for part, buffers in _OLD_BUFFERS.items():
+                for buffer in buffers:
+                    for prefix in (buffer, f"model.{buffer}"):
+                        vectors.setdefault(part, {}).update(_read(file, prefix))
+    if not any(vectors.values()):
+        return None
+    where = f"statistics of checkpoint '{folder}'"
+    return NormStats(
+        *(
+            moments_of(vectors[part], feature, size, where)
+            for part, (feature, size) in _FEATURES.items()
+        )
+    )
+
+
+def processor_steps(folder: Path, name: str) -> list[dict[str, Any]]:
+    """The steps of one of LeRobot's processors; none where the folder hasn't it.
+
+    :raises ValueError: damaged
+    """
+    if not (folder / name).is_file():
+        return []
+    steps = read_json_object(folder / name).get("steps")
+    if not isinstance(steps, list) or not all(isinstance(step, dict) for step in steps):
+        raise ValueError(f"'{folder / name}' is damaged (no list of steps); download it again")
+    return steps
+
+
+def _state_files(folder: Path) -> list[Path]:
+    files = []
+    for name in _PROCESSORS:
+        for step in processor_steps(folder, name):
+            state = step.get("state_file")
+            if not state:
+                continue
+            file = member(folder, state, name)
+            if not file.is_file():
+                raise FileNotFoundError(
+                    f"'{folder / name}' names {state}, which isn't there; download it, or pass "
+                    "norm_stats="
+                )
+            files.append(file)
+    return files
+
+
+def _read(file: Path, feature: str) -> Vectors:
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            names = set(tensors.keys())
+            found = {
+                key: tensors.get_tensor(f"{feature}.{key}").to(torch.float64).flatten()
+                for key in ("mean", "std", "q01", "q99")
+                if f"{feature}.{key}" in names
+            }
+    except SafetensorError as error:
+        raise ValueError(f"'{file}' can't be read ({error}); download it again") from error
+    # Older versions wrote infinity where no statistics had been set.
+    return {key: vector.tolist() for key, vector in found.items() if not vector.isinf().all()}

@@ -1,0 +1,117 @@
+"""A model from a checkpoint's weights: every tensor accounted for."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from cfgrl_gym.algorithms.pi0.checkpoints.formats import Source
+from cfgrl_gym.algorithms.pi0.checkpoints.stats import OLD_BUFFER_PREFIXES
+from cfgrl_gym.algorithms.pi0.condition import Pi0CFGRLConfig
+from cfgrl_gym.algorithms.pi0.model import Pi0ForCFGRL
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+SHOWN = 5  # tensor names in an error message
+
+
+def load_model(source: Source, config: Pi0CFGRLConfig, vlm_dtype: str) -> Pi0ForCFGRL:
+    """The checkpoint's model.
+
+    :param vlm_dtype: "float32" or "bfloat16". Expert, projections and condition are float32,
+        whatever the file holds
+    :raises ValueError: tensors are missing, superfluous or of another shape
+    """
+    state = _read_state(source)
+    try:
+        loaded: Any = Pi0ForCFGRL.from_pretrained(
+            None,
+            config=config,
+            state_dict=state,
+            dtype=DTYPES[vlm_dtype],
+            ignore_mismatched_sizes=True,  # counted below, with the rest
+            output_loading_info=True,
+            local_files_only=True,
+        )
+    except MemoryError:
+        raise
+    except Exception as error:  # an activation that isn't one, heads that don't divide, ...
+        raise ValueError(
+            f"checkpoint '{source.name}': its config.json makes no model ({error!r:.300}); "
+            "download it again"
+        ) from error
+    model: Pi0ForCFGRL = loaded[0]
+    report: dict[str, Any] = loaded[1]
+    missing = set(report["missing_keys"])
+    if is_conditional(state):
+        found = {name.removeprefix("model.") for name in state}
+        missing |= {f"condition.{name}" for name in model.condition.state_dict()} - found
+    shapes = [
+        f"{name} {tuple(found)}, not {tuple(wanted)}"
+        for name, found, wanted in report["mismatched_keys"]
+    ]
+    problems = [
+        f"{what} {len(names)} {'tensor' if len(names) == 1 else 'tensors'} ({_some(names)})"
+        for what, names in (
+            ("lacks", sorted(missing)),
+            ("has unknown", sorted(report["unexpected_keys"])),
+            ("has in another shape", sorted(shapes)),
+        )
+        if names
+    ]
+    if problems:
+        raise ValueError(
+            f"checkpoint '{source.name}' {'; it '.join(problems)}. It is not a complete PI0 "
+            "checkpoint in transformers', LeRobot's or openpi's format: download or convert it "
+            "again"
+        )
+    model.condition.float()  # where it is new, it was made in the VLM's dtype
+    _own_memory(model, state)
+    model.drop_unused_embeddings()
+    # from_pretrained notes its dtype; who rebuilds or reloads the model means the expert's.
+    whole: Any = model.config
+    vlm = whole.vlm_config
+    for part in (whole, vlm, vlm.text_config, vlm.vision_config, whole.dit_config):
+        part.dtype = torch.float32
+    return model
+
+
+def is_conditional(names: Iterable[str]) -> bool:
+    """Whether tensors of these names include an optimality condition."""
+    return any(name.removeprefix("model.").startswith("condition.") for name in names)
+
+
+def _read_state(source: Source) -> dict[str, Tensor]:
+    """The file's tensors, mapped, not read; without LeRobot's old statistics."""
+    state = {}
+    for file in source.files:
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 (no mapping: it has keys() only)
+                if not name.removeprefix("model.").startswith(OLD_BUFFER_PREFIXES):
+                    state[name] = tensors.get_tensor(name)
+    integers = [name for name, tensor in state.items() if not tensor.is_floating_point()]
+    if integers:
+        raise ValueError(
+            f"checkpoint '{source.name}' has tensors that aren't floating point "
+            f"({_some(integers)}): it is quantised or damaged; get the one it was made from"
+        )
+    # transformers reads the VLM's lm_head as its embeddings, and over them where a file has both.
+    # PI0 has no use for an lm_head: embeddings that are there are the ones that were trained.
+    if any(name.endswith("language_model.embed_tokens.weight") for name in state):
+        state = {name: t for name, t in state.items() if "paligemma.lm_head" not in name}
+    return state
+
+
+def _own_memory(model: Pi0ForCFGRL, state: dict[str, Tensor]) -> None:
+    """Parameters that still point into a mapped file get memory of their own: the file may be
+    written anew, by a save into the same folder for one."""
+    mapped = {tensor.data_ptr() for tensor in state.values()}
+    for parameter in model.parameters():
+        if parameter.data_ptr() in mapped:
+            parameter.data = parameter.data.clone()
+
+
+def _some(names: list[str]) -> str:
+    more = len(names) - SHOWN
+    return ", ".join(names[:SHOWN]) + (f" and {more} more" if more > 0 else "")

@@ -1,0 +1,1 @@
+"""Vectorized environments: which CFGRL takes, and two of its own."""

@@ -1,0 +1,233 @@
+"""Environments in worker processes that are replaced when they fail."""
+
+import multiprocessing
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from gymnasium import spaces
+from stable_baselines3.common.vec_env import VecEnv
+from stable_baselines3.common.vec_env.base_vec_env import (
+    VecEnvIndices,
+    VecEnvObs,
+    VecEnvStepReturn,
+)
+
+from cfgrl_gym.algorithms.vec_envs.worker import Worker, WorkerError
+from cfgrl_gym.envs.rendering import processors
+
+LOST = "episode_lost"  # key of `info`: how the episode's worker failed
+
+
+class WorkerVecEnv(VecEnv):
+    """SB3's `SubprocVecEnv` for long runs: a worker that dies, hangs or raises is replaced.
+
+    The episodes that were running in it are over then, with nothing to learn from their end: the
+    next `step` gives done, reward 0 and `info["episode_lost"]`, a text, and the first observation
+    of the next episode. (`CFGRL` runs such an episode again.) A worker has several environments,
+    which share compiled models and render contexts, and steps them one after another.
+
+    :param env_fns: functions that make the environments
+    :param workers: processes; None: one for each processor, and no more than environments
+    :param timeout: seconds in which a worker must have stepped its environments; else it hangs
+    :param max_failures: times in a row that a worker may fail without a step in between
+    :param start_method: of multiprocessing. None: "forkserver", or "spawn" where there is none. A
+        script needs `if __name__ == "__main__":` with both, as with `SubprocVecEnv`
+    :raises Exception: what an environment raises when it is made
+    """
+
+    def __init__(
+        self,
+        env_fns: list[Callable[[], gym.Env]],
+        workers: int | None = None,
+        timeout: float = 300.0,
+        max_failures: int = 3,
+        start_method: str | None = None,
+    ) -> None:
+        count = min(processors(), len(env_fns)) if workers is None else workers
+        if not 1 <= count <= len(env_fns):
+            raise ValueError(f"workers must be from 1 to the {len(env_fns)} env_fns; got {workers}")
+        if start_method is None:
+            methods = multiprocessing.get_all_start_methods()
+            start_method = "forkserver" if "forkserver" in methods else "spawn"
+        context = multiprocessing.get_context(start_method)
+        # Does nothing for another start method, or where a server is running already: workers are
+        # forked from a process that has imported the slow part.
+        context.set_forkserver_preload(["__main__", Worker.__module__])
+        self.max_failures = max_failures
+        self.closed = False
+        # Environment i is number i // count of worker i % count.
+        self.workers = [Worker(context, env_fns[first::count], timeout) for first in range(count)]
+        self._failures = [0] * count
+        self._lost: dict[int, str] = {}  # environments whose episode is over, and why
+        self._attributes: list[tuple[int, str, Any]] = []  # set by the user, for replacements
+        self._last: list[Any] = [None] * len(env_fns)  # observations
+        self._actions: np.ndarray = np.empty(0)
+        try:
+            for worker in self.workers:
+                worker.ask("spaces")
+            offered = [self._answer(number, "spaces") for number in range(count)]
+            super().__init__(len(env_fns), *offered[0])
+        except BaseException:
+            self.close()
+            raise
+
+    # Requests ---------------------------------------------------------------------------------
+
+    def _place(self, index: int) -> tuple[int, int]:
+        """Which worker has this environment, and its number there."""
+        return index % len(self.workers), index // len(self.workers)
+
+    def _indices_of(self, worker: int) -> range:
+        return range(worker, len(self._last), len(self.workers))
+
+    def _replace(self, number: int, error: BaseException) -> None:
+        """A new worker in place of one that failed; its running episodes are lost.
+
+        :raises WorkerError: it has failed too often
+        """
+        self._failures[number] += 1
+        reason = str(error.__cause__ if isinstance(error.__cause__, WorkerError) else error)
+        if self._failures[number] >= self.max_failures:
+            raise WorkerError(
+                f"a worker failed {self._failures[number]} times in a row, the last time so: "
+                f"{reason}"
+            ) from error
+        warnings.warn(f"{reason}; its episodes are run again in a new one", stacklevel=2)
+        worker = self.workers[number]
+        worker.restart()
+        for index in self._indices_of(number):
+            self._lost.setdefault(index, reason)
+        for index, name, value in self._attributes:
+            holder, place = self._place(index)
+            if holder == number:
+                self._request(number, "set", place, name, value)
+
+    def _reset(self, how: dict[int, dict[str, Any]]) -> None:
+        """Reset environments, each with its keyword arguments, in all workers at once."""
+        while how:
+            asked = self._ask("reset", how)
+            for number, indices in asked.items():
+                try:
+                    answers = self.workers[number].answer()
+                except Exception as error:
+                    self._replace(number, error)
+                    continue
+                for index in indices:
+                    self._last[index], self.reset_infos[index] = answers[self._place(index)[1]]
+                    self._lost.pop(index, None)
+                    del how[index]
+
+    def _ask(self, name: str, what: dict[int, Any]) -> dict[int, list[int]]:
+        """Send each worker its part; returns which environments each was asked about."""
+        asked: dict[int, list[int]] = {}
+        for index in what:
+            asked.setdefault(self._place(index)[0], []).append(index)
+        for number, indices in asked.items():
+            self.workers[number].ask(name, {self._place(i)[1]: what[i] for i in indices})
+        return asked
+
+    def _each(self, indices: VecEnvIndices, name: str, *args: Any) -> list[Any]:
+        """Ask environments one after another. What they raise is the caller's."""
+        return [self._one(index, name, *args) for index in self._get_indices(indices)]
+
+    def _one(self, index: int, name: str, *args: Any) -> Any:
+        number, place = self._place(index)
+        return self._request(number, name, place, *args)
+
+    def _request(self, number: int, name: str, *args: Any) -> Any:
+        self.workers[number].ask(name, *args)
+        return self._answer(number, name, *args)
+
+    def _answer(self, number: int, name: str, *args: Any) -> Any:
+        """A worker's answer to this request; one that dies over it is replaced and asked again."""
+        while True:
+            try:
+                return self.workers[number].answer()
+            except WorkerError as error:
+                self._replace(number, error)
+                self.workers[number].ask(name, *args)
+
+    # VecEnv -----------------------------------------------------------------------------------
+
+    def reset(self) -> VecEnvObs:
+        how: dict[int, dict[str, Any]] = {}
+        for index in range(self.num_envs):
+            options = {"options": self._options[index]} if self._options[index] else {}
+            how[index] = {"seed": self._seeds[index], **options}
+        self._reset(how)
+        self._reset_seeds()
+        self._reset_options()
+        return self._observations()
+
+    def step_async(self, actions: np.ndarray) -> None:
+        self._actions = actions
+
+    def step_wait(self) -> VecEnvStepReturn:
+        rewards, dones = np.zeros(self.num_envs, np.float32), np.zeros(self.num_envs, bool)
+        infos: list[dict[str, Any]] = [{} for _ in range(self.num_envs)]
+        running = {i: self._actions[i] for i in range(self.num_envs) if i not in self._lost}
+        for number, indices in self._ask("step", running).items():
+            try:
+                answers = self.workers[number].answer()
+            except Exception as error:
+                self._replace(number, error)
+                continue
+            self._failures[number] = 0
+            for index in indices:
+                observation, reward, done, info, reset_info = answers[self._place(index)[1]]
+                rewards[index], dones[index], infos[index] = reward, done, info
+                self._last[index] = observation
+                self.reset_infos[index] = reset_info if done else self.reset_infos[index]
+        lost = dict(self._lost)
+        for index, reason in lost.items():
+            dones[index] = True
+            last = {"terminal_observation": self._last[index], "TimeLimit.truncated": True}
+            infos[index] = {LOST: reason, **last}
+        self._reset({index: {} for index in lost})
+        return self._observations(), rewards, dones, infos
+
+    def _observations(self) -> VecEnvObs:
+        space, last = self.observation_space, self._last
+        if isinstance(space, spaces.Dict):
+            return {key: np.stack([row[key] for row in last]) for key in space.spaces}
+        if isinstance(space, spaces.Tuple):
+            return tuple(np.stack([row[i] for row in last]) for i in range(len(space.spaces)))
+        return np.stack(last)
+
+    def env_method(
+        self, method_name: str, *method_args: Any, indices: VecEnvIndices = None, **kwargs: Any
+    ) -> list[Any]:
+        results = []
+        for index in self._get_indices(indices):
+            results.append(self._one(index, "call", method_name, method_args, kwargs))
+            if method_name == "reset":
+                self._last[index] = results[-1][0]
+                self._lost.pop(index, None)
+        return results
+
+    def has_attr(self, attr_name: str) -> bool:
+        return all(self._each(None, "has", attr_name))
+
+    def get_attr(self, attr_name: str, indices: VecEnvIndices = None) -> list[Any]:
+        return self._each(indices, "get", attr_name)
+
+    def set_attr(self, attr_name: str, value: Any, indices: VecEnvIndices = None) -> None:
+        self._each(indices, "set", attr_name, value)
+        self._attributes += [(i, attr_name, value) for i in self._get_indices(indices)]
+
+    def env_is_wrapped(
+        self, wrapper_class: type[gym.Wrapper], indices: VecEnvIndices = None
+    ) -> list[bool]:
+        return self._each(indices, "is_wrapped", wrapper_class)
+
+    def get_images(self) -> list[np.ndarray | None]:
+        return self.env_method("render") if self.render_mode == "rgb_array" else [None]
+
+    def close(self) -> None:
+        if not self.closed:
+            self.closed = True
+            for worker in self.workers:
+                worker.close()

@@ -1,0 +1,142 @@
+"""What guidance costs: seconds of one chunk with one branch and with two, in turns.
+
+    python benchmarks/speed/guidance_cost.py                # tiny: seconds
+    python benchmarks/speed/guidance_cost.py --size full    # a quarter of an hour on 2 CPU cores
+    python benchmarks/speed/guidance_cost.py --size full --compile   # on a GPU: with CUDA graphs
+
+A chunk is one observation to 50 actions in 10 denoising steps, two cameras, random weights. The
+full size computes in bfloat16. Results of each size and device stand side by side in the file.
+"""
+
+import sys
+from functools import partial
+from statistics import median
+from typing import Any
+
+import torch
+from pi0_timing import (
+    CHUNK,
+    arguments,
+    keep,
+    machine,
+    make_observation,
+    make_policy,
+    precision,
+    seconds,
+)
+from torch import Tensor
+
+from cfgrl_gym.algorithms.flow import NULL, POSITIVE, euler, guide
+from cfgrl_gym.algorithms.pi0 import Pi0Policy
+
+W = 1.5
+UNGUIDED, GUIDED = "w=1", "w=1.5, both branches in one pass"
+TWO_PASSES, NOTHING_SHARED = "w=1.5, two passes on one prefix", "w=1.5, two passes, two prefixes"
+VARIANTS = (UNGUIDED, GUIDED, TWO_PASSES, NOTHING_SHARED)
+TRITON = "arXiv 2510.26742 and github.com/dexmal/realtime-vla"
+FUSED = "github.com/flashrt-project/FlashRT, docs/rl_inference.md"
+PUBLISHED = (
+    {"ms": 73, "what": "PI0, 3 cameras, RTX 4090", "source": "openpi"},
+    {
+        "ms": [40, 50],
+        "what": "PI0, CUDA graphs, 2 cameras, RTX 4090",
+        "source": TRITON,
+    },
+    {"ms": 27.3, "what": "the same in Triton, 63 actions, no prompt", "source": TRITON},
+    {"ms": 32.9, "what": "the same in Triton, 50 actions, 20 prompt tokens", "source": TRITON},
+    {"ms": 19.0, "what": "pi0.5, RTX 5090, unguided", "source": FUSED},
+    {"ms": 37.1, "what": "pi0.5, RTX 5090, w = 1.5, two passes", "source": FUSED},
+    {"ms": 25.9, "what": "pi0.5, RTX 5090, w = 1.5, one pass", "source": FUSED},
+)
+
+
+@torch.no_grad()
+def time_chunk(policy: Pi0Policy, obs: Any, noise: Tensor, variant: str) -> dict[str, float]:
+    """Seconds of a chunk's parts."""
+    spent_inputs, inputs = seconds(lambda: policy.encode_observation(obs))
+    spent_prefix, prefix = seconds(lambda: policy.encode_prefix(inputs))
+    other = prefix
+    if variant == NOTHING_SHARED:
+        again, other = seconds(lambda: policy.encode_prefix(inputs))
+        spent_prefix += again
+
+    def velocities(x: Tensor, t: Tensor) -> Tensor:
+        of = partial(policy.velocities, inputs, x, t)
+        if variant == UNGUIDED:
+            return of((POSITIVE,), prefix)[0]
+        if variant == GUIDED:
+            v_null, v_positive = of((NULL, POSITIVE), prefix)
+        else:
+            v_null, v_positive = of((NULL,), prefix)[0], of((POSITIVE,), other)[0]
+        return guide(v_null, v_positive, W)
+
+    spent, _ = seconds(lambda: euler(velocities, noise, policy.num_inference_steps))
+    return {
+        "inputs": spent_inputs,
+        "prefix": spent_prefix,
+        "denoising": spent,
+        "chunk": spent_inputs + spent_prefix + spent,
+    }
+
+
+def measure(policy: Pi0Policy, args: Any, batch: int) -> dict[str, Any]:
+    """All variants in turns; the first round warms up and doesn't count."""
+    obs = make_observation(policy, batch, args.seed)
+    generator = torch.Generator().manual_seed(args.seed)
+    shape = (batch, policy.horizon, policy.action_width)
+    noise = torch.randn(shape, generator=generator).to(policy.device)
+    runs: dict[str, list[dict[str, float]]] = {variant: [] for variant in VARIANTS}
+    for turn in range(args.repeats + 1):
+        for variant in VARIANTS:
+            with precision(policy, args.size):
+                spent = time_chunk(policy, obs, noise, variant)
+            if turn:
+                runs[variant].append(spent)
+    medians = {
+        variant: {part: median(run[part] for run in of) for part in of[0]}
+        for variant, of in runs.items()
+    }
+    one = medians[UNGUIDED]["chunk"]
+    ratios = {variant: medians[variant]["chunk"] / one for variant in VARIANTS}
+    for variant, parts in medians.items():
+        print(
+            f"batch {batch}, {variant:34} {1000 * parts['chunk']:9.1f} ms (prefix "
+            f"{1000 * parts['prefix']:.1f}, denoising {1000 * parts['denoising']:.1f}), "
+            f"{ratios[variant]:.2f} of w=1",
+            flush=True,
+        )
+    return {"batch": batch, "median_seconds": medians, "to_unguided": ratios, "runs": runs}
+
+
+def main() -> int:
+    parser = arguments(__doc__, "guidance_cost.json")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8], help="(%(default)s)")
+    parser.add_argument("--repeats", type=int, default=5, help="rounds that count (%(default)s)")
+    parser.add_argument("--compile", action="store_true", help="the denoising steps, by torch")
+    args = parser.parse_args()
+    policy = make_policy(args.size, args.device, args.seed, compile_denoising=args.compile)
+    policy.set_training_mode(False)
+    report = {
+        "command": " ".join(["python", *sys.argv]),
+        "settings": {
+            "size": args.size,
+            "parameters": sum(p.numel() for p in policy.model.parameters()),
+            "precision": "bfloat16" if args.size == "full" else "float32",
+            "actions": CHUNK,
+            "cameras": len(policy.cameras),
+            "denoising_steps": policy.num_inference_steps,
+            "repeats": args.repeats,
+            "compiled": args.compile,
+            "seed": args.seed,
+        },
+        "machine": machine(args.device),
+        "batches": [measure(policy, args, batch) for batch in args.batch],
+        "published": PUBLISHED,
+    }
+    name = f"{args.size}, {args.device}" + (", compiled" if args.compile else "")
+    keep(args.out, name, report)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,207 @@
+"""What an update costs with the prefixes kept from acting, and with computing them again.
+
+    python benchmarks/speed/update_cost.py               # tiny: a minute
+    python benchmarks/speed/update_cost.py --size full   # a quarter of an hour on 2 CPU cores
+
+One epoch over the same windows both ways, with CFGRL's own update: VLM frozen, random weights,
+two cameras; the full size computes in bfloat16. Also the gradients of a few windows both ways, the
+loss curves of 50 steps (tiny only: at full size they would take an hour), and the floating-point
+operations at full size, counted on the meta device.
+"""
+
+import argparse
+import sys
+from functools import partial
+from typing import Any
+
+import torch
+from pi0_timing import (
+    CHUNK,
+    arguments,
+    keep,
+    machine,
+    make_observation,
+    make_policy,
+    precision,
+    seconds,
+)
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+from cfgrl_gym.algorithms.flow import NULL, POSITIVE
+from cfgrl_gym.algorithms.memory.micro_batches import MicroBatches
+from cfgrl_gym.algorithms.memory.prefix_cache import KeptPrefix, PrefixMemory
+from cfgrl_gym.algorithms.pi0 import Pi0CFGRLConfig, Pi0ForCFGRL, Pi0Policy
+from cfgrl_gym.algorithms.pi0.memory import encode_example, example_inputs, example_loss
+from cfgrl_gym.algorithms.pi0.tokenizer import PALIGEMMA_PROMPT_TOKENS
+from cfgrl_gym.algorithms.samples import window_losses
+from cfgrl_gym.algorithms.windows import WindowBatch
+
+PLENTY = 2**40
+CURVE_STEPS = 50
+# Both ways run the same operations on the same numbers; only the batch in which a prefix was
+# computed may differ, and with it the order of sums.
+GRADIENT_TOLERANCE = {"tiny": 1e-4, "full": 5e-2}  # relative; float32 and bfloat16
+
+
+class Update:
+    """CFGRL's update of a policy on fixed windows, with every draw from one seed."""
+
+    def __init__(self, policy: Pi0Policy, args: Any, kept: bool) -> None:
+        self.policy, self.args = policy, args
+        self.kept = kept
+        self.memory = PrefixMemory(policy, PLENTY, PLENTY if kept else 0)
+        self.micro_batches = MicroBatches(args.micro_batch)
+        self.generator = torch.Generator().manual_seed(args.seed)
+        self.windows = make_windows(policy, args)
+
+    def act(self) -> None:
+        """What acting leaves behind: the prefix of every window."""
+        for part in torch.arange(self.args.windows).split(self.args.micro_batch):
+            batch = self.windows[part]
+            with precision(self.policy, self.args.size):
+                self.memory.recall(batch.observations, batch.prefixes)
+
+    def gradients(self, batch: WindowBatch) -> Tensor:
+        """Leave a step's gradients in the parameters; returns its losses."""
+        t, noise = self.policy.draw_flow(len(batch), self.generator)
+        loss = partial(window_losses, self.policy, self.memory, batch, batch.labels, t, noise)
+        with precision(self.policy, self.args.size):
+            return self.micro_batches.backward(loss, len(batch), self.policy.optimizer)
+
+    def epoch(self, name: str) -> list[float]:
+        """One pass over the windows; returns each step's loss."""
+        order = torch.randperm(self.args.windows, generator=self.generator)
+        losses = []
+        for indices in tqdm(order.split(self.args.step), desc=name, leave=False, disable=None):
+            losses.append(self.gradients(self.windows[indices]).mean().item())
+            self.policy.optimizer.step()
+        return losses
+
+
+def make_windows(policy: Pi0Policy, args: Any) -> WindowBatch:
+    generator = torch.Generator().manual_seed(args.seed)
+    shape = (args.windows, policy.horizon, policy.action_width)
+    return WindowBatch(
+        make_observation(policy, args.windows, args.seed),
+        torch.randn(shape, generator=generator),
+        torch.zeros(shape[:2], dtype=torch.bool),
+        torch.where(torch.arange(args.windows) % 2 == 0, POSITIVE, NULL),
+        [KeptPrefix() for _ in range(args.windows)],
+    )
+
+
+def first_gradients(update: Update) -> list[Tensor]:
+    update.gradients(update.windows[torch.arange(update.args.step)])
+    of = [p.grad for p in update.policy.parameters() if p.grad is not None]
+    return [gradient.detach().float().cpu().clone() for gradient in of]
+
+
+def compare_gradients(policy: Pi0Policy, args: Any) -> dict[str, float]:
+    """Distance of the two ways' gradients of a few windows, relative to their norm."""
+    number = min(8, args.micro_batch)
+    few = argparse.Namespace(**{**vars(args), "windows": number, "step": number})
+    kept = Update(policy, few, kept=True)
+    kept.act()
+    one, other = first_gradients(kept), first_gradients(Update(policy, few, kept=False))
+    difference = sum(float((a - b).square().sum()) for a, b in zip(one, other, strict=True))
+    norm = sum(float(a.square().sum()) for a in one)
+    return {
+        "relative_difference": (difference / norm) ** 0.5,
+        "tolerance": GRADIENT_TOLERANCE[args.size],
+    }
+
+
+def compare_epochs(policy: Pi0Policy, args: Any) -> dict[str, Any]:
+    """Seconds of an epoch both ways, in turns."""
+    weights = {name: value.clone() for name, value in trained(policy).items()}
+    found: dict[str, Any] = {"kept": [], "recomputed": []}
+    kept = Update(policy, args, kept=True)
+    found["acting"] = seconds(kept.act)[0]
+    found["kept_bytes"] = PLENTY - kept.memory.free["host" if args.device == "cpu" else "device"]
+    for turn in range(args.repeats):
+        for name, update in (("kept", kept), ("recomputed", Update(policy, args, kept=False))):
+            restore(policy, weights)
+            spent, losses = seconds(partial(update.epoch, f"{name}, epoch {turn + 1}"))
+            found[name].append({"seconds": spent, "losses": losses})
+            print(f"{name}: {spent:.2f} s an epoch of {args.windows} windows", flush=True)
+    best = {name: min(run["seconds"] for run in found[name]) for name in ("kept", "recomputed")}
+    found["ratio"] = best["recomputed"] / best["kept"]
+    return found
+
+
+def compare_curves(policy: Pi0Policy, args: Any) -> dict[str, Any]:
+    """Losses of 50 steps both ways from the same weights."""
+    weights = {name: value.clone() for name, value in trained(policy).items()}
+    curves: dict[str, list[float]] = {}
+    for name in ("kept", "recomputed"):
+        restore(policy, weights)
+        update = Update(policy, args, kept=name == "kept")
+        update.act()
+        curve: list[float] = []
+        while len(curve) < CURVE_STEPS:
+            curve += update.epoch(f"{name}, loss curve")
+        curves[name] = curve[:CURVE_STEPS]
+    pairs = list(zip(curves["kept"], curves["recomputed"], strict=True))
+    return {**curves, "greatest_relative_difference": max(abs(a / b - 1) for a, b in pairs)}
+
+
+def trained(policy: Pi0Policy) -> dict[str, Tensor]:
+    return {n: p.detach() for n, p in policy.named_parameters() if p.requires_grad}
+
+
+@torch.no_grad()
+def restore(policy: Pi0Policy, weights: dict[str, Tensor]) -> None:
+    """Weights as given, and an optimizer that has not stepped yet."""
+    for name, parameter in trained(policy).items():
+        parameter.copy_(weights[name])
+    policy.optimizer.state.clear()
+
+
+def full_size_flops() -> dict[str, float]:
+    """Floating-point operations of one window at full size."""
+    with torch.device("meta"):
+        model = Pi0ForCFGRL(Pi0CFGRLConfig())
+        model.model.vlm.requires_grad_(False)
+        inputs = example_inputs(model, 1, cameras=2, prompt_tokens=PALIGEMMA_PROMPT_TOKENS)
+        with FlopCounterMode(display=False) as prefix_flops, torch.no_grad():
+            prefix = encode_example(model, inputs)
+        with FlopCounterMode(display=False) as expert_flops:
+            example_loss(model, inputs, prefix).backward()
+    prefix_count, expert_count = prefix_flops.get_total_flops(), expert_flops.get_total_flops()
+    return {
+        "prefix_forward": prefix_count,
+        "expert_forward_and_backward": expert_count,
+        "recomputed_to_kept": (prefix_count + expert_count) / expert_count,
+    }
+
+
+def main() -> int:
+    parser = arguments(__doc__, "update_cost.json")
+    parser.add_argument("--windows", type=int, default=64, help="of the epoch (%(default)s)")
+    parser.add_argument("--step", type=int, default=32, help="windows a step (%(default)s)")
+    parser.add_argument("--micro_batch", type=int, default=32, help="windows a pass (%(default)s)")
+    parser.add_argument("--repeats", type=int, default=1, help="epochs each way (%(default)s)")
+    args = parser.parse_args()
+    policy = make_policy(args.size, args.device, args.seed)
+    policy.set_training_mode(True)
+    report = {
+        "command": " ".join(["python", *sys.argv]),
+        "settings": {**vars(args), "out": str(args.out), "actions": CHUNK},
+        "machine": machine(args.device),
+        "flops_of_a_window_at_full_size": full_size_flops(),
+        "gradients": compare_gradients(policy, args),
+        "epoch": compare_epochs(policy, args),
+    }
+    if args.size == "tiny":
+        report["loss_curves"] = compare_curves(policy, args)
+    keep(args.out, f"{args.size}, {args.device}", report)
+    print(f"an epoch recomputed takes {report['epoch']['ratio']:.1f} times one from kept prefixes")
+    print(f"by operations at full size: {full_size_flops()['recomputed_to_kept']:.1f} times")
+    print(f"gradients: {report['gradients']}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,128 @@
+"""The shipped policy `libero_tiny`: how it was made, and how often it succeeds.
+
+Records scripted demonstrations, fits a tiny PI0 to them for a while, short of what it could learn,
+puts a fresh condition in place of the one that was fitted, writes checksums, and evaluates it on
+all 50 benchmark states of each task. The policy looks through the wrist camera alone, whose image
+is the cheaper one to draw without a GPU. Writes <out>/sft/policy and
+<results>/starting_point.json; with --policy, that policy is only evaluated.
+
+    python benchmarks/study/starting_point.py --help
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from study_results import describe, read_evaluation, write_result
+from study_runs import EvaluationOf, run_jobs
+from study_settings import EVALUATION_SEED, N_ENVS
+
+from cfgrl_gym.cli import demos, sft
+from cfgrl_gym.cli.configs import DemosConfig, SftConfig
+from cfgrl_gym.whole_files import sha256
+
+TASKS = {"libero_object": [0, 5, 6, 8], "libero_goal": [6]}
+IMAGE_SIZE = 112
+CHECKSUMS = "SHA256SUMS"
+
+
+def make(out: Path) -> Path:
+    """Demonstrations and warm start; returns the policy's folder."""
+    for suite, tasks in TASKS.items():
+        demos.run(
+            DemosConfig(
+                suite=suite,
+                task_id=tasks,
+                demos=40,
+                image_size=IMAGE_SIZE,
+                image_stride=4,
+                out=str(out / "demos"),
+            )
+        )
+    sft.run(
+        SftConfig(
+            demos=str(out / "demos"),
+            horizon=16,
+            cameras=["robot0_eye_in_hand"],
+            image_size=IMAGE_SIZE,
+            patch_size=28,
+            steps=1600,
+            dropout_prob=0.5,
+            ema_decay=0.99,
+            out=str(out / "sft"),
+        )
+    )
+    policy = out / "sft" / "policy"
+    forget_condition(policy)
+    write_checksums(policy)
+    return policy
+
+
+def forget_condition(folder: Path) -> None:
+    """A zero bias in place of the condition: v_1 begins as v_∅.
+
+    A condition that demonstrations were fitted with is one that the network has learned to ignore,
+    because o = 1 and ∅ were the same data (docs/study.md has what that costs).
+    """
+    weights = load_file(folder / "model.safetensors")
+    shape = weights["condition.embedding"].shape
+    kept = {name: w for name, w in weights.items() if not name.startswith("condition.")}
+    kept["condition.embedding"] = torch.zeros(shape)
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    for name in ("config.json", "pi0_policy.json"):
+        content = json.loads((folder / name).read_text()) | {"condition_mode": "bias"}
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n")
+
+
+def write_checksums(folder: Path) -> None:
+    """In the format of sha256sum, which can check them: sha256sum -c SHA256SUMS."""
+    lines = [
+        f"{sha256(file)}  {file.name}\n"
+        for file in sorted(folder.iterdir())
+        if file.suffix in (".json", ".safetensors")
+    ]
+    (folder / CHECKSUMS).write_text("".join(lines))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--out", type=Path, default=Path("runs/starting_point"), help="default: %(default)s")
+    add("--policy", help="evaluate this one, such as libero_tiny, and make none")
+    add("--results", type=Path, default=Path("benchmarks/results"))
+    add("--jobs", type=int, default=2, help="evaluations at the same time (default: %(default)s)")
+    args = parser.parse_args()
+    policy = args.policy or str(make(args.out))
+    jobs = {
+        (suite, task): EvaluationOf(
+            args.out / f"{suite}-{task}",
+            {
+                "policy": policy,
+                "suite": suite,
+                "task_id": task,
+                "cfg_scale": 1.0,
+                "n_envs": N_ENVS,
+                "seed": EVALUATION_SEED,
+            },
+        )
+        for suite, tasks in TASKS.items()
+        for task in tasks
+    }
+    run_jobs(list(jobs.values()), args.jobs)
+    rows: list[dict[str, Any]] = []
+    for (suite, task), job in jobs.items():
+        results = read_evaluation(job.folder)
+        rows.append({"suite": suite, "task_id": task, "results": results})
+        print(
+            f"{suite} {task}: " + "  ".join(f"w={r['cfg_scale']:g} {describe(r)}" for r in results)
+        )
+    write_result(args.results / "starting_point.json", policy=Path(policy).name, tasks=rows)
+
+
+if __name__ == "__main__":
+    main()
