@@ -174,7 +174,7 @@ class CFGRL(SavesWhatWasTrained, OnPolicyAlgorithm):
         )
         # All randomness derives from this seed and the iteration; no generator has a state to keep.
         self._entropy = int(np.random.SeedSequence().generate_state(1)[0]) if seed is None else seed
-        self._iteration = 0
+        self.iteration = 0  # iterations finished
         self.num_control_steps = 0
         self.num_episodes = 0  # of the groups kept and discarded, of all iterations
         self._task_successes: dict[int, deque[bool]] = {}
@@ -207,6 +207,43 @@ class CFGRL(SavesWhatWasTrained, OnPolicyAlgorithm):
         unsaved = ["windows", "_recent", "_last_obs", "_prefixes", "_micro_batches"]
         return [*super()._excluded_save_params(), *unsaved]
 
+    def training_state(self) -> dict[str, Any]:
+        """Counters and statistics that a training goes on from, as JSON can hold them.
+
+        Weights, optimizer and replayed windows are not among them. Between two iterations only.
+        """
+        return {
+            "counters": {
+                "iteration": self.iteration,
+                "entropy": self._entropy,
+                "n_updates": self._n_updates,
+                "skipped_in_a_row": self._skipped_in_a_row,
+                "num_timesteps": self.num_timesteps,
+                "num_episodes": self.num_episodes,
+                "num_control_steps": self.num_control_steps,
+            },
+            "ep_info": list(self.ep_info_buffer or ()),
+            "ep_success": list(self.ep_success_buffer or ()),
+            "task_successes": {str(t): list(done) for t, done in self._task_successes.items()},
+        }
+
+    def set_training_state(self, state: dict[str, Any]) -> None:
+        """Go on from what `training_state` gave."""
+        counters = state["counters"]
+        self.iteration = counters["iteration"]
+        self._entropy = counters["entropy"]
+        self._n_updates = counters["n_updates"]
+        self._skipped_in_a_row = counters["skipped_in_a_row"]
+        self.num_timesteps = counters["num_timesteps"]
+        self.num_episodes = counters["num_episodes"]
+        self.num_control_steps = counters["num_control_steps"]
+        window = self._stats_window_size
+        self.ep_info_buffer = deque(state["ep_info"], maxlen=window)
+        self.ep_success_buffer = deque(state["ep_success"], maxlen=window)
+        self._task_successes = {
+            int(task): deque(done, maxlen=window) for task, done in state["task_successes"].items()
+        }
+
     # What an iteration needs ------------------------------------------------------------------
 
     @property
@@ -224,7 +261,7 @@ class CFGRL(SavesWhatWasTrained, OnPolicyAlgorithm):
 
     def _noise(self, group: int, member: int, chunk: int) -> torch.Tensor:
         """Noise of one chunk, (horizon, action_width): the same wherever and whenever it runs."""
-        generator = self._generator(NOISE, self._iteration, group, member, chunk)
+        generator = self._generator(NOISE, self.iteration, group, member, chunk)
         return torch.randn(self.policy.horizon, self.policy.action_width, generator=generator)
 
     def _draw_plan(self, env: VecEnv) -> GroupPlan:
@@ -232,7 +269,7 @@ class CFGRL(SavesWhatWasTrained, OnPolicyAlgorithm):
         count = self.groups_per_iteration
         if self.enable_dynamic_sampling:
             count = self.max_groups_tried or 3 * count
-        rng = np.random.default_rng(seed_sequence(self._entropy, PLAN, self._iteration))
+        rng = np.random.default_rng(seed_sequence(self._entropy, PLAN, self.iteration))
         return draw_plan(rng, count, self.rloo_batch_size, init_states(env))
 
     # Collect ----------------------------------------------------------------------------------
@@ -326,7 +363,7 @@ class CFGRL(SavesWhatWasTrained, OnPolicyAlgorithm):
         policy, windows = self.policy, self.windows
         policy.set_training_mode(True)
         self._update_learning_rate(policy.optimizer)
-        generator = self._generator(UPDATE, self._iteration)
+        generator = self._generator(UPDATE, self.iteration)
         metrics = UpdateMetrics(self._skipped_in_a_row)
 
         for _ in range(self.n_epochs):
@@ -401,11 +438,11 @@ class CFGRL(SavesWhatWasTrained, OnPolicyAlgorithm):
                 self.logger.warn("no group had different returns; the update is skipped")
             else:
                 self.train()
-            self._iteration += 1
+            self.iteration += 1
             iteration += 1
             if log_interval is not None and iteration % log_interval == 0:
-                self.dump_logs(self._iteration)
+                self.dump_logs(self.iteration)
         if log_interval is not None and iteration % log_interval != 0:
-            self.dump_logs(self._iteration)
+            self.dump_logs(self.iteration)
         callback.on_training_end()
         return self

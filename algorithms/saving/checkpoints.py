@@ -61,7 +61,7 @@ class CheckpointStore:
         :param about: what else belongs to this state, for `load` to return
         :raises OSError: it could not be written; the earlier ones are as they were
         """
-        final = self.path(model._iteration)
+        final = self.path(model.iteration)
         new = self.folder / f".{final.name}.new"
         shutil.rmtree(new, ignore_errors=True)
         try:
@@ -128,19 +128,7 @@ def load_checkpoint(model: CFGRL, path: Path) -> dict[str, Any]:
         )
     _set_generators(parts["generators"])
     model._recent = deque(_windows(batch) for batch in replay)
-    counters = state["counters"]
-    model._iteration = counters["iteration"]
-    model._entropy = counters["entropy"]
-    model._n_updates = counters["n_updates"]
-    model._skipped_in_a_row = counters["skipped_in_a_row"]
-    for name in ("num_timesteps", "num_episodes", "num_control_steps"):
-        setattr(model, name, counters[name])
-    window = model._stats_window_size
-    model.ep_info_buffer = deque(state["ep_info"], maxlen=window)
-    model.ep_success_buffer = deque(state["ep_success"], maxlen=window)
-    model._task_successes = {
-        int(task): deque(done, maxlen=window) for task, done in state["task_successes"].items()
-    }
+    model.set_training_state(state)
     about: dict[str, Any] = state["about"]
     return about
 
@@ -184,18 +172,7 @@ def _write(folder: Path, model: CFGRL, about: dict[str, Any]) -> None:
     state = {
         "format": FORMAT,
         "files": {file.name: sha256(file) for file in sorted(folder.iterdir())},
-        "counters": {
-            "iteration": model._iteration,
-            "entropy": model._entropy,
-            "n_updates": model._n_updates,
-            "skipped_in_a_row": model._skipped_in_a_row,
-            "num_timesteps": model.num_timesteps,
-            "num_episodes": model.num_episodes,
-            "num_control_steps": model.num_control_steps,
-        },
-        "ep_info": list(model.ep_info_buffer or ()),
-        "ep_success": list(model.ep_success_buffer or ()),
-        "task_successes": {str(task): list(done) for task, done in model._task_successes.items()},
+        **model.training_state(),
         "about": about,
     }
     content = {"sha256": _digest_of(state), "state": state}

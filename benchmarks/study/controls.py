@@ -53,7 +53,7 @@ class AdvantageWeighted(CFGRL):
             ]
         )
         weights = np.minimum(np.exp(advantages / self.BETA), self.MAX_WEIGHT)
-        rng = np.random.default_rng(seed_sequence(self._entropy, RESAMPLE, self._iteration))
+        rng = np.random.default_rng(seed_sequence(self._entropy, RESAMPLE, self.iteration))
         drawn = rng.choice(len(windows), len(windows) * self.n_epochs, p=weights / weights.sum())
         chosen = windows[torch.from_numpy(drawn)]
         chosen.labels.fill_(NULL)

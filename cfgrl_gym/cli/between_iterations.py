@@ -79,7 +79,7 @@ class BetweenIterations(BaseCallback):
 
         In the middle of a collection it is the state before it.
         """
-        iteration = self.model._iteration
+        iteration = self.model.iteration
         if iteration in self.checkpoints.iterations():
             return
         self.model.num_timesteps = self._timesteps_before
@@ -95,7 +95,7 @@ class BetweenIterations(BaseCallback):
         self._timesteps_before = self.num_timesteps
 
     def _on_rollout_start(self) -> None:
-        config, iteration = self.config, self.model._iteration
+        config, iteration = self.config, self.model.iteration
         self._timesteps_before = self.num_timesteps
         if iteration and config.save_every and iteration % config.save_every == 0:
             self.save_checkpoint()
@@ -115,7 +115,7 @@ class BetweenIterations(BaseCallback):
             self.bar.set_postfix(success=f"{sum(recent) / len(recent):.2f}", refresh=False)
         if self.evaluations is None:  # then the collection says how good the policy was
             rate = self.logger.name_to_value["rollout/iteration_success_rate"]
-            self.checkpoints.rate(self.model._iteration, rate)
+            self.checkpoints.rate(self.model.iteration, rate)
 
     def _on_training_end(self) -> None:
         self._timesteps_before = self.num_timesteps
@@ -124,5 +124,5 @@ class BetweenIterations(BaseCallback):
 
     def _evaluate(self) -> None:
         if self.evaluations is not None:
-            rate = self.evaluations.run(self.model, self.model._iteration, self.stop.check)
-            self.checkpoints.rate(self.model._iteration, rate)
+            rate = self.evaluations.run(self.model, self.model.iteration, self.stop.check)
+            self.checkpoints.rate(self.model.iteration, rate)

@@ -114,8 +114,8 @@ def _take_up(model: CFGRL, checkpoints: CheckpointStore, folder: Path) -> dict[s
     if iterations:
         about = load_checkpoint(model, checkpoints.path(iterations[-1]))
     cut_logs(folder, about["log_sizes"])
-    print(f"resumed after iteration {model._iteration}")
-    return {"seconds": about["seconds"], "done_before": model._iteration}
+    print(f"resumed after iteration {model.iteration}")
+    return {"seconds": about["seconds"], "done_before": model.iteration}
 
 
 def run(config: TrainConfig, algorithm: type[CFGRL] = CFGRL) -> Path:
@@ -178,7 +178,7 @@ def _learn(model: CFGRL, config: TrainConfig, out: Path, between: BetweenIterati
         model.learn(
             config.total_timesteps - model.num_timesteps,  # SB3 counts on from those that were made
             callback=between,
-            max_iterations=None if iterations is None else max(0, iterations - model._iteration),
+            max_iterations=None if iterations is None else max(0, iterations - model.iteration),
             reset_num_timesteps=False,
         )
     except (Stopped, WorkerError) as error:
