@@ -78,8 +78,8 @@ def all_state(model: CFGRL) -> dict[str, Any]:
         "optimizer": model.policy.optimizer.state_dict()["state"],
         "counters": [model.num_timesteps, model.num_episodes, model._n_updates, model.iteration],
         "episodes": list(model.ep_info_buffer or ()),
-        "successes": {task: list(done) for task, done in model._task_successes.items()},
-        "replay": [batch.model_actions for batch in list(model._recent)[-2:]],
+        "successes": {task: list(done) for task, done in model.task_successes.recent.items()},
+        "replay": [batch.model_actions for batch in model.replay.batches[-2:]],
     }
 
 

@@ -12,7 +12,6 @@ import math
 import os
 import random
 import shutil
-from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +21,6 @@ import numpy as np
 import torch
 
 from cfgrl_gym.algorithms.cfgrl import CFGRL
-from cfgrl_gym.algorithms.memory.prefix_cache import KeptPrefix
 from cfgrl_gym.algorithms.policies import FlowPolicy
 from cfgrl_gym.algorithms.windows import WindowBatch
 from cfgrl_gym.whole_files import replace_file, sha256
@@ -127,7 +125,7 @@ def load_checkpoint(model: CFGRL, path: Path) -> dict[str, Any]:
             device=model.device,
         )
     _set_generators(parts["generators"])
-    model._recent = deque(_windows(batch) for batch in replay)
+    model.replay.batches = [_windows(batch, number) for number, batch in enumerate(replay)]
     model.set_training_state(state)
     about: dict[str, Any] = state["about"]
     return about
@@ -166,9 +164,8 @@ def _write(folder: Path, model: CFGRL, about: dict[str, Any]) -> None:
         "generators": _generators(),
     }
     _save(parts, folder / MODEL_FILE)
-    recent = list(model._recent)[-model.replay_iterations :] if model.replay_iterations else []
-    if recent:
-        _save([_tensors(batch) for batch in recent], folder / REPLAY_FILE)
+    if model.replay.kept:
+        _save([_tensors(batch) for batch in model.replay.kept], folder / REPLAY_FILE)
     state = {
         "format": FORMAT,
         "files": {file.name: sha256(file) for file in sorted(folder.iterdir())},
@@ -240,13 +237,15 @@ def _tensors(batch: WindowBatch) -> dict[str, Any]:
     }
 
 
-def _windows(tensors: dict[str, Any]) -> WindowBatch:
+def _windows(tensors: dict[str, Any], number: int) -> WindowBatch:
     observations = tensors.pop("observations")
+    # No prefix is kept of them. Negative, so that no key of a running cache is among them.
+    keys = -1 - torch.arange(len(tensors["labels"])) - (number << 32)
     return WindowBatch(
         {key: value.numpy() for key, value in observations.items()}
         if isinstance(observations, dict)
         else observations.numpy(),
-        prefixes=[KeptPrefix() for _ in tensors["labels"]],
+        prefix_keys=keys,
         **tensors,
     )
 
