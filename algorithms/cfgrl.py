@@ -1,6 +1,5 @@
 """CFGRL, reinforcement learning by guidance, as an SB3 algorithm."""
 
-import math
 from collections import deque
 from functools import partial
 from time import perf_counter
@@ -16,7 +15,7 @@ from stable_baselines3.common.utils import safe_mean
 from stable_baselines3.common.vec_env import VecEnv
 from torch.nn.utils import clip_grad_norm_
 
-from cfgrl_gym.algorithms.checks import check_parameters, check_stride
+from cfgrl_gym.algorithms.checks import check_parameters, check_stride, groups_needed
 from cfgrl_gym.algorithms.collector import Collector, Episode
 from cfgrl_gym.algorithms.flow import interpolate
 from cfgrl_gym.algorithms.groups import (
@@ -150,7 +149,7 @@ class CFGRL(SavesWhatWasTrained, OnPolicyAlgorithm):
         self.replay_iterations = replay_iterations
         self.device_memory = device_memory
         self.prefix_memory = prefix_memory
-        check_parameters(self)
+        check_parameters(vars(self))
         super().__init__(
             policy=policy,  # type: ignore[arg-type]
             env=env,  # type: ignore[arg-type]
@@ -249,8 +248,7 @@ class CFGRL(SavesWhatWasTrained, OnPolicyAlgorithm):
     @property
     def groups_needed(self) -> int:
         """Valid groups with which a collection ends."""
-        share = self.early_stop_percentage if self.enable_dynamic_sampling else 1.0
-        return math.ceil(round(share * self.groups_per_iteration, 9))
+        return groups_needed(vars(self))
 
     @property
     def _stride(self) -> int:

@@ -31,9 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     :param argv: without the program's name; None takes this process's
     """
-    run = parse(sys.argv[1:] if argv is None else argv)
     try:
-        return run()
+        return parse(sys.argv[1:] if argv is None else argv)()
     except KeyboardInterrupt:
         return _interrupted()
     except (EOFError, ConnectionError) as error:

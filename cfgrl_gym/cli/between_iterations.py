@@ -4,38 +4,13 @@ from pathlib import Path
 from typing import Any
 
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.logger import KVWriter
-from tqdm import tqdm
 
 from cfgrl_gym.algorithms import CFGRL
 from cfgrl_gym.algorithms.saving.checkpoints import CheckpointStore
 from cfgrl_gym.cli.configs import TrainConfig
 from cfgrl_gym.cli.evaluations import Evaluations
-from cfgrl_gym.cli.progress import progress_bar
-from cfgrl_gym.cli.run_logs import log_sizes
+from cfgrl_gym.cli.run_logs import log_sizes, progress_bar
 from cfgrl_gym.cli.stopping import StopRequests
-
-# What is worth a line on the terminal; the files have all of it.
-_LINE = {
-    "success": "rollout/success_rate",
-    "kept": "rollout/groups_kept",
-    "discarded": "rollout/groups_discarded",
-    "loss": "train/loss",
-    "gap": "train/guidance_gap",
-}
-
-
-class IterationLine(KVWriter):
-    """A line for every iteration, above the progress bar."""
-
-    def write(
-        self, key_values: dict[str, Any], key_excluded: dict[str, Any], step: int = 0
-    ) -> None:
-        shown = [f"{n} {key_values[key]:.4g}" for n, key in _LINE.items() if key in key_values]
-        tqdm.write(f"step {step}: " + ", ".join(shown))
-
-    def close(self) -> None:
-        """Nothing is held."""
 
 
 class BetweenIterations(BaseCallback):

@@ -14,11 +14,10 @@ from cfgrl_gym.algorithms import CFGRL
 from cfgrl_gym.algorithms.evaluation import Evaluation, evaluate, wilson_interval
 from cfgrl_gym.algorithms.groups import Start
 from cfgrl_gym.algorithms.policies import FlowPolicy
-from cfgrl_gym.cli.progress import progress_bar
+from cfgrl_gym.cli.run_folder import EVALUATIONS_FILE
+from cfgrl_gym.cli.run_logs import progress_bar
 from cfgrl_gym.envs.suites import load_init_states, select_tasks
 from cfgrl_gym.whole_files import replace_file
-
-EVALUATIONS_FILE = "evaluations.json"
 
 
 def find_starts(

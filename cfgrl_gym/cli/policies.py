@@ -1,8 +1,5 @@
 """Finding and building the policy that a command starts from."""
 
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +14,7 @@ from cfgrl_gym.algorithms.pi0.checkpoints.build import POLICY_FILE, read_policy_
 from cfgrl_gym.algorithms.pi0.checkpoints.formats import Source, read_source
 from cfgrl_gym.algorithms.pi0.checkpoints.shipped import SHIPPED, find_shipped
 from cfgrl_gym.algorithms.saving.checkpoints import STATE_FILE, load_policy_state
-from cfgrl_gym.cli.configs import EvalConfig, TrainConfig
+from cfgrl_gym.cli.configs import EvalConfig, PolicyOptions, TrainConfig
 from cfgrl_gym.cli.environments import libero_spaces
 from cfgrl_gym.cli.run_folder import CHECKPOINTS_FOLDER, CONFIG_FILE, POLICY_FOLDER
 from cfgrl_gym.wrappers.libero_observation import CAMERA_SLOTS
@@ -88,29 +85,18 @@ def check_device(name: str) -> torch.device:
     return device
 
 
-def policy_arguments(config: TrainConfig | EvalConfig, checkpoint: Checkpoint) -> dict[str, Any]:
+def policy_arguments(config: PolicyOptions, checkpoint: Checkpoint) -> dict[str, Any]:
     """Keyword arguments of `Pi0Policy`, beside its spaces.
 
     :raises ValueError: the device can't be used
     """
     check_device(config.device)
-    arguments: dict[str, Any] = {
+    return {
         "preset": checkpoint.preset,
         "checkpoint": checkpoint.path,
         "norm_stats": config.norm_stats,
-        "delta_actions": config.delta_actions,
-        "num_inference_steps": config.num_inference_steps,
-        "guidance": config.guidance,
+        **config.arguments_of(Pi0Policy),
     }
-    if isinstance(config, TrainConfig):
-        arguments |= {
-            "condition_mode": config.condition_mode,
-            "use_prefix_dropout": config.use_prefix_dropout,
-            "trainable": config.trainable,
-            "gradient_checkpointing": config.gradient_checkpointing,
-            "ema_decay": config.ema_decay,
-        }
-    return arguments
 
 
 def load_policy(config: EvalConfig) -> Pi0Policy:
@@ -141,9 +127,7 @@ def load_policy(config: EvalConfig) -> Pi0Policy:
     return _build(config, find_checkpoint(config.policy, config.preset), config.chunk_size)
 
 
-def _build(
-    config: TrainConfig | EvalConfig, checkpoint: Checkpoint, chunk_size: int | None
-) -> Pi0Policy:
+def _build(config: PolicyOptions, checkpoint: Checkpoint, chunk_size: int | None) -> Pi0Policy:
     spaces = libero_spaces(
         checkpoint.image_size, chunk_size or checkpoint.horizon, checkpoint.cameras
     )
@@ -169,14 +153,3 @@ def _of_training(folder: Path, config: EvalConfig) -> Pi0Policy:
     load_policy_state(policy, folder)
     policy.num_inference_steps, policy.guidance = config.num_inference_steps, config.guidance
     return policy
-
-
-@contextmanager
-def saving_when_stopped(save: Callable[[], None]) -> Iterator[None]:
-    """Save what has been learned when Ctrl-C or a lost worker ends a training."""
-    try:
-        yield
-    except (KeyboardInterrupt, EOFError, ConnectionError):
-        save()
-        print("stopped; what has been learned so far is saved", file=sys.stderr)
-        raise

@@ -1,4 +1,10 @@
-"""`cfgrl train`: CFGRL on LIBERO."""
+"""Train by classifier-free guidance, from a policy that succeeds now and then (CFGRL).
+
+Writes <out>/policy, <out>/model.zip (Stable-Baselines3), metrics, TensorBoard events and a video.
+
+example:
+  cfgrl train --policy runs/sft --task_id 0 --n_envs 8 --total_timesteps 20000
+"""
 
 import sys
 from collections.abc import Iterator
@@ -6,19 +12,17 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from stable_baselines3.common.vec_env import VecEnv
-
 from cfgrl_gym.algorithms import CFGRL
 from cfgrl_gym.algorithms.flow import NonFiniteError
 from cfgrl_gym.algorithms.groups import Start
 from cfgrl_gym.algorithms.pi0 import Pi0Policy
 from cfgrl_gym.algorithms.saving.checkpoints import CheckpointStore, load_checkpoint
 from cfgrl_gym.algorithms.vec_envs.worker import WorkerError
-from cfgrl_gym.cli.between_iterations import BetweenIterations, IterationLine
+from cfgrl_gym.cli.between_iterations import BetweenIterations
 from cfgrl_gym.cli.configs import TrainConfig
 from cfgrl_gym.cli.environments import environment_arguments, vec_env
 from cfgrl_gym.cli.evaluations import Evaluations, as_list, find_starts
-from cfgrl_gym.cli.policies import Checkpoint, find_checkpoint, policy_arguments
+from cfgrl_gym.cli.policies import find_checkpoint, policy_arguments
 from cfgrl_gym.cli.run_folder import (
     CHECKPOINTS_FOLDER,
     MODEL_FILE,
@@ -29,7 +33,7 @@ from cfgrl_gym.cli.run_folder import (
     locked,
     replace_folder,
 )
-from cfgrl_gym.cli.run_logs import cut_logs, open_logs
+from cfgrl_gym.cli.run_logs import IterationLine, cut_logs, open_logs
 from cfgrl_gym.cli.stopping import Stopped, StopRequests
 from cfgrl_gym.cli.video import record_episode
 from cfgrl_gym.envs.suites import select_tasks
@@ -45,59 +49,24 @@ def save(model: CFGRL, folder: Path) -> None:
     new.replace(folder / MODEL_FILE)
 
 
-def _model(
-    algorithm: type[CFGRL], config: TrainConfig, env: VecEnv, policy_kwargs: dict[str, Any]
-) -> CFGRL:
-    return algorithm(
-        "Pi0Policy",
-        env,
-        learning_rate=config.learning_rate,
-        rloo_batch_size=config.rloo_batch_size,
-        groups_per_iteration=config.groups_per_iteration,
-        enable_dynamic_sampling=config.enable_dynamic_sampling,
-        early_stop_percentage=config.early_stop_percentage,
-        max_groups_tried=config.max_groups_tried,
-        dropout_prob=config.dropout_prob,
-        label_source=config.label_source,
-        label_threshold=config.label_threshold,
-        negatives=config.negatives,
-        positive_share=config.positive_share,
-        cfg_scale=config.cfg_scale,
-        n_epochs=config.n_epochs,
-        batch_size=config.batch_size,
-        gradient_accumulation_steps=config.gradient_accumulation_steps,
-        max_grad_norm=config.max_grad_norm,
-        window_stride=config.window_stride,
-        replay_iterations=config.replay_iterations,
-        device_memory=config.device_memory,
-        prefix_memory=config.prefix_memory,
-        policy_kwargs=policy_kwargs,
-        seed=config.seed,
-        device=config.device,
-    )
-
-
-def _environment_arguments(config: TrainConfig, checkpoint: Checkpoint) -> dict[str, Any]:
-    return environment_arguments(
-        config,
-        chunk_size=checkpoint.horizon,
-        image_size=checkpoint.image_size,
-        slots=checkpoint.cameras,
-    )
-
-
 @contextmanager
 def _evaluations(
-    config: TrainConfig, checkpoint: Checkpoint, folder: Path, starts: list[Start], **resumed: Any
+    config: TrainConfig,
+    arguments: dict[str, Any],
+    folder: Path,
+    starts: list[Start],
+    **resumed: Any,
 ) -> Iterator[Evaluations | None]:
-    """On the benchmark's states and with its time limit, whatever is trained on.
+    """Evaluations on the benchmark's states and with its time limit, whatever is trained on.
 
+    :param arguments: of the environments to train in
     :param resumed: what `Evaluations` has to know of an earlier process
     """
     if not starts:
         yield None
         return
-    arguments = _environment_arguments(config, checkpoint) | {"max_episode_steps": None}
+    arguments = arguments | {"init_states": "benchmark", "max_episode_steps": None}
+    arguments.pop("observation_stride", None)
     scales = as_list(config.eval_cfg_scale)
     with vec_env(arguments, config.n_envs) as env:
         evaluations = Evaluations(folder, config.suite, env, starts, scales, config.seed, **resumed)
@@ -136,8 +105,12 @@ def run(config: TrainConfig, algorithm: type[CFGRL] = CFGRL) -> Path:
     resume = config.resume is not None
     out = Path(str(config.resume)) if resume else choose_folder("train", config.out)
     checkpoint = find_checkpoint(config.policy, config.preset)
-    arguments = _environment_arguments(config, checkpoint)
-    arguments["init_states"] = config.init_states
+    arguments = environment_arguments(
+        config,
+        chunk_size=checkpoint.horizon,
+        image_size=checkpoint.image_size,
+        slots=checkpoint.cameras,
+    )
     stride = config.window_stride
     if stride is not None and stride < arguments["chunk_size"]:
         arguments["observation_stride"] = stride
@@ -146,7 +119,15 @@ def run(config: TrainConfig, algorithm: type[CFGRL] = CFGRL) -> Path:
         if resume:
             stack.enter_context(locked(out))
         env = stack.enter_context(vec_env(arguments, config.n_envs))
-        model = _model(algorithm, config, env, policy_arguments(config, checkpoint))
+        model = algorithm(
+            "Pi0Policy",
+            env,
+            learning_rate=config.learning_rate,
+            policy_kwargs=policy_arguments(config, checkpoint),
+            seed=config.seed,
+            device=config.device,
+            **config.arguments_of(CFGRL),
+        )
         if not resume:
             create_folder(out, config, algorithm=algorithm.__name__)
             stack.enter_context(locked(out))
@@ -157,7 +138,7 @@ def run(config: TrainConfig, algorithm: type[CFGRL] = CFGRL) -> Path:
         model.set_logger(open_logs(out, IterationLine()))
         stack.callback(model.logger.close)
         evaluations = stack.enter_context(
-            _evaluations(config, checkpoint, out, evaluated, **resumed)
+            _evaluations(config, arguments, out, evaluated, **resumed)
         )
         between = BetweenIterations(config, out, checkpoints, evaluations, stop)
         _learn(model, config, out, stack.enter_context(between))
