@@ -43,12 +43,6 @@ class BetweenIterations(BaseCallback):
         self.stop = stop
         self._timesteps_before = 0  # this iteration
 
-    def __enter__(self) -> "BetweenIterations":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.close()
-
     def save_checkpoint(self) -> None:
         """Unless this iteration's is there already.
 

@@ -40,7 +40,7 @@ def libero_spaces(
 
 
 def environment_arguments(
-    options: PolicyOptions, *, chunk_size: int, image_size: int, slots: Iterable[str]
+    options: PolicyOptions, chunk_size: int, image_size: int, slots: Iterable[str]
 ) -> dict[str, Any]:
     """Arguments of `LiberoChunked-v0`; the two sizes are the policy's where the user gave none.
 

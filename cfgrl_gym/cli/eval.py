@@ -59,12 +59,7 @@ def run(config: EvalConfig) -> Path:
     out = choose_folder("eval", config.out)
     policy = load_policy(config)
     scales = as_list(config.cfg_scale) or [policy.cfg_scale]
-    arguments = environment_arguments(
-        config,
-        chunk_size=policy.chunk_size,
-        image_size=policy.image_size,
-        slots=policy.cameras,
-    )
+    arguments = environment_arguments(config, policy.chunk_size, policy.image_size, policy.cameras)
     results: list[dict[str, Any]] = []
     with vec_env(arguments, config.n_envs) as env:
         create_folder(out, config)

@@ -14,6 +14,7 @@ from cfgrl_gym.algorithms import CFGRL
 from cfgrl_gym.algorithms.evaluation import Evaluation, evaluate, wilson_interval
 from cfgrl_gym.algorithms.groups import Start
 from cfgrl_gym.algorithms.policies import FlowPolicy
+from cfgrl_gym.cli.configs import TrainConfig
 from cfgrl_gym.cli.run_folder import EVALUATIONS_FILE
 from cfgrl_gym.cli.run_logs import progress_bar
 from cfgrl_gym.envs.suites import load_init_states, select_tasks
@@ -105,9 +106,7 @@ class Evaluations:
     """Evaluates a policy now and then while it trains, into evaluations.json and TensorBoard.
 
     :param folder: of the run
-    :param suite: of the starts
-    :param scales: values of cfg_scale; empty: the policy's own
-    :param seed: of the sampling noise, the same each time
+    :param env: as the benchmark has it
     :param seconds: of training before this process, where it goes on with an earlier one's
     :param done_before: iterations; what the file has of earlier evaluations is kept, of this and
         later ones not
@@ -116,20 +115,16 @@ class Evaluations:
     def __init__(
         self,
         folder: Path,
-        suite: str,
+        config: TrainConfig,
         env: VecEnv,
         starts: Sequence[Start],
-        scales: list[float],
-        seed: int,
         seconds: float = 0.0,
         done_before: int = 0,
     ) -> None:
         self.file = folder / EVALUATIONS_FILE
-        self.suite = suite
+        self.config = config
         self.env = env
         self.starts = starts
-        self.scales = scales
-        self.seed = seed
         self._began = perf_counter() - seconds
         self._seconds_here = 0.0
         self.done: list[dict[str, Any]] = []
@@ -152,10 +147,9 @@ class Evaluations:
         if not self.done or self.done[-1]["iteration"] != iteration:
             began, seconds = perf_counter(), self.training_seconds
             training = model.policy.training
-            scales = self.scales or [model.policy.cfg_scale]
-            results = [
-                measure(model.policy, self.env, self.starts, w, self.seed, check) for w in scales
-            ]
+            scales = as_list(self.config.eval_cfg_scale) or [model.policy.cfg_scale]
+            seed = self.config.seed  # so the same noise each time
+            results = [measure(model.policy, self.env, self.starts, w, seed, check) for w in scales]
             model.policy.set_training_mode(training)
             self._seconds_here += perf_counter() - began
             self._note(model, iteration, seconds, results)
@@ -174,13 +168,9 @@ class Evaluations:
                 "results": results,
             }
         )
-        content = {"suite": self.suite, "evaluations": self.done}
+        content = {"suite": self.config.suite, "evaluations": self.done}
         replace_file(self.file, json.dumps(content, indent=2) + "\n")
         for result in results:
             for name in ("success_rate", "guidance_gap"):
                 self.logger.record(f"eval/{name}/w_{result['cfg_scale']:g}", result[name])
         self.logger.dump(model.num_timesteps)
-
-    def close(self) -> None:
-        """Close the log."""
-        self.logger.close()

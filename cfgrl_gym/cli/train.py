@@ -7,8 +7,7 @@ example:
 """
 
 import sys
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from cfgrl_gym.algorithms.vec_envs.worker import WorkerError
 from cfgrl_gym.cli.between_iterations import BetweenIterations
 from cfgrl_gym.cli.configs import TrainConfig
 from cfgrl_gym.cli.environments import environment_arguments, vec_env
-from cfgrl_gym.cli.evaluations import Evaluations, as_list, find_starts
+from cfgrl_gym.cli.evaluations import Evaluations, find_starts
 from cfgrl_gym.cli.policies import find_checkpoint, policy_arguments
 from cfgrl_gym.cli.run_folder import (
     CHECKPOINTS_FOLDER,
@@ -47,33 +46,6 @@ def save(model: CFGRL, folder: Path) -> None:
     new = folder / f".new-{MODEL_FILE}"
     model.save(new)
     new.replace(folder / MODEL_FILE)
-
-
-@contextmanager
-def _evaluations(
-    config: TrainConfig,
-    arguments: dict[str, Any],
-    folder: Path,
-    starts: list[Start],
-    **resumed: Any,
-) -> Iterator[Evaluations | None]:
-    """Evaluations on the benchmark's states and with its time limit, whatever is trained on.
-
-    :param arguments: of the environments to train in
-    :param resumed: what `Evaluations` has to know of an earlier process
-    """
-    if not starts:
-        yield None
-        return
-    arguments = arguments | {"init_states": "benchmark", "max_episode_steps": None}
-    arguments.pop("observation_stride", None)
-    scales = as_list(config.eval_cfg_scale)
-    with vec_env(arguments, config.n_envs) as env:
-        evaluations = Evaluations(folder, config.suite, env, starts, scales, config.seed, **resumed)
-        try:
-            yield evaluations
-        finally:
-            evaluations.close()
 
 
 def _take_up(model: CFGRL, checkpoints: CheckpointStore, folder: Path) -> dict[str, Any]:
@@ -106,19 +78,16 @@ def run(config: TrainConfig, algorithm: type[CFGRL] = CFGRL) -> Path:
     out = Path(str(config.resume)) if resume else choose_folder("train", config.out)
     checkpoint = find_checkpoint(config.policy, config.preset)
     arguments = environment_arguments(
-        config,
-        chunk_size=checkpoint.horizon,
-        image_size=checkpoint.image_size,
-        slots=checkpoint.cameras,
+        config, checkpoint.horizon, checkpoint.image_size, checkpoint.cameras
     )
     stride = config.window_stride
-    if stride is not None and stride < arguments["chunk_size"]:
-        arguments["observation_stride"] = stride
+    inside = stride is not None and stride < arguments["chunk_size"]
+    observed = {"observation_stride": stride if inside else None}
     checkpoints = CheckpointStore(out / CHECKPOINTS_FOLDER, config.keep_checkpoints)
     with ExitStack() as stack:
         if resume:
             stack.enter_context(locked(out))
-        env = stack.enter_context(vec_env(arguments, config.n_envs))
+        env = stack.enter_context(vec_env(arguments | observed, config.n_envs))
         model = algorithm(
             "Pi0Policy",
             env,
@@ -137,11 +106,15 @@ def run(config: TrainConfig, algorithm: type[CFGRL] = CFGRL) -> Path:
         resumed = _take_up(model, checkpoints, out) if resume else {}
         model.set_logger(open_logs(out, IterationLine()))
         stack.callback(model.logger.close)
-        evaluations = stack.enter_context(
-            _evaluations(config, arguments, out, evaluated, **resumed)
-        )
+        evaluations = None
+        if evaluated:  # on the benchmark's states and with its time limit, whatever is trained on
+            benchmark = {"init_states": "benchmark", "max_episode_steps": None}
+            other = stack.enter_context(vec_env(arguments | benchmark, config.n_envs))
+            evaluations = Evaluations(out, config, other, evaluated, **resumed)
+            stack.callback(evaluations.logger.close)
         between = BetweenIterations(config, out, checkpoints, evaluations, stop)
-        _learn(model, config, out, stack.enter_context(between))
+        stack.callback(between.bar.close)
+        _learn(model, config, out, between)
     print(f"policy: {out / POLICY_FOLDER}")
     if config.video:
         start = Start(task_id=tasks[0].task_id, init_state_id=0)
