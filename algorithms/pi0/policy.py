@@ -53,7 +53,8 @@ class Pi0Policy(OnBase):
     :param norm_stats: a `NormStats` or the path of openpi's norm_stats.json. None: the checkpoint
         folder's; without a checkpoint, tiny takes mean 0 and standard deviation 1 (states
         and actions reach the model as they are)
-    :param condition_mode: "token", "bias" or "concat". None: the checkpoint's, else "token"
+    :param condition_mode: how the optimality condition enters: "token", "bias" or "concat". None:
+        the checkpoint's, else "token"
     :param cfg_scale: w of guidance; `policy.cfg_scale` may be changed at any time. None: 1.0, or
         the environment variable PI0_CFG_SCALE
     :param use_prefix_dropout: the ∅ branch doesn't see the instruction either. The prefix then

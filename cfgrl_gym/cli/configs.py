@@ -8,7 +8,7 @@ and transformers, which `cfgrl --help` does without.
 import inspect
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields, make_dataclass
+from dataclasses import dataclass, fields, make_dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, get_type_hints
 
 from cfgrl_gym.algorithms import CFGRL
@@ -22,15 +22,14 @@ from cfgrl_gym.envs.suites import TaskIds
 
 Camera = Literal["agentview", "robot0_eye_in_hand"]
 LARGEST_SEED = 2**32 - 1  # NumPy's
-# Of an option of this name, whichever command's.
-LEAST = {
-    "seed": 0,
-    "image_size": 8,
-    **dict.fromkeys(("batch_size", "chunk_size", "demos", "episodes", "eval_episodes"), 1),
-    **dict.fromkeys(("eval_every", "horizon", "image_stride", "keep_checkpoints", "log_every"), 1),
-    **dict.fromkeys(("max_episode_steps", "max_iterations", "n_envs", "num_inference_steps"), 1),
-    **dict.fromkeys(("save_every", "steps", "total_timesteps", "window_stride", "workers"), 1),
+# The least value of the options of these names, in every command.
+AT_LEAST_1 = {
+    *("batch_size", "chunk_size", "demos", "episodes", "eval_episodes", "eval_every", "horizon"),
+    *("image_stride", "keep_checkpoints", "log_every", "max_episode_steps", "max_iterations"),
+    *("n_envs", "num_inference_steps", "save_every", "steps", "total_timesteps"),
+    *("window_stride", "workers"),
 }
+LEAST = {"seed": 0, "image_size": 8} | dict.fromkeys(AT_LEAST_1, 1)
 MORE_THAN_0 = ("learning_rate", "max_grad_norm")
 Class = TypeVar("Class", bound=type)
 
@@ -47,6 +46,7 @@ class Parameters:
     def __init__(self, owner: type, title: str, *, only: str = "", skip: str = "") -> None:
         self.owner, self.title = owner, title
         self.all = dict(inspect.signature(owner).parameters)
+        assert {*only.split(), *skip.split()} <= set(self.all)
         chosen = set(only.split() or self.all) - set(skip.split())
         self.names = [name for name in self.all if name in chosen]
 
@@ -90,15 +90,13 @@ class Options:
 
 
 def taking(*taken: Parameters) -> Callable[[Class], Class]:
-    """Give a configuration, beside its own options, those parameters of other classes."""
+    """Add parameters of other classes to a configuration's own options."""
 
     def extend(own: Class) -> Class:
-        new = []
+        new: list[tuple[str, Any, Any]] = []
         for parameters in taken:
-            hints = get_type_hints(parameters.owner.__init__)
-            for name in parameters.names:
-                default = parameters.all[name].default
-                new.append((name, hints[name], field(default=default)))
+            hints = get_type_hints(vars(parameters.owner)["__init__"])
+            new += [(n, hints[n], parameters.all[n].default) for n in parameters.names]
         namespace = {"__doc__": own.__doc__, "__module__": own.__module__, "taken": taken}
         extended: Any = make_dataclass(
             own.__name__, new, bases=(own,), namespace=namespace, frozen=True, kw_only=True
@@ -212,16 +210,17 @@ class TrainConfig(PolicyOptions):
 
     :param total_timesteps: environment steps, summed over environments; a chunk of actions is one.
         The iteration that reaches the number is finished
-    :param max_iterations: end after so many iterations, if total_timesteps doesn't end it before
+    :param max_iterations: end after this many iterations, if total_timesteps doesn't end it before
     :param learning_rate: of the optimizer, constant
     :param eval_every: iterations between evaluations on the benchmark's initial states and with its
         time limit; the first is before training, the last after it. null: none
-    :param eval_episodes: the first so many initial states of each task. null: all (LIBERO has 50)
+    :param eval_episodes: how many initial states of each task to evaluate on, from the first.
+        null: all (LIBERO has 50)
     :param eval_cfg_scale: guidance in evaluations, or several values as [1,1.5]. null: the policy's
         own
     :param save_every: iterations between checkpoints in <out>/checkpoints, from which a run that
         was stopped or killed goes on with --resume. null: only at its end
-    :param keep_checkpoints: keep the last so many, and the best one
+    :param keep_checkpoints: how many of the latest to keep, beside the best one
     :param seed: of everything random
     :param out: run folder. null: runs/train-<date-time>
     :param resume: go on with the run in this folder, from its last checkpoint and with the options
@@ -255,7 +254,8 @@ class EvalConfig(PolicyOptions):
 
     :param trusted: of a model.zip, load also what can run code: only for files whose origin you
         trust. What `cfgrl train` writes needs no such trust
-    :param episodes: the first so many initial states of each task. null: all (LIBERO has 50)
+    :param episodes: how many initial states of each task to evaluate on, from the first. null: all
+        (LIBERO has 50)
     :param init_states: exactly these initial states of each task, as [0,7,21], instead of episodes
     :param cfg_scale: guidance, or several values as [1,1.5,2] to compare. null: the policy's own
     :param seed: of the sampling noise; equal for every cfg_scale

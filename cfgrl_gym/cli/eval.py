@@ -16,10 +16,9 @@ from stable_baselines3.common.logger import configure
 from cfgrl_gym.algorithms.groups import Start
 from cfgrl_gym.cli.configs import EvalConfig
 from cfgrl_gym.cli.environments import environment_arguments, vec_env
-from cfgrl_gym.cli.evaluations import as_list, find_starts, measure
+from cfgrl_gym.cli.evaluations import as_list, find_starts, measure, record_episode
 from cfgrl_gym.cli.policies import load_policy
 from cfgrl_gym.cli.run_folder import RESULT_FILE, VIDEO_FILE, choose_folder, create_folder
-from cfgrl_gym.cli.video import record_episode
 from cfgrl_gym.whole_files import replace_file
 
 

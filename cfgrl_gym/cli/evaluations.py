@@ -1,20 +1,25 @@
-"""Success on the benchmark's initial states: of one policy, or between training's iterations."""
+"""Success on the benchmark's initial states, of one policy or as it trains; and videos of it."""
 
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+import gymnasium as gym
+import imageio
+import numpy as np
 from stable_baselines3.common.logger import Logger, make_output_format
-from stable_baselines3.common.vec_env import VecEnv
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
 from cfgrl_gym.algorithms import CFGRL
-from cfgrl_gym.algorithms.evaluation import Evaluation, evaluate, wilson_interval
+from cfgrl_gym.algorithms.evaluation import evaluate, wilson_interval
 from cfgrl_gym.algorithms.groups import Start
 from cfgrl_gym.algorithms.policies import FlowPolicy
 from cfgrl_gym.cli.configs import TrainConfig
+from cfgrl_gym.cli.environments import ENVIRONMENT
 from cfgrl_gym.cli.run_folder import EVALUATIONS_FILE
 from cfgrl_gym.cli.run_logs import progress_bar
 from cfgrl_gym.envs.suites import load_init_states, select_tasks
@@ -26,7 +31,7 @@ def find_starts(
 ) -> list[Start]:
     """Every episode to run, task by task.
 
-    :param episodes: the first so many initial states of each task; None: all
+    :param episodes: how many initial states of each task, from the first; None: all
     :param init_states: exactly these instead
     :raises ValueError: tasks or initial states that don't exist
     """
@@ -62,21 +67,6 @@ def _rate(successes: int, episodes: int) -> dict[str, Any]:
     }
 
 
-def summarize(cfg_scale: float, evaluation: Evaluation) -> dict[str, Any]:
-    """One cfg_scale's part of the result files."""
-    by_task: dict[int, list[bool]] = {}
-    for episode in evaluation.episodes:
-        assert episode.task_id is not None
-        by_task.setdefault(episode.task_id, []).append(episode.success)
-    return {
-        "cfg_scale": cfg_scale,
-        **_rate(evaluation.successes, len(evaluation.episodes)),
-        "guidance_gap": evaluation.guidance_gap,
-        "tasks": {str(task): _rate(sum(done), len(done)) for task, done in by_task.items()},
-        "episodes": [asdict(episode) for episode in evaluation.episodes],
-    }
-
-
 def measure(
     policy: FlowPolicy,
     env: VecEnv,
@@ -85,7 +75,7 @@ def measure(
     seed: int,
     check: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
-    """Evaluate one cfg_scale, with a progress bar; returns `summarize`'s dictionary.
+    """Evaluate one cfg_scale, with a progress bar; returns its part of the result files.
 
     :param check: called after every episode, to end it all by an exception
     """
@@ -99,7 +89,17 @@ def measure(
         evaluation = evaluate(
             policy, env, starts, cfg_scale=scale, seed=seed, on_episode=on_episode
         )
-    return summarize(scale, evaluation)
+    by_task: dict[int, list[bool]] = {}
+    for episode in evaluation.episodes:
+        assert episode.task_id is not None
+        by_task.setdefault(episode.task_id, []).append(episode.success)
+    return {
+        "cfg_scale": scale,
+        **_rate(evaluation.successes, len(evaluation.episodes)),
+        "guidance_gap": evaluation.guidance_gap,
+        "tasks": {str(task): _rate(sum(done), len(done)) for task, done in by_task.items()},
+        "episodes": [asdict(episode) for episode in evaluation.episodes],
+    }
 
 
 class Evaluations:
@@ -174,3 +174,55 @@ class Evaluations:
             for name in ("success_rate", "guidance_gap"):
                 self.logger.record(f"eval/{name}/w_{result['cfg_scale']:g}", result[name])
         self.logger.dump(model.num_timesteps)
+
+
+class _KeepFrames(gym.Wrapper[Any, Any, Any, Any]):
+    """Collects a frame for every control step of the first episode."""
+
+    def __init__(self, env: gym.Env[Any, Any], frames: list[np.ndarray]) -> None:
+        super().__init__(env)
+        self.frames = frames
+        self.over = False
+
+    def reset(self, **arguments: Any) -> Any:
+        result = super().reset(**arguments)
+        self._keep()
+        return result
+
+    def step(self, action: Any) -> Any:
+        result = super().step(action)
+        self._keep()
+        self.over = self.over or result[2] or result[3]
+        return result
+
+    def _keep(self) -> None:
+        frames: Any = self.env.render()
+        if not self.over:
+            self.frames += frames
+
+
+def record_episode(
+    policy: FlowPolicy,
+    arguments: dict[str, Any],
+    start: Start,
+    path: Path,
+    cfg_scale: float | None,
+    seed: int,
+) -> bool:
+    """Run one episode, as `evaluate` runs it, and write it as a video.
+
+    :param arguments: of `LiberoChunked-v0`
+    :param path: ends in .mp4
+    :return: whether it succeeded
+    """
+    frames: list[np.ndarray] = []
+    arguments = arguments | {"render_mode": "rgb_array_list"}
+    make = partial(gym.make, ENVIRONMENT, **arguments)
+    env = DummyVecEnv([lambda: _KeepFrames(make(), frames)])
+    try:
+        evaluation = evaluate(policy, env, [start], cfg_scale=cfg_scale, seed=seed)
+    finally:
+        env.close()
+    imageio.mimwrite(path, frames, fps=20)  # type: ignore[arg-type]
+    print(f"video: {path}")
+    return evaluation.episodes[0].success

@@ -51,7 +51,7 @@ COMMANDS = {
 class _Formatter(jsonargparse.DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Descriptions and examples keep their line breaks; values are written as in YAML."""
 
-    def _get_help_string(self, action: argparse.Action) -> str | None:
+    def _get_help_string(self, action: argparse.Action) -> str:
         text = super()._get_help_string(action) or ""
         for python, in_yaml in (("None", "null"), ("True", "true"), ("False", "false")):
             text = re.sub(rf"\b{python}\b", in_yaml, text)

@@ -9,6 +9,7 @@ example:
 import glob
 import sys
 from pathlib import Path
+from typing import Any
 
 from stable_baselines3.common.logger import configure
 
@@ -54,7 +55,8 @@ def build_policy(config: SftConfig, demonstrations: list[Demonstration]) -> Pi0P
     :raises ValueError: options that don't fit together
     """
     sizes = TinySizes(**config.arguments_of(TinySizes))
-    preset, horizon, checkpoint = config.preset or "tiny", config.horizon, None
+    preset: Any = config.preset or "tiny"
+    horizon, checkpoint = config.horizon, None
     if config.policy is not None:
         checkpoint = find_checkpoint(config.policy, config.preset)
         preset = checkpoint.preset

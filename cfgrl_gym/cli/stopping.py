@@ -50,6 +50,9 @@ class StopRequests:
         )
 
     def check(self) -> None:
-        """:raises Stopped: a signal has come"""
+        """Do nothing, unless the run is asked to end.
+
+        :raises Stopped: a signal has come
+        """
         if self.received is not None:
             raise Stopped(self.received)

@@ -11,16 +11,17 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from stable_baselines3.common.callbacks import BaseCallback
+
 from cfgrl_gym.algorithms import CFGRL
 from cfgrl_gym.algorithms.flow import NonFiniteError
 from cfgrl_gym.algorithms.groups import Start
 from cfgrl_gym.algorithms.pi0 import Pi0Policy
 from cfgrl_gym.algorithms.saving.checkpoints import CheckpointStore, load_checkpoint
 from cfgrl_gym.algorithms.vec_envs.worker import WorkerError
-from cfgrl_gym.cli.between_iterations import BetweenIterations
 from cfgrl_gym.cli.configs import TrainConfig
 from cfgrl_gym.cli.environments import environment_arguments, vec_env
-from cfgrl_gym.cli.evaluations import Evaluations, find_starts
+from cfgrl_gym.cli.evaluations import Evaluations, find_starts, record_episode
 from cfgrl_gym.cli.policies import find_checkpoint, policy_arguments
 from cfgrl_gym.cli.run_folder import (
     CHECKPOINTS_FOLDER,
@@ -32,9 +33,8 @@ from cfgrl_gym.cli.run_folder import (
     locked,
     replace_folder,
 )
-from cfgrl_gym.cli.run_logs import IterationLine, cut_logs, open_logs
+from cfgrl_gym.cli.run_logs import IterationLine, cut_logs, log_sizes, open_logs, progress_bar
 from cfgrl_gym.cli.stopping import Stopped, StopRequests
-from cfgrl_gym.cli.video import record_episode
 from cfgrl_gym.envs.suites import select_tasks
 
 
@@ -48,8 +48,95 @@ def save(model: CFGRL, folder: Path) -> None:
     new.replace(folder / MODEL_FILE)
 
 
+class BetweenIterations(BaseCallback):
+    """Saves and evaluates between iterations, shows the progress, and looks whether to stop.
+
+    :param folder: of the run
+    :param checkpoints: where to save
+    :param evaluations: None: there are none
+    :param stop: looked at after every step of the environments
+    """
+
+    model: CFGRL
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        folder: Path,
+        checkpoints: CheckpointStore,
+        evaluations: Evaluations | None,
+        stop: StopRequests,
+    ) -> None:
+        super().__init__()
+        # Where iterations are counted, nobody knows how many steps they will take.
+        total = None if config.max_iterations else config.total_timesteps
+        self.bar = progress_bar("train", total, "step")
+        self.config = config
+        self.folder = folder
+        self.checkpoints = checkpoints
+        self.evaluations = evaluations
+        self.stop = stop
+        self._timesteps_before = 0  # environment steps before this iteration
+
+    def save_checkpoint(self) -> None:
+        """Save this iteration's checkpoint, unless there is one.
+
+        In the middle of a collection it is the state before the collection.
+        """
+        iteration = self.model.iteration
+        if iteration in self.checkpoints.iterations():
+            return
+        self.model.num_timesteps = self._timesteps_before
+        loggers = [self.model.logger]
+        about: dict[str, Any] = {"seconds": 0.0}
+        if self.evaluations is not None:
+            loggers.append(self.evaluations.logger)
+            about["seconds"] = self.evaluations.training_seconds
+        about["log_sizes"] = log_sizes(self.folder, loggers)
+        self.checkpoints.save(self.model, about)
+
+    def _on_training_start(self) -> None:
+        self._timesteps_before = self.num_timesteps
+
+    def _on_rollout_start(self) -> None:
+        config, iteration = self.config, self.model.iteration
+        self._timesteps_before = self.num_timesteps
+        if iteration and config.save_every and iteration % config.save_every == 0:
+            self.save_checkpoint()
+        if config.eval_every and iteration % config.eval_every == 0:
+            self._evaluate()
+        if config.max_iterations:
+            self.bar.set_description(f"iteration {iteration + 1} of {config.max_iterations}")
+
+    def _on_step(self) -> bool:
+        self.bar.update(self.num_timesteps - self.bar.n)
+        self.stop.check()
+        return True
+
+    def _on_rollout_end(self) -> None:
+        recent = self.model.ep_success_buffer
+        if recent:
+            self.bar.set_postfix(success=f"{sum(recent) / len(recent):.2f}", refresh=False)
+        if self.evaluations is None:  # then the collection says how good the policy was
+            rate = self.logger.name_to_value["rollout/iteration_success_rate"]
+            self.checkpoints.rate(self.model.iteration, rate)
+
+    def _on_training_end(self) -> None:
+        self._timesteps_before = self.num_timesteps
+        self.save_checkpoint()
+        self._evaluate()
+
+    def _evaluate(self) -> None:
+        if self.evaluations is not None:
+            rate = self.evaluations.run(self.model, self.model.iteration, self.stop.check)
+            self.checkpoints.rate(self.model.iteration, rate)
+
+
 def _take_up(model: CFGRL, checkpoints: CheckpointStore, folder: Path) -> dict[str, Any]:
-    """Bring model and logs to the last checkpoint, or the beginning where there is none."""
+    """Bring model and logs to the last checkpoint, or to the beginning where there is none.
+
+    :return: what `Evaluations` has to know of the earlier process
+    """
     about: dict[str, Any] = {"seconds": 0.0, "log_sizes": {}}
     iterations = checkpoints.iterations()
     if iterations:
@@ -125,7 +212,7 @@ def run(config: TrainConfig, algorithm: type[CFGRL] = CFGRL) -> Path:
 
 
 def _learn(model: CFGRL, config: TrainConfig, out: Path, between: BetweenIterations) -> None:
-    """To the end, or to a state from which `--resume` goes on."""
+    """Learn to the end, or leave a state from which `--resume` goes on."""
     iterations = config.max_iterations
     between.init_callback(model)  # SB3 resets the environments first, and that may fail already
     try:

@@ -67,8 +67,8 @@ class LiberoEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
     more. The next reset starts afresh.
 
     :param suite: a suite that the installed LIBERO has
-    :param task_id: an int, a sequence of ints or "all"; with several, each episode draws one, and
-        observations hold only the objects that all of them have
+    :param task_id: the task, several as a sequence, or "all"; with several, each episode draws one,
+        and observations hold only the objects that all of them have
     :param image_size: side of the two camera images in pixels, 8 to 4096
     :param max_episode_steps: time limit in control steps; None for the suite's own
     :param settle_steps: control steps of no motion after a reset, outside the time limit;
