@@ -1,6 +1,8 @@
 """The command line's options: help, configuration files, and refusals that write nothing."""
 
 import inspect
+import os
+import signal
 import subprocess
 import sys
 from dataclasses import MISSING, asdict, fields
@@ -8,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from test_demos import write_liberos_own
 
 from cfgrl_gym.cli import main
 from cfgrl_gym.cli.configs import DemosConfig, EvalConfig, ReportConfig, SftConfig, TrainConfig
@@ -342,3 +345,22 @@ def test_interrupts_and_lost_workers(
         monkeypatch.setattr("cfgrl_gym.cli.doctor.run", run)
         assert main(["doctor"]) == status
         assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_warm_start_that_is_stopped_saves_what_it_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_liberos_own(tmp_path / "pick_up_demo.hdf5")
+
+    def stopped(policy, demonstrations, config, on_step) -> None:  # type: ignore[no-untyped-def]
+        os.kill(os.getpid(), signal.SIGTERM)
+        on_step(1, 0.5)
+        pytest.fail("it goes on")
+
+    monkeypatch.setattr("cfgrl_gym.cli.sft.warm_start", stopped)
+    out = tmp_path / "run"
+    sizes = "--image_size=56 --patch_size=28 --hidden_size=32 --num_layers=1 --vision_layers=1"
+    arguments = ["sft", "--demos", str(tmp_path), "--out", str(out), *sizes.split()]
+    assert main(arguments) == 128 + signal.SIGTERM
+    assert "stopped by SIGTERM" in capsys.readouterr().err
+    assert (out / "policy" / "model.safetensors").is_file()
