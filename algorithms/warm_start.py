@@ -27,10 +27,14 @@ from cfgrl_gym.wrappers.transforms import resize_with_pad, to_delta
 class WarmStartConfig:
     """How a policy is fitted to demonstrations.
 
+    :param steps: optimizer steps
+    :param batch_size: windows in each step
+    :param learning_rate: peak; it rises over the first 5% of the steps and falls to a tenth
     :param window_stride: control steps between the windows that are cut from a demonstration; only
         steps whose images were drawn are used
-    :param learning_rate: peak; it rises over the first 5% of the steps and falls to a tenth
     :param dropout_prob: share of the samples whose condition is dropped, so that ∅ is learned too
+    :param max_grad_norm: gradients are clipped to this norm
+    :param seed: of the batches, the noise and the dropout
     """
 
     steps: int = 3000

@@ -11,6 +11,7 @@ operations at full size, counted on the meta device.
 
 import argparse
 import sys
+from functools import partial
 from typing import Any
 
 import torch
