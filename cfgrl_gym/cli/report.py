@@ -15,8 +15,8 @@ from pathlib import Path
 from cfgrl_gym.cli.configs import ReportConfig
 from cfgrl_gym.cli.reporting.content import collect
 from cfgrl_gym.cli.reporting.page import MARK, render
+from cfgrl_gym.cli.reporting.rates import count
 from cfgrl_gym.cli.reporting.runs import find_runs
-from cfgrl_gym.cli.reporting.summary import count
 from cfgrl_gym.whole_files import replace_file
 
 _HEAD = 2000  # characters of a page, within which a report says that it is one
