@@ -11,6 +11,11 @@ from time import perf_counter
 from typing import Any
 
 import numpy as np
+import psutil
+
+from cfgrl_gym.cli.run_folder import versions
+from cfgrl_gym.envs.render_backend import choose_backend
+from cfgrl_gym.envs.rendering import processors
 
 SIDES = ("libero", "here")
 IMAGE_SIZE = 224
@@ -107,3 +112,25 @@ def hold() -> None:
     """Say that all is ready, and keep it until the parent closes stdin."""
     print(json.dumps({"ready": process_tree(os.getpid())}), file=sys.__stdout__, flush=True)
     sys.stdin.read()
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers depend on, beside the versions."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    models = [line.split(":")[1].strip() for line in lines if "model name" in line]
+    return {
+        "cpu": models[0] if models else "unknown",
+        "cores": processors(),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "gl_backend": choose_backend(),
+        "load_average": os.getloadavg(),
+    }
+
+
+def write_timing(out: Path, **content: Any) -> None:
+    """Write a result file: command, versions, machine, and the content."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    about = {"command": " ".join(["python", *sys.argv]), "versions": versions()}
+    result = about | {"machine": machine()} | content
+    out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(out)
