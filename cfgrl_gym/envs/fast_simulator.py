@@ -104,7 +104,7 @@ class FastSimulator(Simulator):
         quality: Quality = "benchmark",
     ) -> None:
         super().__init__(task, image_size, cameras)
-        self._quality: Quality = quality
+        self.quality: Quality = quality
         wrapper = import_libero("envs.env_wrapper")
         import mujoco
 
@@ -218,7 +218,7 @@ class FastSimulator(Simulator):
 
     def _render(self, data: Any, cameras: tuple[str, ...], size: int) -> list[np.ndarray]:
         colours = {name: getattr(self.robosuite_env.sim.model, name) for name in COLOURS}
-        return rendering.render(self._compiled, data, colours, cameras, size, self._quality)
+        return rendering.render(self._compiled, data, colours, cameras, size, self.quality)
 
     def close(self) -> None:
         """Models and render contexts go with the last environment that uses them."""
