@@ -21,8 +21,8 @@ from cfgrl_gym.envs.arguments import (
     check_known,
     is_int,
 )
+from cfgrl_gym.envs.compiled_models import give_back_freed_memory
 from cfgrl_gym.envs.fast_simulator import build_simulator
-from cfgrl_gym.envs.freed_memory import give_back_freed_memory
 from cfgrl_gym.envs.rendering import QUALITIES, Quality
 from cfgrl_gym.envs.simulator import CAMERAS, LIBERO_SEED, SETTLE_STEPS, Simulator, image_key
 from cfgrl_gym.envs.stability import attempt
@@ -59,7 +59,8 @@ class LiberoEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
     """One control step (20 Hz) per `step`, raw LIBERO observations, sparse success reward.
 
     The simulator is built at the first `reset`, in the process that calls it, so that an
-    environment can be handed to workers before or after a fork.
+    environment can be handed to workers before or after a fork. While `skip_observations` is True,
+    steps that don't end the episode return the previous observation again.
 
     `info` has `success` and `is_success`, `unstable`, `task_id`, `init_state_id` and `prompt`. An
     episode whose physics blow up (`stability.py` says what that is) ends there as truncated, with
@@ -130,7 +131,6 @@ class LiberoEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
         self.render_mode = render_mode
         self.cameras = tuple(camera for camera in CAMERAS if camera in named)
         self.image_quality: Quality = image_quality
-        # True: steps that don't end the episode repeat the last observation.
         self.skip_observations = False
 
         shape = (self.image_size, self.image_size, 3)
