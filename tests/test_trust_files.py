@@ -19,7 +19,8 @@ from test_demos import write_liberos_own
 from test_trust import Calls
 
 import cfgrl_gym.envs.suites as suites
-from cfgrl_gym.algorithms.pi0 import Pi0ForCFGRL, Pi0Policy, shipped
+from cfgrl_gym.algorithms.pi0 import Pi0ForCFGRL, Pi0Policy
+from cfgrl_gym.algorithms.pi0.checkpoints import shipped
 from cfgrl_gym.algorithms.pi0.checkpoints.members import member
 from cfgrl_gym.algorithms.pi0.presets import new_model
 from cfgrl_gym.cli import main
@@ -226,7 +227,7 @@ def test_a_shipped_policy_that_was_changed_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = shutil.copytree(shipped.find_shipped("libero_tiny"), tmp_path / "libero_tiny")
-    monkeypatch.setattr(shipped, "__file__", str(tmp_path / "shipped.py"))
+    monkeypatch.setattr(shipped, "__file__", str(tmp_path / "checkpoints" / "shipped.py"))
     assert shipped.find_shipped("libero_tiny") == str(folder)
     weights = bytearray((folder / "model.safetensors").read_bytes())
     weights[-100] ^= 1  # nothing but a checksum can see it

@@ -367,7 +367,7 @@ def read_table(file: Path) -> tuple[dict[str, float], ...]:
                 if len(cells) != len(names):
                     reason = f"{len(cells)} cells where there are {len(names)} columns"
                     raise refuse(file, f"{line}: {reason}")
-                row = {}
+                row: dict[str, float] = {}
                 for name, cell in zip(names, cells, strict=True):
                     try:
                         row |= {name: float(cell)} if cell else {}
