@@ -48,6 +48,10 @@ from cfgrl_gym.algorithms.windows import Replay, WindowBatch, label_windows
 
 SelfCFGRL = TypeVar("SelfCFGRL", bound="CFGRL")
 
+# What SB3 would need for a value function, an entropy bonus and exploration noise.
+_UNUSED: dict[str, Any] = dict(
+    n_steps=0, gamma=1, gae_lambda=1, ent_coef=0, vf_coef=0, use_sde=False, sde_sample_freq=-1
+)
 _COUNTERS = ("iteration", "num_timesteps", "num_episodes", "num_control_steps", "_n_updates")
 
 
@@ -161,14 +165,6 @@ class CFGRL(SavesWhatWasTrained, OnPolicyAlgorithm):
             policy=policy,  # type: ignore[arg-type]
             env=env,  # type: ignore[arg-type]
             learning_rate=learning_rate,
-            # What a value function, an entropy bonus and exploration noise would need.
-            n_steps=0,
-            gamma=1.0,
-            gae_lambda=1.0,
-            ent_coef=0.0,
-            vf_coef=0.0,
-            use_sde=False,
-            sde_sample_freq=-1,
             max_grad_norm=max_grad_norm,
             stats_window_size=stats_window_size,
             tensorboard_log=tensorboard_log,
@@ -177,6 +173,7 @@ class CFGRL(SavesWhatWasTrained, OnPolicyAlgorithm):
             seed=seed,
             device=device,
             _init_setup_model=False,
+            **_UNUSED,
         )
         fresh = np.random.SeedSequence().generate_state(1)
         self.randomness = Randomness(int(fresh[0]) if seed is None else seed)
@@ -361,16 +358,13 @@ class CFGRL(SavesWhatWasTrained, OnPolicyAlgorithm):
         for name, value in metrics.summary().items():
             self.logger.record(name, value)
         probe = windows[order[: self._micro_batches.size]]
-        self.logger.record("train/guidance_gap", self._guidance_gap(probe, generator))
+        t, noise = policy.draw_flow(len(probe), generator)
+        x_t = interpolate(probe.model_actions, noise, t)
+        prefix = prefixes.recall(probe.observations, probe.prefix_keys)
+        gap = policy.guidance_gap(probe.observations, x_t, t, prefix)  # v_1 - v_∅
+        self.logger.record("train/guidance_gap", gap.mean().item())
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
         self.logger.record("time/seconds_update", perf_counter() - began)
-
-    def _guidance_gap(self, probe: WindowBatch, generator: torch.Generator) -> float:
-        """How far v_1 and v_∅ are apart on these windows."""
-        t, noise = self.policy.draw_flow(len(probe), generator)
-        prefix = self._prefixes.recall(probe.observations, probe.prefix_keys)
-        x_t = interpolate(probe.model_actions, noise, t)
-        return self.policy.guidance_gap(probe.observations, x_t, t, prefix).mean().item()
 
     # Learn ------------------------------------------------------------------------------------
 
