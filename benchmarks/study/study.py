@@ -13,8 +13,8 @@ import time
 import ablations
 import guidance_sweep
 import learning_curve
-from study_results import write_result
-from study_settings import parse_study
+from results import write_result
+from settings import parse_study
 
 from cfgrl_gym.cli import report
 from cfgrl_gym.cli.configs import ReportConfig
