@@ -9,7 +9,7 @@ import os
 from abc import abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, Literal, NamedTuple, TypeVar, cast, get_args
 
 import numpy as np
 import torch
@@ -35,6 +35,7 @@ Observation = np.ndarray | dict[str, np.ndarray] | Tensor | dict[str, Tensor]
 Inputs = dict[str, Tensor]
 SelfPolicy = TypeVar("SelfPolicy", bound="FlowPolicy")
 PrefixRow = dict[str, Tensor]  # what `encode_prefix` gave for one sample, batch size 1
+Guidance = Literal["velocity", "action"]
 CFG_SCALE_VARIABLE = "PI0_CFG_SCALE"
 DETERMINISTIC_SEED = 0  # predict(deterministic=True) starts every chunk from this one noise
 
@@ -102,7 +103,7 @@ class FlowPolicy(BasePolicy):
         action_width: int,
         cfg_scale: float | None = None,
         num_inference_steps: int = 10,
-        guidance: str = "velocity",
+        guidance: Guidance = "velocity",
         ema_decay: float | None = None,
         **kwargs: Any,
     ) -> None:
@@ -110,7 +111,7 @@ class FlowPolicy(BasePolicy):
             raise ValueError(
                 f"ema_decay must be in [0, 1), or None for no average; got {ema_decay}"
             )
-        if guidance not in ("velocity", "action"):
+        if guidance not in get_args(Guidance):
             raise ValueError(f"guidance must be 'velocity' or 'action'; got {guidance!r}")
         super().__init__(observation_space, action_space, **kwargs)
         self.lr_schedule = lr_schedule

@@ -4,7 +4,7 @@
 with `torch.where`, so that neither their output nor a gradient touches a condition parameter.
 """
 
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,8 @@ from transformers import initialization as init
 
 from cfgrl_gym.algorithms.flow import NEGATIVE, NULL, POSITIVE
 
-CONDITION_MODES = ("token", "bias", "concat")
+ConditionMode = Literal["token", "bias", "concat"]
+CONDITION_MODES = get_args(ConditionMode)
 NUM_LABELS = 2  # o = 0 and o = 1; ∅ has no embedding
 TOKEN_INIT_STD = 0.02  # transformers' default initializer_range
 

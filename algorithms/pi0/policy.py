@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from gymnasium import spaces
@@ -12,9 +12,10 @@ from torch import Tensor
 
 from cfgrl_gym.algorithms.flow import NULL
 from cfgrl_gym.algorithms.pi0.checkpoints.base import BaseReference
-from cfgrl_gym.algorithms.pi0.checkpoints.build import build, save_checkpoint
+from cfgrl_gym.algorithms.pi0.checkpoints.build import Trainable, build, save_checkpoint
 from cfgrl_gym.algorithms.pi0.checkpoints.on_base import OnBase
 from cfgrl_gym.algorithms.pi0.compiled import compiled
+from cfgrl_gym.algorithms.pi0.condition import ConditionMode
 from cfgrl_gym.algorithms.pi0.inputs import (
     check_spaces,
     encode_cameras,
@@ -24,8 +25,8 @@ from cfgrl_gym.algorithms.pi0.inputs import (
 from cfgrl_gym.algorithms.pi0.lora import LORA_RANK, add_lora, check_lora, merged_state_dict
 from cfgrl_gym.algorithms.pi0.memory import plan_update
 from cfgrl_gym.algorithms.pi0.prefix import Prefix, join, select_rows
-from cfgrl_gym.algorithms.pi0.presets import TinySizes
-from cfgrl_gym.algorithms.policies import Inputs, Observation, PrefixRow, UpdatePlan
+from cfgrl_gym.algorithms.pi0.presets import Preset, TinySizes
+from cfgrl_gym.algorithms.policies import Guidance, Inputs, Observation, PrefixRow, UpdatePlan
 from cfgrl_gym.wrappers.norm_stats import Moments, NormStats
 from cfgrl_gym.wrappers.transforms import (
     ActionsFromModel,
@@ -52,7 +53,8 @@ class Pi0Policy(OnBase):
     :param norm_stats: a `NormStats` or the path of openpi's norm_stats.json. None: the checkpoint
         folder's; without a checkpoint, tiny takes mean 0 and standard deviation 1 (states
         and actions reach the model as they are)
-    :param condition_mode: "token", "bias" or "concat". None: the checkpoint's, else "token"
+    :param condition_mode: how the optimality condition enters: "token", "bias" or "concat". None:
+        the checkpoint's, else "token"
     :param cfg_scale: w of guidance; `policy.cfg_scale` may be changed at any time. None: 1.0, or
         the environment variable PI0_CFG_SCALE
     :param use_prefix_dropout: the ∅ branch doesn't see the instruction either. The prefix then
@@ -100,26 +102,26 @@ class Pi0Policy(OnBase):
         action_space: spaces.Box,
         lr_schedule: Schedule,
         *,
-        preset: str = "tiny",
+        preset: Preset = "tiny",
         checkpoint: str | Path | None = None,
         norm_stats: NormStats | str | Path | None = None,
-        condition_mode: str | None = None,
+        condition_mode: ConditionMode | None = None,
         cfg_scale: float | None = None,
         use_prefix_dropout: bool | None = None,
         delta_actions: bool | None = None,
-        trainable: str | None = None,
+        trainable: Trainable | None = None,
         lora_rank: int = LORA_RANK,
         gradient_checkpointing: bool = False,
         horizon: int | None = None,
         sizes: TinySizes | None = None,
         seed: int | None = 0,
-        vlm_dtype: str | None = None,
+        vlm_dtype: Literal["float32", "bfloat16"] | None = None,
         tokenizer: str | None = None,
         model_config: dict[str, Any] | None = None,
         base: BaseReference | None = None,
         cameras: Sequence[str] | None = None,
         num_inference_steps: int = 10,
-        guidance: str = "velocity",
+        guidance: Guidance = "velocity",
         ema_decay: float | None = None,
         compile_denoising: bool = False,
         optimizer_class: type[torch.optim.Optimizer] = torch.optim.AdamW,

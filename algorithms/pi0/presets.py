@@ -1,7 +1,7 @@
 """The two sizes of PI0: `tiny`, for a CPU, and `pi0`, the full 3.3 B model."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -10,7 +10,8 @@ from cfgrl_gym.algorithms.pi0.model import Pi0ForCFGRL
 from cfgrl_gym.algorithms.pi0.tokenizer import BYTE_IMAGE_TOKEN_ID, BYTE_VOCAB_SIZE
 from cfgrl_gym.wrappers.norm_stats import ACTION_DIM, STATE_DIM
 
-PRESETS = ("tiny", "pi0")
+Preset = Literal["tiny", "pi0"]
+PRESETS = get_args(Preset)
 
 
 @dataclass(frozen=True)

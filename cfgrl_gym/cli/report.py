@@ -1,4 +1,14 @@
-"""`cfgrl report`: runs as one HTML page that needs no other file."""
+"""Make one self-contained HTML page of trainings and evaluations.
+
+It shows success before and after with 95% intervals, learning curves, guidance sweeps, ablations,
+where the time goes, checks, filmstrips and configurations. It opens from disk, without a network,
+and holds its figures as JSON too. Trainings that differ only in their seed are pooled. An
+evaluation inside a training's folder came after it; one of the policy that a training started from
+was before it.
+
+example:
+  cfgrl report runs/study --out report.html --title 'Dropout on libero_object'
+"""
 
 from pathlib import Path
 

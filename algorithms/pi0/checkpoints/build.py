@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from torch import Tensor
 
@@ -27,7 +27,8 @@ from cfgrl_gym.json_files import read_json_object
 from cfgrl_gym.wrappers.norm_stats import NormStats
 
 POLICY_FILE = "pi0_policy.json"
-TRAINABLE = ("expert", "all", "lora")
+Trainable = Literal["expert", "all", "lora"]
+TRAINABLE = get_args(Trainable)
 
 
 @dataclass(frozen=True)
