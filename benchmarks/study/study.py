@@ -6,6 +6,10 @@ for a first look, in folders of its own. Writes the parts' JSON and pictures, <s
 and <results>/study.json with the seconds that each part took in this call.
 
     python benchmarks/study/study.py --help
+
+The report, 4 MB, is not in git. From the runs it is made again, here as docs/study.html, with
+
+    cfgrl report runs/study --out docs/study.html --title "CFGRL on LIBERO with a tiny PI0"
 """
 
 import time
