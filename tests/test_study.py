@@ -5,14 +5,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import study_runs
 from cfgrl_envs import QueueEnv, vec
 from controls import AdvantageWeighted, FilteredBC
-from study_results import curve, pool, rate, short_result
-from study_runs import EvaluationOf, run_jobs
+from guidance_sweep import against_unguided
+from jobs import DONE_FILE, Job, run_jobs
+from learning_curve import summary
+from report_runs import make_evaluation, make_training
+from report_runs import result as written
+from results import result_json, results_of, training_json
 
 from cfgrl_gym.algorithms import CFGRL
 from cfgrl_gym.algorithms.flow import NULL
+from cfgrl_gym.cli.reporting.runs import read_training
 
 SMALL = {
     "rloo_batch_size": 4,
@@ -87,51 +91,91 @@ def test_advantage_weighted_passes_once_over_what_was_drawn() -> None:
     assert model.n_epochs == 3
 
 
-def result(successes: list[int], cfg_scale: float = 1.0) -> dict:
-    episodes = [{"init_state_id": i, "success": bool(s)} for i, s in enumerate(successes)]
-    return {"cfg_scale": cfg_scale, "tasks": {}, "episodes": episodes, "guidance_gap": 0.5} | rate(
-        sum(successes), len(successes)
+def result(successes: list[int], cfg_scale: float = 1.0, gap: float = 0.5) -> dict:
+    """What eval.json has of task 8, the initial states in their order."""
+    content = written(cfg_scale, {8: (sum(successes), len(successes))}, gap)
+    for episode, success in zip(content["episodes"], successes, strict=True):
+        episode["success"] = bool(success)
+    return content
+
+
+def test_unseen_states_are_those_that_no_training_started_from(tmp_path: Path) -> None:
+    make_evaluation(tmp_path / "a", [result([1, 0, 1, 1]), result([1, 0], 2.0)])
+    first, second = results_of([Job(tmp_path / "a", {})])
+    content = result_json(first, [0, 1])
+    assert content["successful_states"] == [0, 2, 3]
+    unseen = content["unseen_states"]
+    assert (unseen["successes"], unseen["n_episodes"]) == (2, 2)
+    assert "unseen_states" not in result_json(first)
+    assert "unseen_states" not in result_json(second, [0, 1])
+
+
+def test_seeds_are_pooled_by_their_counts(tmp_path: Path) -> None:
+    outcomes = []
+    for seed, (start, end, final) in enumerate(
+        [([0, 0], [1, 1], [0, 1]), ([1, 0], [1, 0], [0, 0])]
+    ):
+        evaluations = [(0, 0, 0.0, [result(start)]), (2, 10, 2.0 + seed, [result(end, gap=0.1)])]
+        folder = make_training(
+            tmp_path / f"a{seed}", evaluations=evaluations, seed=seed, task_id=8, init_states=[0]
+        )
+        # Both at the w of the curve with other noise, and at another w.
+        later = [result(final, gap=0.4), result(final, 3.0)]
+        make_evaluation(folder / "eval", later, policy=str(folder))
+        training = read_training(folder, folder.name)
+        outcomes.append((training, results_of([Job(folder / "eval", {})])))
+    at_curve, at_another = summary(outcomes)
+    (task,) = at_curve["tasks"]
+    assert (at_curve["algorithm"], at_curve["cfg_scale"], task["task_id"]) == ("CFGRL", 1.0, 8)
+    assert (task["before"]["successes"], task["before"]["n_episodes"]) == (1, 4)
+    assert (task["after"]["successes"], task["after"]["n_episodes"], task["seeds"]) == (4, 8, 2)
+    assert task["after"]["unseen_states"]["successes"] == 2
+    assert task["after"]["guidance_gap"] == pytest.approx(0.25)
+    assert at_curve["mean_over_tasks"] == 0.5
+    assert at_another["cfg_scale"] == 3.0
+    assert at_another["tasks"][0]["after"]["success_rate"] == pytest.approx(1 / 4)
+    assert at_another["tasks"][0]["before"]["successes"] == 1
+
+
+def test_a_result_file_has_every_evaluation_of_a_training(tmp_path: Path) -> None:
+    rows = [{"time/iterations": 1, "train/loss": 0.5, "rollout/episodes": 10}]
+    evaluations = [(0, 0, 0.0, [result([0, 1])]), (1, 10, 2.0, [result([1, 1])])]
+    folder = make_training(tmp_path / "a", rows, evaluations, task_id=8, init_states=[0])
+    make_evaluation(folder / "eval", [result([0, 1], 2.0)])
+    training = read_training(folder, folder.name)
+    content = json.loads(
+        json.dumps(training_json(training, results_of([Job(folder / "eval", {})])))
     )
+    assert (content["name"], content["algorithm"]) == ("a", "CFGRL")
+    assert content["options"]["init_states"] == [0]
+    assert content["iterations"] == rows
+    times = [(e["iteration"], e["episodes"], e["seconds"]) for e in content["evaluations"]]
+    assert times == [(0, 0, 0.0), (1, 10, 2.0)]
+    states = [e["results"][0]["successful_states"] for e in content["evaluations"]]
+    assert states == [[1], [0, 1]]
+    assert [r["cfg_scale"] for r in content["final"]] == [2.0]
 
 
-def test_unseen_states_are_those_that_no_training_started_from() -> None:
-    short = short_result(result([1, 0, 1, 1]), {"init_states": [0, 1]})
-    assert short["successful_states"] == [0, 2, 3]
-    assert (short["unseen_states"]["successes"], short["unseen_states"]["n_episodes"]) == (2, 2)
-    assert "unseen_states" not in short_result(result([1, 0]), {"init_states": "benchmark"})
-
-
-def test_seeds_are_pooled_by_their_counts() -> None:
-    options = {"task_id": 8, "init_states": [0]}
-    runs = [
-        {
-            "algorithm": "CFGRL",
-            "options": options,
-            "evaluations": [
-                {"iteration": i, "episodes": 10 * i, "seconds": seconds, "results": [r]}
-                for i, r in enumerate([short_result(result(s), options) for s in both])
-            ],
-        }
-        for seconds, both in ((2.0, ([0, 0], [1, 1])), (4.0, ([1, 0], [1, 0])))
-    ]
-    first, last = curve(runs, "CFGRL", 8, 1.0)
-    assert (first["successes"], last["successes"], last["n_episodes"]) == (1, 3, 4)
-    assert (last["episodes"], last["seconds"], last["seeds"]) == (10, 3.0, 2)
-    assert last["unseen_states"]["successes"] == 1
-    assert curve(runs, "CFGRL", 0, 1.0) == curve(runs, "CFGRL", 8, 2.0) == []
-    assert pool([result([1, 1, 0])])["success_rate"] == pytest.approx(2 / 3)
+def test_a_scale_is_compared_with_no_guidance_pair_by_pair(tmp_path: Path) -> None:
+    make_evaluation(tmp_path / "a", [result([1, 1, 0, 0, 1, 1]), result([0, 0, 1, 0, 1, 0], 0.0)])
+    guided, unguided = results_of([Job(tmp_path / "a", {})])
+    found = against_unguided(guided, unguided)
+    assert (found["only_here"], found["only_at_w_0"]) == (3, 1)
+    # Of four coins, three or more heads or tails: (1 + 4 + 4 + 1) of 16.
+    assert found["p_value"] == pytest.approx(10 / 16)
+    assert against_unguided(guided, guided)["p_value"] == 1.0
 
 
 def test_a_study_that_was_stopped_runs_only_what_is_not_done(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    done, broken = (EvaluationOf(tmp_path / name, {"policy": "none"}) for name in ("a", "b"))
+    done, broken = (Job(tmp_path / name, {"policy": "none"}) for name in ("a", "b"))
     done.folder.mkdir()
-    (done.folder / study_runs.DONE_FILE).touch()
+    (done.folder / DONE_FILE).touch()
     (done.folder / "eval.json").write_text(json.dumps({}))
     broken.folder.mkdir()
     (broken.folder / "half").touch()
-    with pytest.raises(RuntimeError, match=r"1 run\(s\) failed, see their .log files: b"):
+    with pytest.raises(RuntimeError, match=r"1 run\(s\) failed, see their .log files: .*/b$"):
         run_jobs([done, broken], processes=1)
     assert (done.folder / "eval.json").is_file()
     assert not (broken.folder / "half").exists()

@@ -12,13 +12,15 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from jobs import Job, evaluation, run_jobs
+from results import describe, result_json, results_of, seen_states, training_json, write_result
 from safetensors.torch import load_file, save_file
-from study_results import describe, read_evaluation, read_training, write_result
-from study_runs import DONE_FILE, Training, evaluation_of, run_jobs
-from study_settings import START, Budget, parse_study, training_options
+from settings import START, parse_study, training_options
 
+from cfgrl_gym.algorithms import CFGRL
 from cfgrl_gym.algorithms.pi0.checkpoints.shipped import find_shipped
 from cfgrl_gym.algorithms.pi0.condition import CONDITION_MODES
+from cfgrl_gym.cli.reporting.runs import read_training
 
 PART = "ablations"
 SCALE = 2.0  # at which every cell is evaluated
@@ -79,43 +81,36 @@ def main() -> None:
     study = parse_study(__doc__)
     folder = study.folder / PART
     folder.mkdir(parents=True, exist_ok=True)
-    budget = Budget(max(1, study.budget.iterations // 2), study.budget.groups)
+    task, iterations = study.main_task, max(1, study.iterations // 2)
+    trainings = {}
     unconditional = unconditional_start(folder / "unconditional")
-    trainings = {
-        name: Training(
-            folder / name,
-            "CFGRL",
-            training_options(
-                study.main_task, study.seeds[0], budget, **({"cfg_scale": 1.0} | changed)
-            ),
-            sweep=(SCALE,),
+    for name, changed in cells(study.groups, unconditional).items():
+        options = training_options(
+            task, study.seeds[0], iterations, **{"groups": study.groups, "cfg_scale": 1.0} | changed
         )
-        for name, changed in cells(budget.groups, unconditional).items()
-    }
+        trainings[name] = Job(folder / name, options, CFGRL)
     unknown = set(study.cells) - set(trainings)
     if unknown:
         raise SystemExit(f"no such cells: {', '.join(unknown)}; known: {', '.join(trainings)}")
     wanted = {BASELINE, *(study.cells or trainings)}
-    run_jobs([t for name, t in trainings.items() if name in wanted], study.jobs)
-    action = evaluation_of(
-        trainings[BASELINE].folder,
-        folder / "guidance=action",
-        study.main_task,
-        [SCALE],
-        guidance="action",
-    )
-    run_jobs([action], study.jobs)
+    run_jobs([job for name, job in trainings.items() if name in wanted], study.jobs)
+    trained = {name: job for name, job in trainings.items() if job.done}  # now or before
+    evaluations = {
+        name: evaluation(job.folder, job.folder / "eval", task, [SCALE], video=True)
+        for name, job in trained.items()
+    }
+    action, baseline = "guidance=action", trained[BASELINE].folder
+    evaluations[action] = evaluation(baseline, folder / action, task, [SCALE], guidance="action")
+    run_jobs(list(evaluations.values()), study.jobs)
     rows = []
-    for name, training in trainings.items():
-        if not (training.folder / DONE_FILE).is_file():
-            continue  # not asked for, now or before
-        run = read_training(training.folder)
-        rows.append({"cell": name, "final": run["final"], "run": run})
-    options = rows[0]["run"]["options"]
-    rows.append({"cell": action.folder.name, "final": read_evaluation(action.folder, options)})
+    for name, job in evaluations.items():
+        run = read_training((trained.get(name) or trained[BASELINE]).folder, name)
+        final = results_of([job])
+        row = {"cell": name, "final": [result_json(result, seen_states(run)) for result in final]}
+        rows.append(row | ({"run": training_json(run, final)} if name in trained else {}))
     write_result(study.results / f"{PART}.json", cells=rows)
     for row in rows:
-        results = "  ".join(f"w={r['cfg_scale']:g}: {describe(r)}" for r in row["final"])
+        results = "  ".join(f"w = {r['cfg_scale']:g}: {describe(r)}" for r in row["final"])
         print(f"{row['cell']:>28}  {results}")
 
 

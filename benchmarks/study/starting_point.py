@@ -9,16 +9,14 @@ is the cheaper one to draw without a GPU. Writes <out>/sft/policy and
     python benchmarks/study/starting_point.py --help
 """
 
-import argparse
 import json
 from pathlib import Path
-from typing import Any
 
 import torch
+from jobs import evaluation, run_jobs
+from results import describe, result_json, results_of, write_result
 from safetensors.torch import load_file, save_file
-from study_results import describe, read_evaluation, write_result
-from study_runs import EvaluationOf, run_jobs
-from study_settings import EVALUATION_SEED, N_ENVS
+from settings import new_parser
 
 from cfgrl_gym.cli import demos, sft
 from cfgrl_gym.cli.configs import DemosConfig, SftConfig
@@ -88,9 +86,7 @@ def write_checksums(folder: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_parser(__doc__)
     add = parser.add_argument
     add("--out", type=Path, default=Path("runs/starting_point"), help="default: %(default)s")
     add("--policy", help="evaluate this one, such as libero_tiny, and make none")
@@ -99,28 +95,18 @@ def main() -> None:
     args = parser.parse_args()
     policy = args.policy or str(make(args.out))
     jobs = {
-        (suite, task): EvaluationOf(
-            args.out / f"{suite}-{task}",
-            {
-                "policy": policy,
-                "suite": suite,
-                "task_id": task,
-                "cfg_scale": 1.0,
-                "n_envs": N_ENVS,
-                "seed": EVALUATION_SEED,
-            },
+        (suite, task): evaluation(
+            policy, args.out / f"{suite}-{task}", task, [1.0], suite=suite, video=True
         )
         for suite, tasks in TASKS.items()
         for task in tasks
     }
     run_jobs(list(jobs.values()), args.jobs)
-    rows: list[dict[str, Any]] = []
+    rows = []
     for (suite, task), job in jobs.items():
-        results = read_evaluation(job.folder)
+        results = [result_json(result) for result in results_of([job])]
         rows.append({"suite": suite, "task_id": task, "results": results})
-        print(
-            f"{suite} {task}: " + "  ".join(f"w={r['cfg_scale']:g} {describe(r)}" for r in results)
-        )
+        print(f"{suite} {task}: {describe(results[0])}")
     write_result(args.results / "starting_point.json", policy=Path(policy).name, tasks=rows)
 
 

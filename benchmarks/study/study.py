@@ -6,6 +6,10 @@ for a first look, in folders of its own. Writes the parts' JSON and pictures, <s
 and <results>/study.json with the seconds that each part took in this call.
 
     python benchmarks/study/study.py --help
+
+The report, 4 MB, is not in git. From the runs it is made again, here as docs/study.html, with
+
+    cfgrl report runs/study --out docs/study.html --title "CFGRL on LIBERO with a tiny PI0"
 """
 
 import time
@@ -13,8 +17,8 @@ import time
 import ablations
 import guidance_sweep
 import learning_curve
-from study_results import write_result
-from study_settings import parse_study
+from results import write_result
+from settings import parse_study
 
 from cfgrl_gym.cli import report
 from cfgrl_gym.cli.configs import ReportConfig

@@ -41,6 +41,7 @@ LOGGED = (
     ("rollout/groups_discarded", "groups discarded so far"),
 )
 SUMMED = ("rollout/groups_discarded",)
+WIDEST_SWEEP = 5.0  # the highest cfg_scale on a linear axis
 
 
 class Palette:
@@ -190,11 +191,14 @@ def sweep_plot(sweep: Sweep, palette: Palette) -> Figure:
     top.set_ylabel(SUCCESS)
     if gaps:
         bottom.plot(*zip(*gaps, strict=True), color=colour, marker="s")
-        bottom.margins(y=0.15)
-        bottom.set_ylim(bottom=0)
+        bottom.set_ylim(0, 1.2 * max(gap for _, gap in gaps) or 1)
         bottom.set_ylabel("guidance gap")
     bottom.set_xlabel("cfg_scale w")
+    if max(scales) > WIDEST_SWEEP:  # small scales need room; of them only whole ones have a tick
+        bottom.set_xscale("symlog", linthresh=1)
+        scales = [w for w in scales if w.is_integer()]
     bottom.set_xticks(scales, [f"{w:g}" for w in scales])
+    bottom.minorticks_off()
     figure.set_label(f"{sweep.title}: success and guidance gap over cfg_scale")
     return figure
 

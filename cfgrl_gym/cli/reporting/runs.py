@@ -14,9 +14,14 @@ from typing import Any, TypeVar
 import yaml
 
 from cfgrl_gym.cli.reporting.rates import Rate, total
-from cfgrl_gym.cli.run_folder import CONFIG_FILE, VERSIONS_FILE
+from cfgrl_gym.cli.run_folder import (
+    CONFIG_FILE,
+    CSV_FILE,
+    EVALUATIONS_FILE,
+    RESULT_FILE,
+    VERSIONS_FILE,
+)
 
-RESULT_FILE, EVALUATIONS_FILE, TABLE_FILE = "eval.json", "evaluations.json", "progress.csv"
 VELOCITY = "velocity"  # the guidance of a run that doesn't name one
 
 T = TypeVar("T")
@@ -224,7 +229,7 @@ def find_runs(folders: Sequence[str]) -> Runs:
         unfinished = f" (unfinished: {'; '.join(left_out)})" if left_out else ""
         raise ValueError(
             f"no runs in {where}{unfinished}: expected folders that `cfgrl train` or `cfgrl eval` "
-            f"wrote, with {CONFIG_FILE} and {TABLE_FILE} or {RESULT_FILE}; give --runs such folders"
+            f"wrote, with {CONFIG_FILE} and {CSV_FILE} or {RESULT_FILE}; give --runs such folders"
         )
     return Runs(tuple(trainings), tuple(evaluations), tuple(left_out))
 
@@ -242,7 +247,7 @@ def read_training(folder: Path, name: str) -> Training:
     :raises ValueError: a file is damaged
     """
     run = _read_run(folder, name)
-    table, file = folder / TABLE_FILE, folder / EVALUATIONS_FILE
+    table, file = folder / CSV_FILE, folder / EVALUATIONS_FILE
 
     def evaluation(content: Any, suite: str) -> Evaluation:
         source = f"{name}, iteration {content['iteration']}"

@@ -1,7 +1,7 @@
 """What the study's runs have in common: the policy they start from, tasks, budget, seeds."""
 
 import argparse
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,47 +15,26 @@ TRAINING_STATES = tuple(range(25))
 NOISE_SEEDS = (1000, 1001, 1002, 1003)  # of evaluations; trainings have the small ones
 EVALUATION_SEED = NOISE_SEEDS[0]
 N_ENVS = 8
+ITERATIONS, GROUPS = 4, 8  # of each training, and of K = 8 episodes in each iteration
 
 
-@dataclass(frozen=True)
-class Budget:
-    """How much each training of the study gets.
-
-    :param iterations: of collection and update
-    :param groups: of K = 8 episodes, each iteration
-    """
-
-    iterations: int = 4
-    groups: int = 8
-
-
-@dataclass(frozen=True)
-class Study:
-    """Where a study's runs and results go, and how large it is.
-
-    :param folder: of the runs
-    :param results: of the JSON and the pictures
-    :param jobs: runs at the same time
-    :param main_task: the task with several seeds and all ablations
-    :param other_tasks: with one seed each
-    :param seeds: of the main task
-    :param small: one task and one seed, for a first look
-    :param cells: of the ablations; empty: all
-    """
+class Study(argparse.Namespace):
+    """Where a study's runs and results go, and how large it is: the options of `parse_study`."""
 
     folder: Path
     results: Path
     jobs: int
     main_task: int
-    other_tasks: tuple[int, ...]
-    seeds: tuple[int, ...]
-    budget: Budget
+    other_tasks: list[int]
+    seeds: Sequence[int]
+    iterations: int
+    groups: int
     small: bool
-    cells: tuple[str, ...]
+    cells: list[str]
 
 
 def training_options(
-    task: int, seed: int, budget: Budget, *, cfg_scale: float, **changed: Any
+    task: int, seed: int, iterations: int, groups: int, *, cfg_scale: float, **changed: Any
 ) -> dict[str, Any]:
     """Options of `cfgrl train` for one training of the study.
 
@@ -70,8 +49,8 @@ def training_options(
         "max_episode_steps": 160,  # a success takes about 110; evaluations have LIBERO's 280
         "n_envs": N_ENVS,
         "total_timesteps": 10**9,
-        "max_iterations": budget.iterations,
-        "groups_per_iteration": budget.groups,
+        "max_iterations": iterations,
+        "groups_per_iteration": groups,
         "enable_dynamic_sampling": False,  # so that each run has as many episodes
         "trainable": "expert",
         "learning_rate": 5e-4,
@@ -85,35 +64,35 @@ def training_options(
     }
 
 
-def parse_study(description: str | None) -> Study:
-    """The command line that all parts of the study share."""
-    parser = argparse.ArgumentParser(
+def new_parser(description: str | None) -> argparse.ArgumentParser:
+    """A command line that shows a script's documentation as it is."""
+    return argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+
+
+def parse_study(description: str | None) -> Study:
+    """The command line that all parts of the study share."""
+    parser = new_parser(description)
     add = parser.add_argument
-    add("--study", type=Path, help="runs (default: runs/study; --small: runs/study_small)")
+    folder = "runs (default: runs/study; --small: runs/study_small)"
+    add("--study", dest="folder", metavar="FOLDER", type=Path, help=folder)
     results = "JSON and pictures (default: benchmarks/results; --small: the folder small in it)"
     add("--results", type=Path, help=results)
     add("--jobs", type=int, default=2, help="runs at the same time (default: %(default)s)")
-    add("--task_id", type=int, default=MAIN_TASK, help="the task with several seeds")
+    task = "with several seeds and all ablations (default: %(default)s)"
+    add("--task_id", dest="main_task", metavar="TASK", type=int, default=MAIN_TASK, help=task)
     add("--other_tasks", type=int, nargs="*", default=list(OTHER_TASKS), help="with one seed")
     add("--seeds", type=int, default=3, help="of the main task (default: %(default)s)")
-    add("--iterations", type=int, default=Budget.iterations, help="of each training")
-    add("--groups", type=int, default=Budget.groups, help="of 8 episodes, each iteration")
+    add("--iterations", type=int, default=ITERATIONS, help="of each training")
+    add("--groups", type=int, default=GROUPS, help="of 8 episodes, each iteration")
     add("--small", action="store_true", help="one task, one seed, 2 iterations of 8 groups")
     add("--cells", nargs="*", default=[], help="of the ablations, only these, such as K=2")
-    given = parser.parse_args()
-    if given.small:
-        given.seeds, given.other_tasks, given.iterations, given.groups = 1, [], 2, 8
+    study = parser.parse_args(namespace=Study())
+    if study.small:
+        study.seeds, study.other_tasks, study.iterations, study.groups = 1, [], 2, 8
+    study.seeds = range(study.seeds)
     # Trainings of a small study have the whole one's names, and must not be taken for them.
-    return Study(
-        folder=given.study or Path("runs/study_small" if given.small else "runs/study"),
-        results=given.results or Path("benchmarks/results", "small" if given.small else ""),
-        jobs=given.jobs,
-        main_task=given.task_id,
-        other_tasks=tuple(given.other_tasks),
-        seeds=tuple(range(given.seeds)),
-        budget=Budget(given.iterations, given.groups),
-        small=given.small,
-        cells=tuple(given.cells),
-    )
+    study.folder = study.folder or Path("runs/study_small" if study.small else "runs/study")
+    study.results = study.results or Path("benchmarks/results", "small" if study.small else "")
+    return study

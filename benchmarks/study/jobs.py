@@ -1,0 +1,137 @@
+"""The runs of the study, each in a process of its own, and only those that aren't done yet.
+
+Each is a run folder as `cfgrl train` or `cfgrl eval` leaves it; a folder with a `done` file is
+complete and isn't run again, another is begun anew.
+"""
+
+import contextlib
+import multiprocessing
+import os
+import shutil
+import sys
+import traceback
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from queue import Queue
+from typing import Any
+
+import torch
+from settings import EVALUATION_SEED, N_ENVS, SUITE
+from tqdm import tqdm
+
+from cfgrl_gym.algorithms import CFGRL
+from cfgrl_gym.cli import eval, train
+from cfgrl_gym.cli.configs import EvalConfig, TrainConfig
+
+DONE_FILE = "done"
+TRIES = 3
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """One training or one evaluation.
+
+    :param folder: of the run
+    :param options: of `cfgrl train` or `cfgrl eval`, where they aren't the command's defaults
+    :param algorithm: to train with; None: an evaluation
+    """
+
+    folder: Path
+    options: dict[str, Any]
+    algorithm: type[CFGRL] | None = None
+
+    @property
+    def done(self) -> bool:
+        return (self.folder / DONE_FILE).is_file()
+
+
+def evaluation(
+    policy: Path | str, folder: Path, task: int, scales: Sequence[float], **changed: Any
+) -> Job:
+    """An evaluation of a policy on all 50 states of a task, at each cfg_scale.
+
+    :param policy: its folder, or the run that trained it
+    :param folder: for the results
+    :param changed: options of `cfgrl eval` that the caller wants besides, or otherwise
+    """
+    options = {
+        "policy": str(policy),
+        "suite": SUITE,
+        "task_id": task,
+        "cfg_scale": list(scales),
+        "n_envs": N_ENVS,
+        "seed": EVALUATION_SEED,
+        "video": False,
+    }
+    return Job(folder, options | changed)
+
+
+def run_jobs(jobs: Sequence[Job], processes: int) -> None:
+    """Run those that aren't done, `processes` at a time, each in a process on one core.
+
+    A run whose process dies (software rendering can end one) is begun again, twice at most.
+
+    :raises RuntimeError: some failed; the others are done, and a further call takes up from there
+    """
+    waiting = [job for job in jobs if not job.done]
+    spawn = multiprocessing.get_context("spawn")
+    cores: Queue[int] = Queue()
+    for slot in range(processes):
+        cores.put(slot)
+
+    def run(job: Job) -> str:
+        core = cores.get()
+        try:
+            for _ in range(TRIES):
+                process = spawn.Process(target=_run, args=(job, core))
+                process.start()
+                process.join()
+                if process.exitcode is not None and process.exitcode >= 0:
+                    break
+            return "done" if job.done else f"failed with exit code {process.exitcode}"
+        finally:
+            cores.put(core)
+
+    failed = []
+    with ThreadPoolExecutor(processes) as pool, tqdm(total=len(waiting), desc="study") as bar:
+        futures = {pool.submit(run, job): job for job in waiting}
+        for future in as_completed(futures):
+            job, outcome = futures[future], future.result()
+            failed += [] if job.done else [str(job.folder)]
+            tqdm.write(f"{job.folder}: {outcome}")
+            bar.update()
+    if failed:
+        raise RuntimeError(
+            f"{len(failed)} run(s) failed, see their .log files: {', '.join(failed)}"
+        )
+
+
+def _run(job: Job, slot: int) -> None:
+    shutil.rmtree(job.folder, ignore_errors=True)  # what an interrupted run left
+    job.folder.parent.mkdir(parents=True, exist_ok=True)
+    log = job.folder.with_name(f"{job.folder.name}.log")
+    with (
+        log.open("w", buffering=1) as file,
+        contextlib.redirect_stdout(file),
+        contextlib.redirect_stderr(file),
+    ):
+        try:
+            _one_core(slot)
+            out = str(job.folder)
+            if job.algorithm is None:
+                eval.run(EvalConfig(**job.options, out=out))
+            else:
+                train.run(TrainConfig(**job.options, out=out, video=False), job.algorithm)
+        except Exception:
+            traceback.print_exc()
+            sys.exit(1)
+    (job.folder / DONE_FILE).touch()
+
+
+def _one_core(slot: int) -> None:
+    """Several runs side by side are faster than each on all cores."""
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[slot % len(cores)]})
+    torch.set_num_threads(1)
