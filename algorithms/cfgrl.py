@@ -34,7 +34,7 @@ from cfgrl_gym.algorithms.metrics import UpdateMetrics, rollout_metrics
 from cfgrl_gym.algorithms.mlp_policy import MlpPolicy
 from cfgrl_gym.algorithms.policies import FlowPolicy
 from cfgrl_gym.algorithms.samples import labelled_windows, window_losses
-from cfgrl_gym.algorithms.saving.saved_model import SavesWhatWasTrained
+from cfgrl_gym.algorithms.saving.model_zip import PickleFreeSaving
 from cfgrl_gym.algorithms.vec_envs.supported import as_vec_env, init_states
 from cfgrl_gym.algorithms.windows import WindowBatch, join_windows
 
@@ -44,7 +44,7 @@ SelfCFGRL = TypeVar("SelfCFGRL", bound="CFGRL")
 PLAN, NOISE, UPDATE = range(3)
 
 
-class CFGRL(SavesWhatWasTrained, OnPolicyAlgorithm):
+class CFGRL(PickleFreeSaving, OnPolicyAlgorithm):
     """Classifier-free guidance reinforcement learning (Frans et al. 2025, arXiv 2505.23458).
 
     Groups of K episodes from one start give leave-one-out advantages; the advantage of each
@@ -202,10 +202,6 @@ class CFGRL(SavesWhatWasTrained, OnPolicyAlgorithm):
         check_weights_fit(self.policy, self.device)
         self.policy = self.policy.to(self.device)
         check_stride(self._stride, self.policy.chunk_size)
-
-    def _excluded_save_params(self) -> list[str]:
-        unsaved = ["windows", "_recent", "_last_obs", "_prefixes", "_micro_batches"]
-        return [*super()._excluded_save_params(), *unsaved]
 
     def training_state(self) -> dict[str, Any]:
         """Counters and statistics that a training goes on from, as JSON can hold them.

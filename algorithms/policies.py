@@ -9,7 +9,7 @@ import os
 from abc import abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, ClassVar, NamedTuple, TypeVar, cast
 
 import numpy as np
 import torch
@@ -89,6 +89,8 @@ class FlowPolicy(BasePolicy):
         an optimizer step; None: with the weights themselves
     """
 
+    # Dataclasses among the constructor's arguments: what a saved model may name beside JSON.
+    saved_types: ClassVar[tuple[type, ...]] = ()
     # Whether training leaves the prefix as it is, so that one computed before may be used again.
     frozen_prefix = False
 

@@ -94,6 +94,8 @@ class Pi0Policy(OnBase):
     ... # doctest: +SKIP
     """
 
+    saved_types = (NormStats, Moments, BaseReference)
+
     def __init__(
         self,
         observation_space: spaces.Space,

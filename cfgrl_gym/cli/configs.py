@@ -313,8 +313,6 @@ class EvalConfig(LiberoOptions, PolicyOptions):
     """Options of `cfgrl eval`. Its policy may also be the model.zip of `cfgrl train`, or one of the
     checkpoints in its run folder.
 
-    :param trusted: of a model.zip, load also what can run code: only for files whose origin you
-        trust. What `cfgrl train` writes needs no such trust
     :param episodes: the first so many initial states of each task. null: all (LIBERO has 50)
     :param init_states: exactly these initial states of each task, as [0,7,21], instead of episodes
     :param cfg_scale: guidance, or several values as [1,1.5,2] to compare. null: the policy's own
@@ -323,7 +321,6 @@ class EvalConfig(LiberoOptions, PolicyOptions):
     :param out: run folder. null: runs/eval-<date-time>
     """
 
-    trusted: bool = False
     episodes: int | None = None
     init_states: list[int] | None = None
     cfg_scale: float | list[float] | None = None

@@ -13,6 +13,7 @@ from cfgrl_gym.cli.evaluations import as_list, find_starts, measure
 from cfgrl_gym.cli.policies import load_policy
 from cfgrl_gym.cli.run_folder import VIDEO_FILE, choose_folder, create_folder
 from cfgrl_gym.cli.video import record_episode
+from cfgrl_gym.whole_files import whole_file
 
 RESULT_FILE = "eval.json"
 
@@ -70,7 +71,8 @@ def run(config: EvalConfig) -> Path:
             # Written after every value, so that a sweep that is stopped keeps what it has.
             content = {"policy": config.policy, "suite": config.suite, "results": results}
             text = json.dumps(content, indent=2) + "\n"
-            (out / RESULT_FILE).write_text(text, encoding="utf-8")
+            with whole_file(out / RESULT_FILE) as new:
+                new.write_text(text, encoding="utf-8")
             logger.record("eval/cfg_scale", scale)
             logger.record("eval/success_rate", results[-1]["success_rate"])
             logger.record("eval/guidance_gap", results[-1]["guidance_gap"])

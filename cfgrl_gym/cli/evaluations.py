@@ -16,7 +16,7 @@ from cfgrl_gym.algorithms.groups import Start
 from cfgrl_gym.algorithms.policies import FlowPolicy
 from cfgrl_gym.cli.progress import progress_bar
 from cfgrl_gym.envs.suites import load_init_states, select_tasks
-from cfgrl_gym.whole_files import replace_file
+from cfgrl_gym.whole_files import whole_file
 
 EVALUATIONS_FILE = "evaluations.json"
 
@@ -176,7 +176,8 @@ class Evaluations:
             }
         )
         content = {"suite": self.suite, "evaluations": self.done}
-        replace_file(self.file, json.dumps(content, indent=2) + "\n")
+        with whole_file(self.file) as new:
+            new.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         for result in results:
             for name in ("success_rate", "guidance_gap"):
                 self.logger.record(f"eval/{name}/w_{result['cfg_scale']:g}", result[name])

@@ -125,7 +125,7 @@ def load_policy(config: EvalConfig) -> Pi0Policy:
         if config.norm_stats is not None or config.delta_actions is not None:
             raise ValueError("a model.zip brings its norm_stats and delta_actions; leave them out")
         check_device(config.device)
-        policy = CFGRL.load(config.policy, device=config.device, trusted=config.trusted).policy
+        policy = CFGRL.load(config.policy, device=config.device).policy
         if not isinstance(policy, Pi0Policy):
             raise ValueError(f"'{config.policy}' is a {type(policy).__name__}, not a Pi0Policy")
         if config.chunk_size not in (None, policy.chunk_size):

@@ -12,8 +12,9 @@ from cfgrl_gym.cli.configs import SftConfig
 from cfgrl_gym.cli.environments import SLOT_OF_CAMERA, libero_spaces
 from cfgrl_gym.cli.policies import check_device, find_checkpoint, saving_when_stopped
 from cfgrl_gym.cli.progress import progress_bar
-from cfgrl_gym.cli.run_folder import POLICY_FOLDER, choose_folder, create_folder, replace_folder
+from cfgrl_gym.cli.run_folder import POLICY_FOLDER, choose_folder, create_folder
 from cfgrl_gym.demos.files import Demonstration, read_demonstrations
+from cfgrl_gym.whole_files import whole_folder
 
 DEFAULT_HORIZON = 50
 
@@ -132,7 +133,8 @@ def run(config: SftConfig) -> Path:
     logger = configure(str(out), ["csv", "json", "tensorboard"])
 
     def save() -> None:
-        replace_folder(out / POLICY_FOLDER, policy.save_pretrained)
+        with whole_folder(out / POLICY_FOLDER) as new:
+            policy.save_pretrained(new)
 
     print(f"{len(demonstrations)} demonstrations of {len(files)} file(s); results in {out}")
     with progress_bar("sft", config.steps, "step") as bar, saving_when_stopped(save):
