@@ -184,7 +184,7 @@ def test_values_can_be_given_left_out_and_added(saved: Path, tmp_path: Path) -> 
     again = CFGRL.load(tmp_path / "model", device="cpu")
     assert (again.n_epochs, again.note) == (4, "mine")  # type: ignore[attr-defined]
     assert again.num_timesteps == loaded.num_timesteps
-    with pytest.raises(ValueError, match=r"weights|size mismatch"):
+    with pytest.raises(ValueError, match=r"shape \(16.*for a parameter of shape \(8"):
         CFGRL.load(saved, device="cpu", policy_kwargs={"net_arch": [8]})
 
 
@@ -293,6 +293,7 @@ HOSTILE: dict[str, Callable[[dict[str, Any]], Any]] = {
     "an optimizer's module": set_in("policy_kwargs", "optimizer_class", "name", "lr_scheduler"),
     "another argument of the policy": set_in("policy_kwargs", "colour", 3),
     "another network": set_in("policy_kwargs", "net_arch", [300]),
+    "a text as ema_decay": set_in("policy_kwargs", "ema_decay", "x"),
     "no network": set_in("policy_kwargs", "net_arch", "x"),
     "no arguments of the policy": set_in("policy_kwargs", None),
     "no values": set_in("values", []),
@@ -348,9 +349,7 @@ def test_other_tensors_are_refused(saved: Path, tmp_path: Path) -> None:
             path = with_tensors(saved, tmp_path / "x.zip", part, change)
             with pytest.raises(ValueError, match=r"x\.zip' is no model that CFGRL saved"):
                 CFGRL.load(path, device="cpu")
-            with pytest.raises(
-                (ValueError, RuntimeError), match=r"size mismatch|nexpected|saved op"
-            ):
+            with pytest.raises((ValueError, RuntimeError), match=r"size mismatch|nexpected|saved"):
                 make().set_parameters(path)
 
 

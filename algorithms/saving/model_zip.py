@@ -60,12 +60,7 @@ class PickleFreeSaving(BaseAlgorithm):
     @classmethod
     def _arguments(cls) -> dict[str, Any]:
         """Annotations of the constructor's parameters that are saved as attributes."""
-        annotations: dict[str, Any] = {}
-        own = (k for k in cls.__mro__ if issubclass(k, PickleFreeSaving) and "__init__" in vars(k))
-        for kind in own:
-            for name, parameter in inspect.signature(kind).parameters.items():
-                if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
-                    annotations.setdefault(name, parameter.annotation)
+        annotations = _annotations(cls, PickleFreeSaving)
         for name in ("policy", "env", "policy_kwargs", "device", "_init_setup_model"):
             annotations.pop(name, None)
         return annotations
@@ -175,9 +170,7 @@ class PickleFreeSaving(BaseAlgorithm):
                 if name not in given and name.removeprefix("policy_kwargs.") not in given_to_policy:
                     raise ValueError(f"it leaves out {_remedy(cls, name, reason)}")
             values = {n: from_json(v) for n, v in document["values"].items() if n not in given}
-            for name in annotations.keys() & values.keys():
-                if not _fits(values[name], annotations[name]):
-                    raise ValueError(f"its {name} is {values[name]!r:.100}")
+            _check_types(values, annotations)
             policy, *spaces = ((values | given)[name] for name in _BEFORE_ARGUMENTS)
         if env is not None:
             env = cls._wrap_env(env, given.get("verbose", values.get("verbose", 0)))
@@ -190,8 +183,10 @@ class PickleFreeSaving(BaseAlgorithm):
                 model.n_envs = int(document["n_envs"])
             _check_training(document["training"], model.training_state())
             model.set_training_state(document["training"])
-            more = model.policy_class.saved_types  # type: ignore[attr-defined]
-            model.policy_kwargs = from_json(document["policy_kwargs"], more) | given_to_policy
+            kind: Any = model.policy_class
+            policy_kwargs = from_json(document["policy_kwargs"], kind.saved_types)
+            _check_types(policy_kwargs, _annotations(kind, FlowPolicy))
+            model.policy_kwargs = policy_kwargs | given_to_policy
             if checkpoint is not None:
                 if model.policy_kwargs.get("base") is None:
                     raise ValueError("it holds all of its weights; leave checkpoint out")
@@ -304,9 +299,10 @@ def _read(path: Any) -> dict[str, bytes]:
 
 _EARLIER_FORM = (
     "it is in SB3's own form, as SB3's algorithms and earlier cfgrl-gym write it: its pickles "
-    "could run code and are not read. If `cfgrl train` wrote it, take the folder 'policy' beside it; "
-    "otherwise carry its weights over, by torch.save(model.get_parameters(), file) in the version "
-    "that wrote it and model.set_parameters(torch.load(file, weights_only=True)) on a new model"
+    "could run code and are not read. If `cfgrl train` wrote it, take the folder 'policy' beside "
+    "it; otherwise carry its weights over, by torch.save(model.get_parameters(), file) in the "
+    "version that wrote it and model.set_parameters(torch.load(file, weights_only=True)) on a new "
+    "model"
 )
 
 
@@ -330,13 +326,25 @@ def _about(path: Any) -> Iterator[None]:
 # What is wrong though it can be read --------------------------------------------------------------
 
 
-def _fits(value: Any, annotation: Any) -> bool:
-    """Whether a value is what an annotation says, as far as that consists of plain classes."""
-    options = get_args(annotation) if get_origin(annotation) is not None else (annotation,)
-    kinds = {option for option in options if isinstance(option, type)}
-    if float in kinds:
-        kinds.add(int)
-    return type(value) in kinds or len(kinds) < len(options)
+def _annotations(kind: type, root: type) -> dict[str, Any]:
+    """Annotations of the constructor's parameters, those of base classes up to `root` too."""
+    annotations: dict[str, Any] = {}
+    for each in kind.__mro__:
+        if issubclass(each, root) and "__init__" in vars(each):
+            for name, parameter in inspect.signature(each).parameters.items():
+                if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+                    annotations.setdefault(name, parameter.annotation)
+    return annotations
+
+
+def _check_types(values: Mapping[str, Any], annotations: Mapping[str, Any]) -> None:
+    """:raises ValueError: a value that its annotation, where it consists of classes, excludes"""
+    for name in values.keys() & annotations.keys():
+        annotation, kind = annotations[name], type(values[name])
+        options = get_args(annotation) if get_origin(annotation) is not None else (annotation,)
+        plain = all(type(option) is type for option in options)
+        if plain and kind not in options and not (kind is int and float in options):
+            raise ValueError(f"its {name} is {values[name]!r:.100}")
 
 
 def _check_training(saved: Mapping[str, Any], new: Mapping[str, Any]) -> None:
@@ -359,6 +367,8 @@ def _check_optimizer(saved: Mapping[str, Any], optimizer: torch.optim.Optimizer)
     """:raises ValueError: a state on which this optimizer would only fail at its next step"""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for index, state in saved["state"].items():
+        if not 0 <= index < len(parameters):
+            raise ValueError(f"the saved optimizer has a parameter {index}, of {len(parameters)}")
         for name, value in state.items():
             one = not isinstance(value, Tensor) or value.numel() == 1  # a number of steps, say
             factored = name in ("row_var", "col_var")  # Adafactor's
