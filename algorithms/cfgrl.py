@@ -42,7 +42,7 @@ from cfgrl_gym.algorithms.memory.prefix_cache import PrefixCache
 from cfgrl_gym.algorithms.metrics import TaskSuccesses, UpdateMetrics, rollout_metrics
 from cfgrl_gym.algorithms.mlp_policy import MlpPolicy
 from cfgrl_gym.algorithms.policies import FlowPolicy
-from cfgrl_gym.algorithms.saving.saved_model import SavesWhatWasTrained
+from cfgrl_gym.algorithms.saving.model_zip import PickleFreeSaving
 from cfgrl_gym.algorithms.vec_envs.supported import as_vec_env, init_states
 from cfgrl_gym.algorithms.windows import Replay, WindowBatch, label_windows
 
@@ -55,7 +55,7 @@ _UNUSED: dict[str, Any] = dict(
 _COUNTERS = ("iteration", "num_timesteps", "num_episodes", "num_control_steps", "_n_updates")
 
 
-class CFGRL(SavesWhatWasTrained, OnPolicyAlgorithm):
+class CFGRL(PickleFreeSaving, OnPolicyAlgorithm):
     """Classifier-free guidance reinforcement learning (Frans et al. 2025, arXiv 2505.23458).
 
     Groups of K episodes from one start give leave-one-out advantages; the advantage of each
@@ -209,10 +209,6 @@ class CFGRL(SavesWhatWasTrained, OnPolicyAlgorithm):
         self.replay = Replay(self.replay_iterations)
         self._prefixes = PrefixCache(self.policy)  # without room until `learn` has a plan
         self._micro_batches = MicroBatches(self.batch_size)
-
-    def _excluded_save_params(self) -> list[str]:
-        unsaved = ["windows", "replay", "_last_obs", "_prefixes", "_micro_batches"]
-        return [*super()._excluded_save_params(), *unsaved]
 
     def training_state(self) -> dict[str, Any]:
         """What a training goes on from beside weights, optimizer and replayed windows, as JSON can

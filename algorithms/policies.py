@@ -9,7 +9,7 @@ import os
 from abc import abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal, NamedTuple, TypeVar, cast, get_args
+from typing import Any, ClassVar, Literal, NamedTuple, TypeVar, cast, get_args
 
 import numpy as np
 import torch
@@ -90,6 +90,8 @@ class FlowPolicy(BasePolicy):
         an optimizer step; None: with the weights themselves
     """
 
+    # Dataclasses among the constructor's arguments: what a saved model may name beside JSON.
+    saved_types: ClassVar[tuple[type, ...]] = ()
     # Whether training leaves the prefix as it is, so that one computed before may be used again.
     frozen_prefix = False
 

@@ -1,7 +1,16 @@
-"""Files that are there whole or not at all, and known by their hash."""
+"""Files and folders that are there whole or not at all, and files known by their hash."""
 
+import contextlib
+import glob
 import hashlib
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Iterator
 from pathlib import Path
+
+LEFT_OVER_AFTER = 3600  # seconds: an unfinished file this old is of a process that was killed
 
 
 def sha256(file: Path) -> str:
@@ -13,11 +22,63 @@ def sha256(file: Path) -> str:
     return digest.hexdigest()
 
 
-def replace_file(path: Path, text: str) -> None:
-    """Write a file that takes the place of `path` only when it is complete."""
-    new = path.with_name(f".{path.name}.new")
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Give a file to write, which takes the place of `path` once the block ends without an error.
+
+    Several processes may write the same file at once.
+    """
+    for unfinished in path.parent.glob(f".{glob.escape(path.name)}.*.new"):
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - unfinished.stat().st_mtime > LEFT_OVER_AFTER:
+                unfinished.unlink()
+    new = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.new")
     try:
-        new.write_text(text, encoding="utf-8")
+        yield new
         new.replace(path)
     finally:
         new.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def whole_folder(path: Path, durable: bool = False) -> Iterator[Path]:
+    """Give an empty folder to fill, which takes the place of `path` once the block ends without an
+    error.
+
+    :param durable: with its files it is then on the disk itself, not only in the system's memory
+    """
+    new = path.with_name(f".{path.name}.new")
+    shutil.rmtree(new, ignore_errors=True)
+    try:
+        new.mkdir(parents=True)
+        yield new
+        if durable:
+            for written in (*(file for file in new.iterdir() if file.is_file()), new):
+                _sync(written)
+        old = _set_aside(path) if path.exists() else None
+        new.rename(path)
+        if old is not None:
+            shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+    if durable:
+        _sync(path.parent)
+
+
+def remove_folder(path: Path) -> None:
+    """Delete a folder so that no half of it is ever seen under its name."""
+    shutil.rmtree(_set_aside(path), ignore_errors=True)
+
+
+def _set_aside(path: Path) -> Path:
+    old = path.with_name(f".{path.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    return path.rename(old)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -83,8 +83,11 @@ def test_learning_goes_on_after_loading_as_if_it_had_not_stopped(tmp_path):
     env = vec(SeedEnv, 2)
     algorithm = make(env, learning_rate=schedule, cfg_scale=1.5).learn(40)
     algorithm.policy.cfg_scale = 2.0
-    algorithm.save(tmp_path / "cfgrl")
-    loaded = CFGRL.load(tmp_path / "cfgrl", env=vec(SeedEnv, 2), device="cpu", trusted=True)
+    with pytest.warns(UserWarning, match="leaves out its learning_rate"):
+        algorithm.save(tmp_path / "cfgrl")
+    loaded = CFGRL.load(
+        tmp_path / "cfgrl", env=vec(SeedEnv, 2), device="cpu", learning_rate=schedule
+    )
     assert loaded.policy.cfg_scale == 2.0
     obs = np.ones((4, 2), np.float32)
     np.testing.assert_array_equal(

@@ -1,6 +1,6 @@
 """Generated rubbish in files: refused plainly, without a traceback and without leaving anything.
 
-770 inputs. What is damaged so that nobody could tell has to do no harm.
+870 inputs. What is damaged so that nobody could tell has to do no harm.
 """
 
 import contextlib
@@ -9,12 +9,14 @@ import json
 import math
 import os
 import shutil
+import zipfile
 from collections.abc import Sequence
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
+import numpy as np
 import pytest
 import test_malformed_inputs
 import torch
@@ -338,6 +340,29 @@ def test_damaged_models(data: st.DataObject, model_zip: Path) -> None:
             assert torch.equal(one, two)
         with_zip = CFGRL("MlpPolicy", vec(QueueEnv), policy_kwargs={"net_arch": [4]}, device="cpu")
         with_zip.set_parameters(path)
+
+
+@examples(100)
+@given(data=st.data())
+def test_models_with_other_values(data: st.DataObject, model_zip: Path) -> None:
+    with zipfile.ZipFile(model_zip) as archive:
+        parts = {name: archive.read(name) for name in archive.namelist()}
+    content = json.loads(parts["model.json"])
+    ways = [way for way in places(content)[1:] if "net_arch" not in way]  # which takes any size
+    way = data.draw(st.sampled_from(ways))
+    part = content
+    for key in way[:-1]:
+        part = part[key]
+    part[way[-1]] = data.draw(JUNK)
+    path = model_zip.with_name("changed.zip")
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, whole in (parts | {"model.json": json.dumps(content).encode()}).items():
+            archive.writestr(name, whole)
+    loaded: list[CFGRL] = []
+    said = refusal(lambda: loaded.append(CFGRL.load(path, device="cpu")))
+    assert said is None or "changed.zip" in said
+    if loaded:
+        assert loaded[0].predict(np.zeros(4, np.float32))[0].shape == (3, 1)
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 """The PI0 policy: `CFGRL("Pi0Policy", env)`."""
 
+import json
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -95,6 +96,8 @@ class Pi0Policy(OnBase):
     >>> policy = Pi0Policy(env.observation_space, env.action_space, lambda _: 1e-3)
     ... # doctest: +SKIP
     """
+
+    saved_types = (NormStats, Moments, BaseReference)
 
     def __init__(
         self,
@@ -388,7 +391,7 @@ class Pi0Policy(OnBase):
             vlm_dtype=self.config.vlm_dtype,
             tokenizer=self.config.tokenizer,
             cameras=self.cameras,
-            model_config=self.model.config.to_dict(),
+            model_config=json.loads(self.model.config.to_json_string(use_diff=False)),
             num_inference_steps=self.num_inference_steps,
             guidance=self.guidance,
             ema_decay=self.ema_decay,

@@ -9,9 +9,7 @@ file. It appears under its name only when all of it is on the disk.
 import hashlib
 import json
 import math
-import os
 import random
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +21,7 @@ import torch
 from cfgrl_gym.algorithms.cfgrl import CFGRL
 from cfgrl_gym.algorithms.policies import FlowPolicy
 from cfgrl_gym.algorithms.windows import WindowBatch
-from cfgrl_gym.whole_files import replace_file, sha256
+from cfgrl_gym.whole_files import remove_folder, sha256, whole_file, whole_folder
 
 FORMAT = 1
 STATE_FILE, MODEL_FILE, REPLAY_FILE, SCORE_FILE = (
@@ -59,33 +57,24 @@ class CheckpointStore:
         :param about: what else belongs to this state, for `load` to return
         :raises OSError: it could not be written; the earlier ones are as they were
         """
-        final = self.path(model.iteration)
-        new = self.folder / f".{final.name}.new"
-        shutil.rmtree(new, ignore_errors=True)
+        folder = self.path(model.iteration)
         try:
-            new.mkdir(parents=True)
-            _write(new, model, about or {})
-            _sync(new)
-            if final.exists():  # of the same iteration, and so with the same content
-                shutil.rmtree(final)
-            new.rename(final)
-        except BaseException as error:
-            shutil.rmtree(new, ignore_errors=True)
-            if isinstance(error, OSError):
-                raise OSError(
-                    f"checkpoint '{final}' cannot be written ({error}); earlier ones are intact: "
-                    "make room or mend the folder, and resume from them"
-                ) from error
-            raise
-        _sync(self.folder)
+            with whole_folder(folder, durable=True) as new:
+                _write(new, model, about or {})
+        except OSError as error:
+            raise OSError(
+                f"checkpoint '{folder}' cannot be written ({error}); earlier ones are intact: "
+                "make room or mend the folder, and resume from them"
+            ) from error
         self._delete_old()
-        return final
+        return folder
 
     def rate(self, iteration: int, success_rate: float) -> None:
         """Note how well a checkpoint's policy does, which decides on the best one."""
         folder = self.path(iteration)
         if folder.is_dir():
-            replace_file(folder / SCORE_FILE, json.dumps({"success_rate": success_rate}) + "\n")
+            with whole_file(folder / SCORE_FILE) as new:
+                new.write_text(json.dumps({"success_rate": success_rate}) + "\n", encoding="utf-8")
 
     def success_rate(self, iteration: int) -> float:
         """What `rate` noted; below all others where it noted nothing."""
@@ -102,11 +91,7 @@ class CheckpointStore:
     def _delete_old(self) -> None:
         iterations = self.iterations()
         for iteration in set(iterations[: -self.keep]) - {self.best()}:
-            # Out of sight first, so that no half of a checkpoint has its name.
-            gone = self.folder / f".{iteration:06d}.old"
-            shutil.rmtree(gone, ignore_errors=True)
-            self.path(iteration).rename(gone)
-            shutil.rmtree(gone, ignore_errors=True)
+            remove_folder(self.path(iteration))
 
 
 def load_checkpoint(model: CFGRL, path: Path) -> dict[str, Any]:
@@ -210,16 +195,6 @@ def _read_state(path: Path) -> dict[str, Any]:
 
 def _digest_of(state: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
-
-
-def _sync(folder: Path) -> None:
-    """Have a folder and the files in it on the disk itself, not only in the system's memory."""
-    for path in (*(file for file in folder.iterdir() if file.is_file()), folder):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 # Tensors ------------------------------------------------------------------------------------------

@@ -252,8 +252,6 @@ class TrainConfig(PolicyOptions):
 class EvalConfig(PolicyOptions):
     """Options of `cfgrl eval`.
 
-    :param trusted: of a model.zip, load also what can run code: only for files whose origin you
-        trust. What `cfgrl train` writes needs no such trust
     :param episodes: how many initial states of each task to evaluate on, from the first. null: all
         (LIBERO has 50)
     :param init_states: exactly these initial states of each task, as [0,7,21], instead of episodes
@@ -262,7 +260,6 @@ class EvalConfig(PolicyOptions):
     :param out: run folder. null: runs/eval-<date-time>
     """
 
-    trusted: bool = False
     episodes: int | None = None
     init_states: list[int] | None = None
     cfg_scale: float | list[float] | None = None

@@ -19,7 +19,7 @@ from cfgrl_gym.cli.environments import environment_arguments, vec_env
 from cfgrl_gym.cli.evaluations import as_list, find_starts, measure, record_episode
 from cfgrl_gym.cli.policies import load_policy
 from cfgrl_gym.cli.run_folder import RESULT_FILE, VIDEO_FILE, choose_folder, create_folder
-from cfgrl_gym.whole_files import replace_file
+from cfgrl_gym.whole_files import whole_file
 
 
 def examples(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -69,7 +69,9 @@ def run(config: EvalConfig) -> Path:
             results.append(measure(policy, env, starts, scale, config.seed))
             # Written after every value, so that a sweep that is stopped keeps what it has.
             content = {"policy": config.policy, "suite": config.suite, "results": results}
-            replace_file(out / RESULT_FILE, json.dumps(content, indent=2) + "\n")
+            text = json.dumps(content, indent=2) + "\n"
+            with whole_file(out / RESULT_FILE) as new:
+                new.write_text(text, encoding="utf-8")
             logger.record("eval/cfg_scale", scale)
             logger.record("eval/success_rate", results[-1]["success_rate"])
             logger.record("eval/guidance_gap", results[-1]["guidance_gap"])

@@ -23,7 +23,7 @@ from cfgrl_gym.cli.environments import ENVIRONMENT
 from cfgrl_gym.cli.run_folder import EVALUATIONS_FILE
 from cfgrl_gym.cli.run_logs import progress_bar
 from cfgrl_gym.envs.suites import load_init_states, select_tasks
-from cfgrl_gym.whole_files import replace_file
+from cfgrl_gym.whole_files import whole_file
 
 
 def find_starts(
@@ -169,7 +169,8 @@ class Evaluations:
             }
         )
         content = {"suite": self.config.suite, "evaluations": self.done}
-        replace_file(self.file, json.dumps(content, indent=2) + "\n")
+        with whole_file(self.file) as new:
+            new.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         for result in results:
             for name in ("success_rate", "guidance_gap"):
                 self.logger.record(f"eval/{name}/w_{result['cfg_scale']:g}", result[name])

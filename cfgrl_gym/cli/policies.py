@@ -123,7 +123,7 @@ def load_policy(config: EvalConfig) -> Pi0Policy:
 
 def _of_model(path: Path, config: EvalConfig) -> Pi0Policy:
     check_device(config.device)
-    policy = CFGRL.load(path, device=config.device, trusted=config.trusted).policy
+    policy = CFGRL.load(path, device=config.device).policy
     if not isinstance(policy, Pi0Policy):
         raise ValueError(f"'{path}' is a {type(policy).__name__}, not a Pi0Policy")
     if config.chunk_size not in (None, policy.chunk_size):

@@ -17,7 +17,7 @@ from cfgrl_gym.cli.reporting.content import collect
 from cfgrl_gym.cli.reporting.page import MARK, render
 from cfgrl_gym.cli.reporting.rates import count
 from cfgrl_gym.cli.reporting.runs import find_runs
-from cfgrl_gym.whole_files import replace_file
+from cfgrl_gym.whole_files import whole_file
 
 _HEAD = 2000  # characters of a page, within which a report says that it is one
 
@@ -34,7 +34,8 @@ def run(config: ReportConfig) -> Path:
     runs = find_runs([config.runs] if isinstance(config.runs, str) else config.runs)
     page = render(collect(runs, config.title, config.embed_videos))
     out.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(out, page)
+    with whole_file(out) as new:
+        new.write_text(page, encoding="utf-8")
     what = f"{count(len(runs.trainings), 'training')}, {count(len(runs.evaluations), 'evaluation')}"
     print(f"report of {what}: {out} ({out.stat().st_size / 1e6:.1f} MB)")
     return out

@@ -6,9 +6,8 @@ import importlib.metadata
 import json
 import os
 import platform
-import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from cfgrl_gym.whole_files import replace_file
+from cfgrl_gym.whole_files import whole_file
 
 CONFIG_FILE = "config.yaml"
 POLICY_FOLDER = "policy"
@@ -101,19 +100,8 @@ def create_folder(folder: Path, config: Any, **about: str) -> None:
 def write_config(path: Path, config: Any) -> None:
     """Every option with its value, as a file for --config."""
     text = yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True)
-    replace_file(path, text)
-
-
-def replace_folder(path: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a folder that takes the place of `path` only when it is complete."""
-    new, old = (path.with_name(f".{path.name}.{word}") for word in ("new", "old"))
-    for folder in (new, old):
-        shutil.rmtree(folder, ignore_errors=True)
-    write(new)
-    if path.exists():
-        path.rename(old)
-    new.rename(path)
-    shutil.rmtree(old, ignore_errors=True)
+    with whole_file(path) as new:
+        new.write_text(text, encoding="utf-8")
 
 
 def versions() -> dict[str, Any]:

@@ -18,7 +18,7 @@ from cfgrl_gym.algorithms.warm_start import WarmStartConfig, demonstration_stats
 from cfgrl_gym.cli.configs import SftConfig
 from cfgrl_gym.cli.environments import SLOT_OF_CAMERA, libero_spaces
 from cfgrl_gym.cli.policies import check_device, find_checkpoint
-from cfgrl_gym.cli.run_folder import POLICY_FOLDER, choose_folder, create_folder, replace_folder
+from cfgrl_gym.cli.run_folder import POLICY_FOLDER, choose_folder, create_folder
 from cfgrl_gym.cli.run_logs import progress_bar
 from cfgrl_gym.cli.stopping import Stopped, StopRequests
 from cfgrl_gym.demos.files import Demonstration, read_demonstrations
@@ -108,6 +108,10 @@ def run(config: SftConfig) -> Path:
     create_folder(out, config)
     logger = configure(str(out), ["csv", "json", "tensorboard"])
 
+    def save() -> None:
+        with whole_folder(out / POLICY_FOLDER) as new:
+            policy.save_pretrained(new)
+
     print(f"{len(demonstrations)} demonstrations of {len(files)} file(s); results in {out}")
     with progress_bar("sft", config.steps, "step") as bar, StopRequests() as stop:
 
@@ -124,10 +128,10 @@ def run(config: SftConfig) -> Path:
             optimization = WarmStartConfig(**config.arguments_of(WarmStartConfig))
             warm_start(policy, demonstrations, optimization, on_step)
         except Stopped:
-            replace_folder(out / POLICY_FOLDER, policy.save_pretrained)
+            save()
             print("stopped; what has been learned so far is saved", file=sys.stderr)
             raise
     logger.close()
-    replace_folder(out / POLICY_FOLDER, policy.save_pretrained)
+    save()
     print(f"policy: {out / POLICY_FOLDER}")
     return out

@@ -31,21 +31,20 @@ from cfgrl_gym.cli.run_folder import (
     choose_folder,
     create_folder,
     locked,
-    replace_folder,
 )
 from cfgrl_gym.cli.run_logs import IterationLine, cut_logs, log_sizes, open_logs, progress_bar
 from cfgrl_gym.cli.stopping import Stopped, StopRequests
 from cfgrl_gym.envs.suites import select_tasks
+from cfgrl_gym.whole_files import whole_folder
 
 
 def save(model: CFGRL, folder: Path) -> None:
     """Write the policy folder and SB3's model.zip, which needs no other file to be loaded."""
     policy = model.policy
     assert isinstance(policy, Pi0Policy)
-    replace_folder(folder / POLICY_FOLDER, policy.save_pretrained)
-    new = folder / f".new-{MODEL_FILE}"
-    model.save(new)
-    new.replace(folder / MODEL_FILE)
+    with whole_folder(folder / POLICY_FOLDER) as new:
+        policy.save_pretrained(new)
+    model.save(folder / MODEL_FILE)
 
 
 class BetweenIterations(BaseCallback):

@@ -1,15 +1,14 @@
 """LIBERO's demonstration files: HDF5 with `data/demo_*/{actions, states, obs/...}`."""
 
 import json
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import h5py
 import numpy as np
+
+from cfgrl_gym.whole_files import whole_file
 
 # obs/ key: width, or None for images
 _OBS_KEYS = {"ee_pos": 3, "ee_ori": 3, "gripper_states": 2}
@@ -43,23 +42,12 @@ class Demonstration:
         return np.concatenate([self.ee_pos, self.ee_ori, self.gripper_states], 1).astype(np.float32)
 
 
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A temporary neighbour of `path` that takes its place only if all went well."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def write_demonstrations(
     path: Path, demonstrations: list[Demonstration], *, problem: str, bddl_file: Path
 ) -> None:
     """Write a file in LIBERO's layout; an existing file is replaced only when all is written."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _replacing(path) as temporary, h5py.File(temporary, "w") as file:
+    with whole_file(path) as new, h5py.File(new, "w") as file:
         data = file.create_group("data")
         instruction = demonstrations[0].prompt
         data.attrs["env_name"] = problem

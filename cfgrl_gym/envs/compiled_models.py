@@ -5,7 +5,6 @@ that never change. So the environments of a process share it, and a copy in MuJo
 (MJB) on disk saves the next process the compiling.
 """
 
-import contextlib
 import copy
 import ctypes
 import functools
@@ -14,9 +13,7 @@ import mmap
 import os
 import platform
 import re
-import tempfile
 import threading
-import time
 import warnings
 import weakref
 import zlib
@@ -24,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from cfgrl_gym.whole_files import whole_file
 
 CACHE_VARIABLE = "CFGRL_GYM_CACHE"  # another folder for the models on disk; "off" for none
 CACHE_LIMIT = 6 * 2**30  # bytes, about 24 tasks; those not used for longest go first
@@ -172,30 +171,19 @@ def _compile(key: str, xml: str) -> Any:
 
 
 def _save(model: Any, folder: Path, key: str) -> None:
-    """Written under another name first, so that no process ever meets half a file."""
     import mujoco
 
     buffer = np.empty(mujoco.mj_sizeModel(model), np.uint8)
     mujoco.mj_saveModel(model, None, buffer)
     checksum = zlib.crc32(buffer.data).to_bytes(_CHECKSUM_BYTES, "big")
     for suffix, content in (("mjb", buffer.data), ("crc32", checksum)):
-        handle, temporary = tempfile.mkstemp(dir=folder, prefix="writing-")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(content)
-            os.replace(temporary, folder / f"{key}.{suffix}")
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
-            raise
+        with whole_file(folder / f"{key}.{suffix}") as new:
+            new.write_bytes(content)
 
 
 def _evict(folder: Path) -> None:
     """Delete the models that were used longest ago, until the rest keeps to the limit."""
     kept = 0
-    for left_over in folder.glob("writing-*"):  # by a process that was killed
-        if time.time() - left_over.stat().st_mtime > 3600:
-            left_over.unlink(missing_ok=True)
     models = [(path.stat(), path) for path in folder.glob("*.mjb")]
     for status, path in sorted(models, key=lambda m: m[0].st_mtime, reverse=True):
         kept += status.st_size

@@ -14,7 +14,7 @@ import numpy as np
 
 from cfgrl_gym.envs.arguments import as_list, is_int
 from cfgrl_gym.envs.installation import import_libero
-from cfgrl_gym.restricted_pickle import NUMBERS, read_pickle
+from cfgrl_gym.envs.pickled_array import read_pickled_array
 
 TaskIds = int | Sequence[int] | Literal["all"]
 
@@ -152,7 +152,7 @@ def read_init_states(file: Path) -> np.ndarray:
         else:
             with zipfile.ZipFile(file) as archive:  # torch.save's
                 (name,) = (n for n in archive.namelist() if n.endswith("/data.pkl"))
-                states = read_pickle(archive.read(name), NUMBERS)
+                states = read_pickled_array(archive.read(name))
     except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(
             f"initial states '{file}' can't be read ({error}); expected an array of numbers as "
