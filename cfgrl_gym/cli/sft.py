@@ -22,6 +22,7 @@ from cfgrl_gym.cli.run_folder import POLICY_FOLDER, choose_folder, create_folder
 from cfgrl_gym.cli.run_logs import progress_bar
 from cfgrl_gym.cli.stopping import Stopped, StopRequests
 from cfgrl_gym.demos.files import Demonstration, read_demonstrations
+from cfgrl_gym.whole_files import whole_folder
 
 DEFAULT_HORIZON = 50
 
