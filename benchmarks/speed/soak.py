@@ -22,8 +22,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import psutil
-from study_results import write_result
-from timing_common import pss_mib
+from timing_common import pss_mib, write_timing
 from tqdm import tqdm
 
 from cfgrl_gym import WorkerVecEnv
@@ -181,7 +180,7 @@ def main() -> None:
     first = [hashes[i] for i in range(SAME_EPISODES)]
     last = [hashes[i] for i in sorted(hashes)[-SAME_EPISODES:]]
     equal = first == last and len(set(first)) == 1
-    write_result(
+    write_timing(
         args.results / "soak.json",
         chunks=args.chunks,
         warm_up_chunks=warm,
