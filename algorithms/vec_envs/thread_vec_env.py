@@ -56,7 +56,7 @@ class ThreadVecEnv(DummyVecEnv):
         self._save_obs(index, obs)
 
     def _each(self, work: Callable[[int], None]) -> None:
-        """Do the work for every environment, then raise the first error, so that all are finished."""
+        """Do the work for all environments to the end, then raise the first error."""
         futures = [self._pool.submit(work, index) for index in range(self.num_envs)]
         errors = [future.exception() for future in futures]
         for error in errors:
