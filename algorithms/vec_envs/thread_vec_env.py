@@ -7,6 +7,7 @@ import gymnasium as gym
 from stable_baselines3.common.vec_env import DummyVecEnv
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs, VecEnvStepReturn
 
+from cfgrl_gym.algorithms.vec_envs.worker import step_and_reset
 from cfgrl_gym.envs.rendering import processors
 
 
@@ -37,14 +38,10 @@ class ThreadVecEnv(DummyVecEnv):
         )
 
     def _step_one(self, index: int) -> None:
-        env = self.envs[index]
-        obs, self.buf_rews[index], terminated, truncated, info = env.step(self.actions[index])
-        done = self.buf_dones[index] = terminated or truncated
-        info["TimeLimit.truncated"] = truncated and not terminated
-        if done:
-            info["terminal_observation"] = obs
-            obs, self.reset_infos[index] = env.reset()
-        self.buf_infos[index] = info
+        obs, reward, done, info, reset_info = step_and_reset(self.envs[index], self.actions[index])
+        self.buf_rews[index], self.buf_dones[index], self.buf_infos[index] = reward, done, info
+        if reset_info is not None:
+            self.reset_infos[index] = reset_info
         self._save_obs(index, obs)
 
     def reset(self) -> VecEnvObs:
@@ -59,7 +56,7 @@ class ThreadVecEnv(DummyVecEnv):
         self._save_obs(index, obs)
 
     def _each(self, work: Callable[[int], None]) -> None:
-        """All to their end, then the first one's error, so that none is left in the middle."""
+        """Do the work for all environments to the end, then raise the first error."""
         futures = [self._pool.submit(work, index) for index in range(self.num_envs)]
         errors = [future.exception() for future in futures]
         for error in errors:

@@ -32,6 +32,21 @@ class WorkerError(ConnectionError):
     """A worker process died, did not answer in time, or its environment raised."""
 
 
+def step_and_reset(env: gym.Env, action: Any) -> tuple[Any, Any, bool, dict[str, Any], Any]:
+    """Step an environment as SB3's do, and reset it where the episode ends.
+
+    :return: observation (after a reset its first), reward, done, info, and the reset's information
+        or None
+    """
+    observation, reward, terminated, truncated, info = env.step(action)
+    done, reset_info = terminated or truncated, None
+    info = dict(info) | {"TimeLimit.truncated": truncated and not terminated}
+    if done:
+        info["terminal_observation"] = observation
+        observation, reset_info = env.reset()
+    return observation, reward, done, info, reset_info
+
+
 # In the worker ------------------------------------------------------------------------------------
 
 
@@ -45,17 +60,7 @@ class _Environments:
         return self.envs[0].observation_space, self.envs[0].action_space
 
     def step(self, actions: Mapping[int, Any]) -> dict[int, tuple[Any, ...]]:
-        """observation, reward, done, info and the information of the reset that followed."""
-        return {index: self._step(self.envs[index], action) for index, action in actions.items()}
-
-    def _step(self, env: gym.Env, action: Any) -> tuple[Any, ...]:
-        observation, reward, terminated, truncated, info = env.step(action)
-        done, reset_info = terminated or truncated, None
-        info = dict(info) | {"TimeLimit.truncated": truncated and not terminated}
-        if done:
-            info["terminal_observation"] = observation
-            observation, reset_info = env.reset()
-        return observation, reward, done, info, reset_info
+        return {i: step_and_reset(self.envs[i], action) for i, action in actions.items()}
 
     def reset(self, how: Mapping[int, dict[str, Any]]) -> dict[int, tuple[Any, Any]]:
         """observation and information, by the keyword arguments of `Env.reset`."""

@@ -10,12 +10,15 @@ LONGEST = 10_000  # control steps in a chunk or of settling: minutes
 
 
 def is_int(value: Any) -> bool:
-    """An integer, Python's or NumPy's; True and False are none."""
+    """Whether a value is an integer, Python's or NumPy's, and not True or False."""
     return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
 
 
 def check_int(name: str, value: Any, least: int, most: int | None = None) -> int:
-    """:raises ValueError: not an integer in this range"""
+    """Give the value as an int.
+
+    :raises ValueError: not an integer in this range
+    """
     if not is_int(value) or value < least or (most is not None and value > most):
         beyond = "" if most is None else f" and at most {most}"
         raise ValueError(f"{name} must be an int of at least {least}{beyond}; got {value!r:.100}")
@@ -23,7 +26,7 @@ def check_int(name: str, value: Any, least: int, most: int | None = None) -> int
 
 
 def as_list(name: str, value: Any, of: str) -> list[Any]:
-    """The members of a list, tuple, range or one-dimensional array.
+    """List the elements of a list, tuple, range or one-dimensional array.
 
     :param of: what they should be, for the error message
     :raises ValueError: something else
@@ -35,7 +38,10 @@ def as_list(name: str, value: Any, of: str) -> list[Any]:
 
 
 def check_known(name: str, value: Any, known: Iterable[Any]) -> None:
-    """:raises ValueError: none of those that there are"""
+    """Refuse a value that is not among the known ones.
+
+    :raises ValueError: naming those
+    """
     if not any(type(value) is type(one) and value == one for one in known):
         raise ValueError(f"{name} must be one of {tuple(known)}; got {value!r:.100}")
 

@@ -86,9 +86,9 @@ def attempt(
 
 
 def keep_log_out_of_the_working_directory() -> None:
-    """No MUJOCO_LOG.TXT wherever somebody happens to be; warnings still go to the console.
+    """Keep MuJoCo from writing MUJOCO_LOG.TXT where it was started; warnings go to the console.
 
-    An older MuJoCo can't be told so; where somebody has named another file, that is left alone.
+    An older MuJoCo has no such setting; a log file of another name was the user's choice and stays.
     """
     import mujoco
 
