@@ -9,7 +9,7 @@ import os
 from abc import abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, Literal, NamedTuple, TypeVar, cast, get_args
 
 import numpy as np
 import torch
@@ -34,6 +34,7 @@ from cfgrl_gym.algorithms.weight_average import WeightAverage
 Observation = np.ndarray | dict[str, np.ndarray] | Tensor | dict[str, Tensor]
 Inputs = dict[str, Tensor]
 SelfPolicy = TypeVar("SelfPolicy", bound="FlowPolicy")
+Guidance = Literal["velocity", "action"]
 PrefixRow = dict[str, Tensor]  # what `encode_prefix` gave for one sample, batch size 1
 CFG_SCALE_VARIABLE = "PI0_CFG_SCALE"
 DETERMINISTIC_SEED = 0  # predict(deterministic=True) starts every chunk from this one noise
@@ -102,7 +103,7 @@ class FlowPolicy(BasePolicy):
         action_width: int,
         cfg_scale: float | None = None,
         num_inference_steps: int = 10,
-        guidance: str = "velocity",
+        guidance: Guidance = "velocity",
         ema_decay: float | None = None,
         **kwargs: Any,
     ) -> None:
@@ -110,7 +111,7 @@ class FlowPolicy(BasePolicy):
             raise ValueError(
                 f"ema_decay must be in [0, 1), or None for no average; got {ema_decay}"
             )
-        if guidance not in ("velocity", "action"):
+        if guidance not in get_args(Guidance):
             raise ValueError(f"guidance must be 'velocity' or 'action'; got {guidance!r}")
         super().__init__(observation_space, action_space, **kwargs)
         self.lr_schedule = lr_schedule
@@ -367,6 +368,18 @@ class FlowPolicy(BasePolicy):
     def complete_state(self, state: dict[str, Any]) -> dict[str, Any]:
         """What `state_to_save` gave, with what it left out, as this policy has it."""
         return state
+
+    def _get_constructor_parameters(self) -> dict[str, Any]:
+        return {
+            **super()._get_constructor_parameters(),
+            "lr_schedule": self._dummy_schedule,  # as SB3's policies do: schedules may not pickle
+            "cfg_scale": self.cfg_scale,
+            "num_inference_steps": self.num_inference_steps,
+            "guidance": self.guidance,
+            "ema_decay": self.ema_decay,
+            "optimizer_class": self.optimizer_class,
+            "optimizer_kwargs": self.optimizer_kwargs,
+        }
 
     def constructor_arguments(self) -> dict[str, Any]:
         """What rebuilds this policy, beside spaces and learning rate, to load its state into."""

@@ -14,7 +14,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 
 from cfgrl_gym.algorithms import CFGRL
 from cfgrl_gym.algorithms.pi0 import Pi0Policy
-from cfgrl_gym.algorithms.pi0.checkpoints.base import Base, sha256
+from cfgrl_gym.algorithms.pi0.checkpoints.base import BaseCheckpoint, sha256
 from cfgrl_gym.algorithms.pi0.presets import new_model
 from cfgrl_gym.algorithms.saving.saved_model import saved_policy_kwargs
 
@@ -82,7 +82,7 @@ def test_a_zip_says_where_its_base_was_and_what_it_was(base: Path, tmp_path: Pat
     make(base).save(tmp_path / "trained")
     arguments = saved_policy_kwargs(tmp_path / "trained")
     assert arguments["checkpoint"] == str(base.resolve())
-    assert arguments["base"].sha256 == {"model.safetensors": sha256(base / "model.safetensors")}
+    assert arguments["base"] == {"model.safetensors": sha256(base / "model.safetensors")}
 
 
 def test_a_base_that_moved_is_missed_and_can_be_given(base: Path, tmp_path: Path) -> None:
@@ -144,9 +144,9 @@ def test_the_policy_alone_is_saved_whole(base: Path, tmp_path: Path) -> None:
 
 
 def test_hashes_are_computed_once(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    read = Base(str(base), (base / "model.safetensors",))
-    first = read.reference()
+    read = BaseCheckpoint(str(base), (base / "model.safetensors",))
+    first = read.hashes()
     monkeypatch.setattr(
         "cfgrl_gym.algorithms.pi0.checkpoints.base.sha256", lambda _: "computed again"
     )
-    assert read.reference() == first
+    assert read.hashes() == first

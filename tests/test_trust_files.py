@@ -19,12 +19,13 @@ from test_demos import write_liberos_own
 from test_trust import Calls
 
 import cfgrl_gym.envs.suites as suites
-from cfgrl_gym.algorithms.pi0 import Pi0ForCFGRL, Pi0Policy, shipped
-from cfgrl_gym.algorithms.pi0.checkpoints.members import member
+from cfgrl_gym.algorithms.pi0 import Pi0ForCFGRL, Pi0Policy
+from cfgrl_gym.algorithms.pi0.checkpoints import shipped
 from cfgrl_gym.algorithms.pi0.presets import new_model
 from cfgrl_gym.cli import main
 from cfgrl_gym.cli.policies import find_checkpoint
 from cfgrl_gym.demos.files import DemonstrationFileError, read_demonstrations
+from cfgrl_gym.json_files import named_file
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -102,7 +103,7 @@ def test_names_that_lead_out_of_the_folder_are_refused(
     folder = lerobot(tmp_path / "checkpoint", model)
     (tmp_path / "x").write_bytes((folder / "model.safetensors").read_bytes())
     with pytest.raises(ValueError, match=r"index\.json' names .*(leads out|no file's name)"):
-        member(folder, name, "index.json")
+        named_file(folder, name, "index.json")
     if name:  # a step without a file has none
         steps = {"steps": [{"state_file": name}]}
         (folder / "policy_preprocessor.json").write_text(json.dumps(steps))
@@ -226,7 +227,7 @@ def test_a_shipped_policy_that_was_changed_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = shutil.copytree(shipped.find_shipped("libero_tiny"), tmp_path / "libero_tiny")
-    monkeypatch.setattr(shipped, "__file__", str(tmp_path / "shipped.py"))
+    monkeypatch.setattr(shipped, "__file__", str(tmp_path / "checkpoints" / "shipped.py"))
     assert shipped.find_shipped("libero_tiny") == str(folder)
     weights = bytearray((folder / "model.safetensors").read_bytes())
     weights[-100] ^= 1  # nothing but a checksum can see it

@@ -4,7 +4,7 @@
 with `torch.where`, so that neither their output nor a gradient touches a condition parameter.
 """
 
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,8 @@ from transformers import initialization as init
 
 from cfgrl_gym.algorithms.flow import NEGATIVE, NULL, POSITIVE
 
-CONDITION_MODES = ("token", "bias", "concat")
+ConditionMode = Literal["token", "bias", "concat"]
+CONDITION_MODES = get_args(ConditionMode)
 NUM_LABELS = 2  # o = 0 and o = 1; ∅ has no embedding
 TOKEN_INIT_STD = 0.02  # transformers' default initializer_range
 
@@ -63,6 +64,14 @@ class Pi0CFGRLConfig(PI0Config):
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         check_condition_mode(self.condition_mode)
+
+    def set_float32(self) -> None:
+        """Write float32 as the dtype of every part: what trains has it, and `from_pretrained` and
+        configurations of loaded models may say otherwise."""
+        vlm: Any = self.vlm_config
+        parts: tuple[Any, ...] = (self, self.dit_config)
+        for part in (*parts, vlm, vlm.text_config, vlm.vision_config):
+            part.dtype = torch.float32
 
 
 class OptimalityCondition(nn.Module):

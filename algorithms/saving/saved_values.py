@@ -105,13 +105,10 @@ def _allowed(pi0: bool) -> Allowed:
     from cfgrl_gym.algorithms.mlp_policy import MlpPolicy
 
     policies: list[type] = [MlpPolicy]
-    references: list[type] = []
     if pi0:
-        from cfgrl_gym.algorithms.pi0.checkpoints.base import BaseReference
         from cfgrl_gym.algorithms.pi0.policy import Pi0Policy
 
         policies.append(Pi0Policy)
-        references.append(BaseReference)
     schedules = [
         getattr(sb3, name)
         for name in ("FloatSchedule", "ConstantSchedule", "LinearSchedule")
@@ -130,7 +127,7 @@ def _allowed(pi0: bool) -> Allowed:
         calls={**_by_name(OrderedDict, deque), **paths, ("torch", "device"): torch.device},
         classes=_by_name(
             *(spaces.Box, spaces.Dict, spaces.Discrete, spaces.MultiBinary, spaces.MultiDiscrete),
-            *(NormStats, Moments, *references, *schedules),
+            *(NormStats, Moments, *schedules),
         ),
         values={**_by_name(*policies, *_OPTIMIZERS), **numbers},
     )
