@@ -4,11 +4,12 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: help venv main-job test lint types clean
+.PHONY: help venv main-job test check lint types clean
 
 help:
 	@echo "make main-job  CFGRL on real LIBERO: evaluation, training, evaluation, a report"
 	@echo "make test      install and run the tests"
+	@echo "make check     lint, types and the fast tests, in about two minutes"
 	@echo "make lint      ruff;  make types  mypy;  make clean  remove what was made here"
 
 $(VENV)/installed: setup.cfg pyproject.toml constraints.txt
@@ -25,6 +26,9 @@ main-job: venv
 
 test: venv
 	$(BIN)/python -m pytest
+
+check: lint types
+	$(BIN)/python -m pytest -m "not libero and not slow"
 
 lint: venv
 	$(BIN)/ruff check .

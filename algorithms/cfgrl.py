@@ -1,8 +1,7 @@
 """CFGRL, reinforcement learning by guidance, as an SB3 algorithm."""
 
-import math
 from collections import deque
-from functools import partial
+from dataclasses import replace
 from time import perf_counter
 from typing import Any, ClassVar, TypeVar
 
@@ -12,36 +11,44 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
-from stable_baselines3.common.utils import safe_mean
 from stable_baselines3.common.vec_env import VecEnv
+from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 from cfgrl_gym.algorithms.checks import check_parameters, check_stride
 from cfgrl_gym.algorithms.collector import Collector, Episode
 from cfgrl_gym.algorithms.flow import interpolate
 from cfgrl_gym.algorithms.groups import (
+    PLAN,
+    UPDATE,
     GroupPlan,
+    Randomness,
     Selection,
     draw_plan,
-    seed_sequence,
+    groups_needed,
     select_groups,
-    torch_generator,
 )
-from cfgrl_gym.algorithms.labels import LabelSource, Negatives, draw_epoch, drop_condition
+from cfgrl_gym.algorithms.labels import (
+    Labelling,
+    LabelSource,
+    Negatives,
+    draw_epoch,
+    drop_condition,
+)
 from cfgrl_gym.algorithms.memory.device import check_weights_fit
+from cfgrl_gym.algorithms.memory.micro_batches import MicroBatches
 from cfgrl_gym.algorithms.memory.plan import plan_memory
-from cfgrl_gym.algorithms.metrics import UpdateMetrics, rollout_metrics
+from cfgrl_gym.algorithms.memory.prefix_cache import PrefixCache
+from cfgrl_gym.algorithms.metrics import TaskSuccesses, UpdateMetrics, rollout_metrics
 from cfgrl_gym.algorithms.mlp_policy import MlpPolicy
 from cfgrl_gym.algorithms.policies import FlowPolicy
-from cfgrl_gym.algorithms.samples import labelled_windows, window_losses
 from cfgrl_gym.algorithms.saving.saved_model import SavesWhatWasTrained
 from cfgrl_gym.algorithms.vec_envs.supported import as_vec_env, init_states
-from cfgrl_gym.algorithms.windows import WindowBatch, join_windows
+from cfgrl_gym.algorithms.windows import Replay, WindowBatch, label_windows
 
 SelfCFGRL = TypeVar("SelfCFGRL", bound="CFGRL")
 
-# Purposes of random numbers: keys of `seed_sequence` after the seed.
-PLAN, NOISE, UPDATE = range(3)
+_COUNTERS = ("iteration", "num_timesteps", "num_episodes", "num_control_steps", "_n_updates")
 
 
 class CFGRL(SavesWhatWasTrained, OnPolicyAlgorithm):
@@ -150,7 +157,6 @@ class CFGRL(SavesWhatWasTrained, OnPolicyAlgorithm):
         self.replay_iterations = replay_iterations
         self.device_memory = device_memory
         self.prefix_memory = prefix_memory
-        check_parameters(self)
         super().__init__(
             policy=policy,  # type: ignore[arg-type]
             env=env,  # type: ignore[arg-type]
@@ -172,15 +178,14 @@ class CFGRL(SavesWhatWasTrained, OnPolicyAlgorithm):
             device=device,
             _init_setup_model=False,
         )
-        # All randomness derives from this seed and the iteration; no generator has a state to keep.
-        self._entropy = int(np.random.SeedSequence().generate_state(1)[0]) if seed is None else seed
-        self._iteration = 0
+        fresh = np.random.SeedSequence().generate_state(1)
+        self.randomness = Randomness(int(fresh[0]) if seed is None else seed)
+        self.iteration = 0  # how many are finished
         self.num_control_steps = 0
         self.num_episodes = 0  # of the groups kept and discarded, of all iterations
-        self._task_successes: dict[int, deque[bool]] = {}
+        self.task_successes = TaskSuccesses(stats_window_size)
         self._skipped_in_a_row = 0  # optimizer steps that weren't finite
-        self._recent: deque[WindowBatch] = deque()  # of each iteration that an update learns from
-        self.windows: WindowBatch | None = None  # all of these
+        self.windows: WindowBatch | None = None  # what the next update learns from
         if _init_setup_model:
             self._setup_model()
 
@@ -194,6 +199,7 @@ class CFGRL(SavesWhatWasTrained, OnPolicyAlgorithm):
         return super()._get_policy_from_name(policy_name)
 
     def _setup_model(self) -> None:
+        check_parameters(vars(self))
         self._setup_lr_schedule()
         self.set_random_seed(self.seed)
         self.policy = self.policy_class(  # type: ignore[assignment]
@@ -201,57 +207,70 @@ class CFGRL(SavesWhatWasTrained, OnPolicyAlgorithm):
         )
         check_weights_fit(self.policy, self.device)
         self.policy = self.policy.to(self.device)
-        check_stride(self._stride, self.policy.chunk_size)
+        self.stride = self.policy.chunk_size if self.window_stride is None else self.window_stride
+        check_stride(self.stride, self.policy.chunk_size)
+        self.replay = Replay(self.replay_iterations)
+        self._prefixes = PrefixCache(self.policy)  # without room until `learn` has a plan
+        self._micro_batches = MicroBatches(self.batch_size)
 
     def _excluded_save_params(self) -> list[str]:
-        unsaved = ["windows", "_recent", "_last_obs", "_prefixes", "_micro_batches"]
+        unsaved = ["windows", "replay", "_last_obs", "_prefixes", "_micro_batches"]
         return [*super()._excluded_save_params(), *unsaved]
 
-    # What an iteration needs ------------------------------------------------------------------
+    def training_state(self) -> dict[str, Any]:
+        """What a training goes on from beside weights, optimizer and replayed windows, as JSON can
+        hold it; between two iterations only."""
+        return {
+            "counters": {name.lstrip("_"): getattr(self, name) for name in _COUNTERS}
+            | {"entropy": self.randomness.seed, "skipped_in_a_row": self._skipped_in_a_row},
+            "ep_info": list(self.ep_info_buffer or ()),
+            "ep_success": list(self.ep_success_buffer or ()),
+            "task_successes": self.task_successes.to_json(),
+        }
 
-    @property
-    def groups_needed(self) -> int:
-        """Valid groups with which a collection ends."""
-        share = self.early_stop_percentage if self.enable_dynamic_sampling else 1.0
-        return math.ceil(round(share * self.groups_per_iteration, 9))
+    def set_training_state(self, state: dict[str, Any]) -> None:
+        """Go on from what `training_state` gave."""
+        counters = state["counters"]
+        for name in _COUNTERS:
+            setattr(self, name, counters[name.lstrip("_")])
+        self.randomness = Randomness(counters["entropy"])
+        self._skipped_in_a_row = counters["skipped_in_a_row"]
+        window = self._stats_window_size
+        self.ep_info_buffer = deque(state["ep_info"], maxlen=window)
+        self.ep_success_buffer = deque(state["ep_success"], maxlen=window)
+        self.task_successes = TaskSuccesses(window, state["task_successes"])
 
-    @property
-    def _stride(self) -> int:
-        return self.policy.chunk_size if self.window_stride is None else self.window_stride
+    # Collect ----------------------------------------------------------------------------------
 
-    def _generator(self, *key: int) -> torch.Generator:
-        return torch_generator(self._entropy, *key)
-
-    def _noise(self, group: int, member: int, chunk: int) -> torch.Tensor:
-        """Noise of one chunk, (horizon, action_width): the same wherever and whenever it runs."""
-        generator = self._generator(NOISE, self._iteration, group, member, chunk)
-        return torch.randn(self.policy.horizon, self.policy.action_width, generator=generator)
-
-    def _draw_plan(self, env: VecEnv) -> GroupPlan:
+    def plan(self, env: VecEnv) -> GroupPlan:
         """The groups of this iteration: as many as may be tried."""
         count = self.groups_per_iteration
         if self.enable_dynamic_sampling:
             count = self.max_groups_tried or 3 * count
-        rng = np.random.default_rng(seed_sequence(self._entropy, PLAN, self._iteration))
+        rng = self.randomness.rng(PLAN, self.iteration)
         return draw_plan(rng, count, self.rloo_batch_size, init_states(env))
 
-    # Collect ----------------------------------------------------------------------------------
+    def label(self, groups: list[list[Episode]]) -> WindowBatch | None:
+        """The labelled windows of these groups of K episodes: what an update learns from."""
+        labelling = Labelling(self.label_source, self.label_threshold, self.negatives)
+        return label_windows(groups, self.policy, self.stride, labelling)
 
     def collect_rollouts(self, env: VecEnv, callback: BaseCallback) -> bool:  # type: ignore[override]
         """Run groups of episodes until enough are valid, and label their windows.
 
         :return: False if the callback asked to stop
         """
-        self.policy.set_training_mode(False)
+        policy, sampling = self.policy, self.enable_dynamic_sampling
+        policy.set_training_mode(False)
         self.windows = None
-        for earlier in self._recent:
-            # Replayed ones too: computed anew, as after a resumption, for other batches round
-            # otherwise.
-            earlier.forget_prefixes()
-        while len(self._recent) > self.replay_iterations:
-            self._recent.popleft()
-        plan = self._draw_plan(env)
-        collector = Collector(env, self.policy, plan, self._noise, self.cfg_scale, self._prefixes)
+        self.replay.drop_old()
+        # Those of replayed windows are computed anew, as after a resumption: a prefix is rounded
+        # differently in another batch.
+        self._prefixes.keep_only(())
+        plan = self.plan(env)
+        needed = groups_needed(self.groups_per_iteration, sampling, self.early_stop_percentage)
+        noise = self.randomness.noise(self.iteration, (policy.horizon, policy.action_width))
+        collector = Collector(env, policy, plan, noise, self.cfg_scale, self._prefixes)
         selection = Selection([], [], complete=False)
         begun_at = self.num_timesteps
         callback.on_rollout_start()
@@ -263,71 +282,65 @@ class CFGRL(SavesWhatWasTrained, OnPolicyAlgorithm):
                 callback.update_locals(locals())
                 if not callback.on_step():
                     return False
-                selection = select_groups(
-                    plan, collector.returns, self.groups_needed, self.enable_dynamic_sampling
-                )
+                selection = select_groups(plan, collector.returns, needed, sampling)
                 collector.forget_prefixes(selection.discarded)
         finally:
             collector.close()
-            groups = (group.index for group in plan.groups)
-            collector.forget_prefixes(set(groups) - set(selection.kept))
+            groups = {group.index for group in plan.groups}
+            collector.forget_prefixes(groups - set(selection.kept))
 
         windows = self.label([collector.episodes(group) for group in selection.kept])
         # Only what was decided on counts: the same whoever ran it, and how often.
         tried = sorted((*selection.kept, *selection.discarded))
         decided = [episode for group in tried for episode in collector.episodes(group)]
         self.num_timesteps = begun_at + sum(len(episode.chunks) for episode in decided)
-        self._count_episodes(decided)
+        self._count(decided)
         for name, value in rollout_metrics(collector, decided, selection, windows).items():
             self.logger.record(name, value)
-        if windows is not None:
-            self._recent.append(windows)
-            self.windows = join_windows(self._recent)
+        self.windows = None if windows is None else self.replay.add(windows)
         callback.update_locals(locals())
         callback.on_rollout_end()
         return True
 
-    def label(self, groups: list[list[Episode]]) -> WindowBatch | None:
-        """The labelled windows of these groups of K episodes: what an update learns from."""
-        return labelled_windows(
-            groups,
-            self.policy,
-            stride=self._stride,
-            source=self.label_source,
-            threshold=self.label_threshold,
-            negatives=self.negatives,
-        )
-
-    def _count_episodes(self, episodes: list[Episode]) -> None:
-        """Add episodes to the statistics that SB3 averages over a window."""
+    def _count(self, episodes: list[Episode]) -> None:
+        """Add episodes to what is counted, and to the statistics that SB3 averages."""
         assert self.ep_info_buffer is not None
         assert self.ep_success_buffer is not None
-        for episode in episodes:
-            self.ep_info_buffer.append({"r": episode.total_reward, "l": len(episode.chunks)})
-            self.num_control_steps += len(episode.rewards)
-            if episode.success is not None:
-                self.ep_success_buffer.append(episode.success)
-                task = episode.start.task_id
-                if task is not None:
-                    recent: deque[bool] = deque(maxlen=self._stats_window_size)
-                    self._task_successes.setdefault(task, recent).append(episode.success)
-        for task, successes in self._task_successes.items():
-            self.logger.record(f"rollout/success_rate/task_{task}", safe_mean(successes))
+        self.ep_info_buffer.extend({"r": e.total_reward, "l": len(e.chunks)} for e in episodes)
+        self.ep_success_buffer.extend(e.success for e in episodes if e.success is not None)
+        self.task_successes.add(episodes)
         self.num_episodes += len(episodes)
-        self.logger.record("rollout/control_steps", self.num_control_steps)
-        self.logger.record("rollout/episodes", self.num_episodes)
+        self.num_control_steps += sum(len(episode.rewards) for episode in episodes)
+        counts = {"episodes": self.num_episodes, "control_steps": self.num_control_steps}
+        for name, value in (counts | self.task_successes.rates()).items():
+            self.logger.record(f"rollout/{name}", value)
 
     # Update -----------------------------------------------------------------------------------
 
     def train(self) -> None:
         """Flow matching on the labelled windows, with condition dropout."""
-        assert self.windows is not None
+        if self.windows is None:
+            raise RuntimeError(
+                "there are no windows to learn from; call learn, which collects them"
+            )
         began = perf_counter()
-        policy, windows = self.policy, self.windows
+        policy, windows, prefixes = self.policy, self.windows, self._prefixes
         policy.set_training_mode(True)
         self._update_learning_rate(policy.optimizer)
-        generator = self._generator(UPDATE, self._iteration)
+        generator = self.randomness.generator(UPDATE, self.iteration)
         metrics = UpdateMetrics(self._skipped_in_a_row)
+
+        def loss(batch: WindowBatch, t: Tensor, noise: Tensor) -> Tensor:
+            """Mean square of v(x_t, t, o) - (noise - actions) for each window, (n,)."""
+            return policy.flow_matching_loss(
+                batch.observations,
+                batch.model_actions,
+                batch.action_is_pad,
+                batch.labels,
+                t,
+                noise,
+                prefixes.recall(batch.observations, batch.prefix_keys),
+            )
 
         for _ in range(self.n_epochs):
             order = draw_epoch(windows.labels, self.positive_share, generator)
@@ -335,9 +348,8 @@ class CFGRL(SavesWhatWasTrained, OnPolicyAlgorithm):
                 batch = windows[indices]
                 labels = drop_condition(batch.labels, self.dropout_prob, generator)
                 t, noise = policy.draw_flow(len(batch), generator)
-                # Drawn for the whole step, so that it may be split anywhere.
-                loss_of = partial(window_losses, policy, self._prefixes, batch, labels, t, noise)
-                losses = self._micro_batches.backward(loss_of, len(batch), policy.optimizer)
+                dropped = replace(batch, labels=labels)
+                losses = self._micro_batches.backward(policy.optimizer, loss, dropped, t, noise)
                 norm = clip_grad_norm_(policy.parameters(), self.max_grad_norm)
                 if metrics.is_sound(losses, norm):
                     policy.optimizer.step()
@@ -356,7 +368,7 @@ class CFGRL(SavesWhatWasTrained, OnPolicyAlgorithm):
     def _guidance_gap(self, probe: WindowBatch, generator: torch.Generator) -> float:
         """How far v_1 and v_∅ are apart on these windows."""
         t, noise = self.policy.draw_flow(len(probe), generator)
-        prefix = self._prefixes.recall(probe.observations, probe.prefixes)
+        prefix = self._prefixes.recall(probe.observations, probe.prefix_keys)
         x_t = interpolate(probe.model_actions, noise, t)
         return self.policy.guidance_gap(probe.observations, x_t, t, prefix).mean().item()
 
@@ -377,7 +389,7 @@ class CFGRL(SavesWhatWasTrained, OnPolicyAlgorithm):
 
         Steps are counted as in SB3, summed over environments; a chunk of actions is one. Those of
         the groups that an iteration kept or discarded count, not what else was still running when
-        they were complete, or was lost with a worker. Other than in SB3's `OnPolicyAlgorithm`, an
+        they were complete, or was lost with a worker. Unlike in SB3's `OnPolicyAlgorithm`, an
         iteration's update is logged with its rollout, and the learning rate is that of the
         iteration's beginning: an iteration has as many steps as its episodes take, so its end may
         lie beyond `total_timesteps`.
@@ -387,8 +399,8 @@ class CFGRL(SavesWhatWasTrained, OnPolicyAlgorithm):
         total_timesteps, callback = self._setup_learn(
             total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
         )
-        self._micro_batches, self._prefixes = plan_memory(
-            self.policy, self.batch_size, self.device_memory, self.prefix_memory, self.verbose
+        self._micro_batches = plan_memory(
+            self._prefixes, self.batch_size, self.device_memory, self.prefix_memory, self.verbose
         )
         callback.on_training_start(locals(), globals())
         assert self.env is not None
@@ -401,11 +413,11 @@ class CFGRL(SavesWhatWasTrained, OnPolicyAlgorithm):
                 self.logger.warn("no group had different returns; the update is skipped")
             else:
                 self.train()
-            self._iteration += 1
+            self.iteration += 1
             iteration += 1
             if log_interval is not None and iteration % log_interval == 0:
-                self.dump_logs(self._iteration)
+                self.dump_logs(self.iteration)
         if log_interval is not None and iteration % log_interval != 0:
-            self.dump_logs(self._iteration)
+            self.dump_logs(self.iteration)
         callback.on_training_end()
         return self

@@ -1,16 +1,14 @@
 """Values of CFGRL's parameters that can't work, refused with what to do instead."""
 
 import math
-from typing import TYPE_CHECKING, get_args
+from collections.abc import Callable, Mapping
+from typing import Any, get_args
 
 import numpy as np
 
+from cfgrl_gym.algorithms.groups import groups_needed
 from cfgrl_gym.algorithms.labels import LabelSource, Negatives
 from cfgrl_gym.envs.arguments import is_int
-
-if TYPE_CHECKING:
-    from cfgrl_gym.algorithms.cfgrl import CFGRL
-
 
 _INTS = (
     *("rloo_batch_size", "groups_per_iteration", "n_epochs", "batch_size"),
@@ -19,58 +17,70 @@ _INTS = (
 _OPTIONAL_INTS = ("max_groups_tried", "window_stride")
 _NUMBERS = ("early_stop_percentage", "dropout_prob", "label_threshold")
 _OPTIONAL_NUMBERS = ("positive_share", "cfg_scale", "device_memory", "prefix_memory")
+_CHOICES = {"label_source": get_args(LabelSource), "negatives": get_args(Negatives)}
+_PARAMETERS = (*_INTS, *_OPTIONAL_INTS, *_NUMBERS, *_OPTIONAL_NUMBERS, *_CHOICES)
+
+_Rule = tuple[Callable[[Any], bool], str]
+_AT_LEAST_1: _Rule = (lambda n: n >= 1, "must be at least 1")
+_GIB: _Rule = (lambda gib: gib >= 0, "is in GiB and must not be negative")
+_RULES: dict[str, _Rule] = {
+    "rloo_batch_size": (
+        lambda k: k >= 2,
+        "must be at least 2, because each episode is compared with the others of its group",
+    ),
+    "groups_per_iteration": _AT_LEAST_1,
+    "n_epochs": _AT_LEAST_1,
+    "batch_size": _AT_LEAST_1,
+    "gradient_accumulation_steps": _AT_LEAST_1,
+    "replay_iterations": (
+        lambda n: n >= 0,
+        "must be 0 (none) or the number of earlier iterations to learn from",
+    ),
+    "dropout_prob": (lambda p: 0 <= p <= 1, "must be in [0, 1]"),
+    "positive_share": (
+        lambda share: 0 < share < 1,
+        "must be in (0, 1), or None for every window once an epoch",
+    ),
+    "early_stop_percentage": (lambda share: 0 < share <= 1, "must be in (0, 1]"),
+    "device_memory": _GIB,
+    "prefix_memory": _GIB,
+}
 
 
-def check_parameters(algorithm: "CFGRL") -> None:
-    """:raises ValueError: for a parameter of the constructor that is out of its range, or is no
-    number where it should be one."""
-    for name in (*_INTS, *_OPTIONAL_INTS):
-        value = getattr(algorithm, name)
-        if not is_int(value) and not (value is None and name in _OPTIONAL_INTS):
+def check_parameters(values: Mapping[str, Any]) -> None:
+    """Check the parameters of CFGRL that are among these; anything else is passed over.
+
+    :raises ValueError: for a parameter that is out of its range, or is no number where it should
+        be one
+    """
+    given = {name: values[name] for name in _PARAMETERS if name in values}
+    for name, value in given.items():
+        if value is None and name in (*_OPTIONAL_INTS, *_OPTIONAL_NUMBERS):
+            continue
+        if name in (*_INTS, *_OPTIONAL_INTS) and not is_int(value):
             raise ValueError(f"{name} must be an int; got {value!r:.100}")
-    for name in (*_NUMBERS, *_OPTIONAL_NUMBERS):
-        value = getattr(algorithm, name)
-        number = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
-        finite = number and math.isfinite(value)
-        if not finite and not (value is None and name in _OPTIONAL_NUMBERS):
+        if name in (*_NUMBERS, *_OPTIONAL_NUMBERS) and not _is_finite(value):
             raise ValueError(f"{name} must be a finite number; got {value!r:.100}")
-    if algorithm.rloo_batch_size < 2:
-        raise ValueError(
-            "rloo_batch_size must be at least 2, because each episode is compared with the others "
-            f"of its group; got {algorithm.rloo_batch_size}"
+        if name in _CHOICES and value not in _CHOICES[name]:
+            raise ValueError(f"{name} must be one of {', '.join(_CHOICES[name])}; got {value!r}")
+        if name in _RULES and not _RULES[name][0](value):
+            raise ValueError(f"{name} {_RULES[name][1]}; got {value}")
+    tried = given.get("max_groups_tried")
+    if tried is not None:
+        needed = groups_needed(
+            values["groups_per_iteration"],
+            values["enable_dynamic_sampling"],
+            values["early_stop_percentage"],
         )
-    for name in ("groups_per_iteration", "n_epochs", "batch_size", "gradient_accumulation_steps"):
-        if getattr(algorithm, name) < 1:
-            raise ValueError(f"{name} must be at least 1; got {getattr(algorithm, name)}")
-    if algorithm.replay_iterations < 0:
-        raise ValueError(
-            "replay_iterations must be 0 (none) or the number of earlier iterations to learn from; "
-            f"got {algorithm.replay_iterations}"
-        )
-    if not 0 <= algorithm.dropout_prob <= 1:
-        raise ValueError(f"dropout_prob must be in [0, 1]; got {algorithm.dropout_prob}")
-    positive_share = algorithm.positive_share
-    if positive_share is not None and not 0 < positive_share < 1:
-        raise ValueError(
-            "positive_share must be in (0, 1), or None for every window once an epoch; "
-            f"got {positive_share}"
-        )
-    share = algorithm.early_stop_percentage
-    if not 0 < share <= 1:
-        raise ValueError(f"early_stop_percentage must be in (0, 1]; got {share}")
-    for name in ("device_memory", "prefix_memory"):
-        gib = getattr(algorithm, name)
-        if gib is not None and not gib >= 0:
-            raise ValueError(f"{name} is in GiB and must not be negative; got {gib}")
-    tried, needed = algorithm.max_groups_tried, algorithm.groups_needed
-    if tried is not None and tried < needed:
-        raise ValueError(f"max_groups_tried={tried} can't give the {needed} valid groups asked for")
-    for name, kind in (("label_source", LabelSource), ("negatives", Negatives)):
-        if getattr(algorithm, name) not in get_args(kind):
+        if tried < needed:
             raise ValueError(
-                f"{name} must be one of {', '.join(get_args(kind))}; "
-                f"got {getattr(algorithm, name)!r}"
+                f"max_groups_tried={tried} can't give the {needed} valid groups asked for"
             )
+
+
+def _is_finite(value: Any) -> bool:
+    number = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
+    return number and math.isfinite(value)
 
 
 def check_stride(stride: int, chunk_size: int) -> None:

@@ -13,7 +13,7 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from cfgrl_gym.algorithms.flow import NonFiniteError
 from cfgrl_gym.algorithms.groups import GroupPlan, Start
-from cfgrl_gym.algorithms.memory.prefix_cache import KeptPrefix, PrefixMemory
+from cfgrl_gym.algorithms.memory.prefix_cache import PrefixCache
 from cfgrl_gym.algorithms.policies import FlowPolicy
 from cfgrl_gym.algorithms.vec_envs.worker import WorkerError
 from cfgrl_gym.algorithms.vec_envs.worker_vec_env import LOST
@@ -32,7 +32,7 @@ class Chunk:
     actions: NDArray[np.float32]  # (n_steps, action_dim), as executed
     rewards: NDArray[np.float64]  # (n_steps,)
     observations: dict[int, Row]  # inside the chunk, by offset, where the environment gives them
-    prefix: KeptPrefix = field(default_factory=KeptPrefix)  # of the observation
+    prefix_keys: dict[int, int]  # of the observations by offset, 0 included: see `PrefixCache`
 
 
 @dataclass(eq=False)
@@ -97,7 +97,8 @@ class Collector:
     :param noise: (group, member, chunk index) -> (horizon, action_width), so that an episode's
         randomness doesn't depend on where or when it runs
     :param cfg_scale: guidance while collecting; None: the policy's own
-    :param prefixes: keeps what was computed of each observation, for the update; None: nothing is
+    :param prefixes: keeps what was computed of each observation, for the update. None: nothing is
+        kept
     """
 
     def __init__(
@@ -107,9 +108,9 @@ class Collector:
         plan: GroupPlan,
         noise: Callable[[int, int, int], torch.Tensor],
         cfg_scale: float | None = None,
-        prefixes: PrefixMemory | None = None,
+        prefixes: PrefixCache | None = None,
     ) -> None:
-        self.prefixes = prefixes
+        self.prefixes = PrefixCache(policy) if prefixes is None else prefixes
         self.env = env
         self.policy = policy
         self.noise = noise
@@ -128,7 +129,7 @@ class Collector:
         self.rows: list[Row | None] = [None] * env.num_envs
         self.actions = np.empty(0)
         self.model_actions: dict[int, NDArray[np.float32]] = {}
-        self.kept: dict[int, KeptPrefix] = {}
+        self.prefix_keys: dict[int, int] = {}
         self.finished: list[Episode] = []
         self.episodes_lost = 0
         self.returns: dict[int, list[float]] = {}  # of the finished episodes of each group
@@ -174,11 +175,8 @@ class Collector:
             self.model_actions = dict(zip(busy, sampled, strict=False))
             actions = acted.actions.cpu().numpy().reshape(len(rows), *space.shape)
             self.actions[busy] = actions[: len(busy)]
-            if self.prefixes is None:
-                self.kept = {i: KeptPrefix() for i in busy}
-            else:
-                kept = self.prefixes.keep(acted.prefix, len(busy))
-                self.kept = dict(zip(busy, kept, strict=True))
+            keys = self.prefixes.keep(acted.prefix, len(busy))
+            self.prefix_keys = dict(zip(busy, keys, strict=True))
         self.seconds_inference += perf_counter() - began
         return self.actions
 
@@ -222,11 +220,14 @@ class Collector:
         return sorted(finished, key=lambda episode: episode.member)
 
     def forget_prefixes(self, groups: Container[int]) -> None:
-        """Free what was kept of groups that no update will use."""
-        for episode in (*self.finished, *self.running):
-            if episode is not None and episode.group in groups:
-                for chunk in episode.chunks:
-                    chunk.prefix.clear()
+        """Free what was kept of groups that no update will use, and of episodes that were lost."""
+        self.prefixes.keep_only(
+            key
+            for episode in (*self.finished, *self.running)
+            if episode is not None and episode.group not in groups
+            for chunk in episode.chunks
+            for key in chunk.prefix_keys.values()
+        )
 
     def close(self) -> None:
         """Leave no planned start behind in an environment."""
@@ -241,9 +242,7 @@ class Collector:
     def _run_again(self, index: int, episode: Episode, reason: str) -> None:
         """Forget what there is of an episode and plan it anew."""
         self.episodes_lost += 1
-        for chunk in episode.chunks:
-            chunk.prefix.clear()
-            self.control_steps -= len(chunk.rewards)
+        self.control_steps -= sum(len(chunk.rewards) for chunk in episode.chunks)
         again = replace(episode, chunks=[], times_lost=episode.times_lost + 1)
         if again.times_lost >= MAX_TIMES_LOST:
             raise WorkerError(
@@ -279,7 +278,8 @@ class Collector:
             actions[: len(rewards)],
             rewards,
             inside,
-            self.kept[index],
+            {0: self.prefix_keys[index]}
+            | dict(zip(inside, self.prefixes.new_keys(len(inside)), strict=True)),
         )
 
     def _queue_ahead(self) -> None:

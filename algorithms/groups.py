@@ -4,7 +4,8 @@ A plan is plain data, drawn before the first step and independent of how many en
 are or how fast they run. It can be pickled, sliced by groups, and drawn again from its seed.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from cfgrl_gym.algorithms.labels import is_uniform
 
 UNBOUNDED = 2**31  # exclusive upper bound of reset seeds
+PLAN, NOISE, UPDATE = range(3)  # purposes of random numbers: keys after the seed
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,37 @@ def torch_generator(seed: int, *key: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(state[0]))
 
 
+@dataclass(frozen=True)
+class Randomness:
+    """All random numbers of a training: each follows from the seed, the purpose and the iteration.
+
+    No generator has a state to keep, so that a resumed training draws what an uninterrupted one
+    does, and an episode has the same noise wherever and whenever it runs.
+    """
+
+    seed: int
+
+    def rng(self, purpose: int, *key: int) -> np.random.Generator:
+        """A generator of NumPy for one purpose."""
+        return np.random.default_rng(seed_sequence(self.seed, purpose, *key))
+
+    def generator(self, purpose: int, *key: int) -> torch.Generator:
+        """A generator of torch on the CPU for one purpose."""
+        return torch_generator(self.seed, purpose, *key)
+
+    def noise(
+        self, iteration: int, shape: tuple[int, ...]
+    ) -> Callable[[int, int, int], torch.Tensor]:
+        """Noise of this shape for every chunk of an iteration: (group, member, chunk) -> tensor."""
+
+        def draw(group: int, member: int, chunk: int) -> torch.Tensor:
+            return torch.randn(
+                shape, generator=self.generator(NOISE, iteration, group, member, chunk)
+            )
+
+        return draw
+
+
 def _shuffled_forever(items: Sequence[int], rng: np.random.Generator) -> Iterator[int]:
     while True:
         yield from rng.permutation(items).tolist()
@@ -67,6 +100,14 @@ def _shuffled_forever(items: Sequence[int], rng: np.random.Generator) -> Iterato
 def _random_seeds(rng: np.random.Generator) -> Iterator[int]:
     while True:
         yield int(rng.integers(UNBOUNDED))
+
+
+def groups_needed(
+    groups_per_iteration: int, dynamic_sampling: bool, early_stop_percentage: float
+) -> int:
+    """Valid groups with which a collection ends."""
+    share = early_stop_percentage if dynamic_sampling else 1.0
+    return math.ceil(round(share * groups_per_iteration, 9))
 
 
 def draw_plan(

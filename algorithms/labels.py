@@ -5,6 +5,7 @@ the reward of each control step, and `starts[i]` int (n_i,), the control steps a
 windows start.
 """
 
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -17,6 +18,20 @@ LabelSource = Literal["episode_rloo", "window_rloo", "window_return"]
 Negatives = Literal["null", "zero"]
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Labelling:
+    """How windows get their labels.
+
+    :param source: of the advantages, see `window_advantages`
+    :param threshold: a window whose advantage reaches it is optimal
+    :param negatives: label of the others: "null" is ∅, "zero" is o = 0
+    """
+
+    source: LabelSource = "episode_rloo"
+    threshold: float = 0.0
+    negatives: Negatives = "null"
 
 
 def rloo_advantages(returns: Any) -> Any:
@@ -84,11 +99,8 @@ def label_group(
     rewards: list[FloatArray],
     starts: list[IntArray],
     successes: list[bool],
-    *,
-    source: LabelSource,
     horizon: int,
-    threshold: float = 0.0,
-    negatives: Negatives = "null",
+    labelling: Labelling,
 ) -> list[IntArray]:
     """Optimality labels of the windows of one group, int64 (n_i,) for each episode.
 
@@ -100,10 +112,10 @@ def label_group(
     if uniform and (all(successes) or not any(successes)):
         label = POSITIVE if all(successes) else NULL
         return [np.full(len(s), label, dtype=np.int64) for s in starts]
-    otherwise = NULL if negatives == "null" else NEGATIVE
+    otherwise = NULL if labelling.negatives == "null" else NEGATIVE
     return [
-        np.where(advantages >= threshold, POSITIVE, otherwise).astype(np.int64)
-        for advantages in window_advantages(rewards, starts, source, horizon)
+        np.where(advantages >= labelling.threshold, POSITIVE, otherwise).astype(np.int64)
+        for advantages in window_advantages(rewards, starts, labelling.source, horizon)
     ]
 
 

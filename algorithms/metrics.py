@@ -1,12 +1,42 @@
 """What an iteration reports, under SB3's names."""
 
+from collections import deque
+from collections.abc import Mapping, Sequence
+
 import torch
+from stable_baselines3.common.utils import safe_mean
 from torch import Tensor
 
 from cfgrl_gym.algorithms.collector import Collector, Episode
 from cfgrl_gym.algorithms.flow import NULL, POSITIVE, NonFiniteError
 from cfgrl_gym.algorithms.groups import Selection
 from cfgrl_gym.algorithms.windows import WindowBatch
+
+
+class TaskSuccesses:
+    """Recent successes of each task.
+
+    :param window: how many episodes of a task count
+    """
+
+    def __init__(self, window: int, recent: Mapping[str, Sequence[bool]] | None = None) -> None:
+        self.window = window
+        self.recent = {int(t): deque(done, window) for t, done in (recent or {}).items()}
+
+    def add(self, episodes: Sequence[Episode]) -> None:
+        """Count those that have a task and say whether they succeeded."""
+        for episode in episodes:
+            task = episode.start.task_id
+            if task is not None and episode.success is not None:
+                self.recent.setdefault(task, deque(maxlen=self.window)).append(episode.success)
+
+    def rates(self) -> dict[str, float]:
+        """Success rate of each task, under the name it is logged with."""
+        return {f"success_rate/task_{task}": safe_mean(done) for task, done in self.recent.items()}
+
+    def to_json(self) -> dict[str, list[bool]]:
+        """What the constructor takes as `recent`."""
+        return {str(task): list(done) for task, done in self.recent.items()}
 
 
 def rollout_metrics(

@@ -34,8 +34,8 @@ from cfgrl_gym.algorithms.weight_average import WeightAverage
 Observation = np.ndarray | dict[str, np.ndarray] | Tensor | dict[str, Tensor]
 Inputs = dict[str, Tensor]
 SelfPolicy = TypeVar("SelfPolicy", bound="FlowPolicy")
-Guidance = Literal["velocity", "action"]
 PrefixRow = dict[str, Tensor]  # what `encode_prefix` gave for one sample, batch size 1
+Guidance = Literal["velocity", "action"]
 CFG_SCALE_VARIABLE = "PI0_CFG_SCALE"
 DETERMINISTIC_SEED = 0  # predict(deterministic=True) starts every chunk from this one noise
 
@@ -83,7 +83,8 @@ class FlowPolicy(BasePolicy):
 
     :param horizon: H, action steps that the model predicts
     :param action_width: width of a model-space action (padded)
-    :param cfg_scale: w; may be changed at any time. None: `default_cfg_scale()`
+    :param cfg_scale: w of guidance; `policy.cfg_scale` may be changed at any time. None: 1.0, or
+        the environment variable PI0_CFG_SCALE
     :param num_inference_steps: Euler steps of the sampler
     :param guidance: "velocity" guides every denoising step; "action" combines two finished chunks
     :param ema_decay: act with an exponential moving average of the trained weights, of this decay

@@ -2,20 +2,19 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 from cfgrl_gym.algorithms.flow import POSITIVE
 from cfgrl_gym.algorithms.labels import drop_condition
 from cfgrl_gym.algorithms.memory.device import available_host_bytes
 from cfgrl_gym.algorithms.memory.micro_batches import MicroBatches
-from cfgrl_gym.algorithms.memory.prefix_cache import KeptPrefix, PrefixMemory
+from cfgrl_gym.algorithms.memory.prefix_cache import PrefixCache
 from cfgrl_gym.algorithms.pi0.policy import Pi0Policy
-from cfgrl_gym.algorithms.samples import window_losses
 from cfgrl_gym.algorithms.windows import WindowBatch
 from cfgrl_gym.demos.files import Demonstration
 from cfgrl_gym.wrappers.libero_observation import rotate_image
@@ -28,10 +27,14 @@ from cfgrl_gym.wrappers.transforms import resize_with_pad, to_delta
 class WarmStartConfig:
     """How a policy is fitted to demonstrations.
 
+    :param steps: optimizer steps
+    :param batch_size: windows in each step
+    :param learning_rate: peak; it rises over the first 5% of the steps and falls to a tenth
     :param window_stride: control steps between the windows that are cut from a demonstration; only
         steps whose images were drawn are used
-    :param learning_rate: peak; it rises over the first 5% of the steps and falls to a tenth
     :param dropout_prob: share of the samples whose condition is dropped, so that ∅ is learned too
+    :param max_grad_norm: gradients are clipped to this norm
+    :param seed: of the batches, the noise and the dropout
     """
 
     steps: int = 3000
@@ -100,7 +103,7 @@ def demonstration_windows(
         model_actions,
         torch.from_numpy(np.concatenate(pads)),
         torch.full((count,), POSITIVE, dtype=torch.int64),
-        [KeptPrefix() for _ in range(count)],
+        torch.arange(count),
     )
 
 
@@ -120,8 +123,20 @@ def warm_start(
     windows = demonstration_windows(policy, demonstrations, config.window_stride)
     generator = torch.Generator().manual_seed(config.seed)
     optimizer = policy.optimizer
-    prefixes = PrefixMemory(policy, 0, available_host_bytes() // 2)
+    prefixes = PrefixCache(policy, 0, available_host_bytes() // 2)
     micro_batches = MicroBatches(config.batch_size)
+
+    def loss_of(batch: WindowBatch, t: Tensor, noise: Tensor) -> Tensor:
+        return policy.flow_matching_loss(
+            batch.observations,
+            batch.model_actions,
+            batch.action_is_pad,
+            batch.labels,
+            t,
+            noise,
+            prefixes.recall(batch.observations, batch.prefix_keys),
+        )
+
     policy.set_training_mode(True)
     order = torch.empty(0, dtype=torch.int64)
     losses = []
@@ -133,9 +148,9 @@ def warm_start(
             group["lr"] = config.learning_rate * _schedule(step, config.steps)
         batch = windows[indices]
         labels = drop_condition(batch.labels, config.dropout_prob, generator)
+        dropped = replace(batch, labels=labels)
         t, noise = policy.draw_flow(len(batch), generator)
-        losses_of = partial(window_losses, policy, prefixes, batch, labels, t, noise)
-        loss = micro_batches.backward(losses_of, len(batch), optimizer).mean()
+        loss = micro_batches.backward(optimizer, loss_of, dropped, t, noise).mean()
         clip_grad_norm_(policy.parameters(), config.max_grad_norm)
         optimizer.step()
         policy.after_optimizer_step()

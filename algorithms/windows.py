@@ -1,7 +1,7 @@
-"""Cutting episodes into windows: what one sample of the flow-matching loss is made of."""
+"""Cutting episodes into labelled windows: what one sample of the flow-matching loss is made of."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cfgrl_gym.algorithms.collector import Chunk, Episode, Row, stack
-from cfgrl_gym.algorithms.memory.prefix_cache import KeptPrefix
+from cfgrl_gym.algorithms.labels import Labelling, label_group
+from cfgrl_gym.algorithms.policies import FlowPolicy
 
 # Batched observations and environment actions (n, H, action_dim) to model space (n, H, width).
 Encode = Callable[[Any, Tensor], Tensor]
@@ -28,7 +29,7 @@ class Window:
     start: int  # control step of the episode
     model_actions: NDArray[np.float32]  # (horizon, action_width)
     action_is_pad: NDArray[np.bool_]  # (horizon,)
-    prefix: KeptPrefix = field(default_factory=KeptPrefix)  # of the observation
+    prefix_key: int  # of the observation, see `PrefixCache`
 
 
 @dataclass(frozen=True)
@@ -39,30 +40,22 @@ class WindowBatch:
     model_actions: Tensor  # float32 (batch, horizon, action_width)
     action_is_pad: Tensor  # bool (batch, horizon)
     labels: Tensor  # int64 (batch,)
-    prefixes: list[KeptPrefix]
+    prefix_keys: Tensor  # int64 (batch,), see `PrefixCache`
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def forget_prefixes(self) -> None:
-        """Free what was kept, whoever still refers to these windows."""
-        for prefix in self.prefixes:
-            prefix.clear()
-
     def __getitem__(self, indices: Tensor) -> "WindowBatch":
         """The samples at these indices, int64 (n,)."""
         rows = indices.numpy()
-        observations = (
+        return WindowBatch(
             {key: value[rows] for key, value in self.observations.items()}
             if isinstance(self.observations, dict)
-            else self.observations[rows]
-        )
-        return WindowBatch(
-            observations,
+            else self.observations[rows],
             self.model_actions[indices],
             self.action_is_pad[indices],
             self.labels[indices],
-            [self.prefixes[row] for row in rows],
+            self.prefix_keys[indices],
         )
 
 
@@ -73,7 +66,7 @@ def batch_windows(windows: list[Window], labels: NDArray[np.int64]) -> WindowBat
         torch.from_numpy(np.stack([window.model_actions for window in windows])),
         torch.from_numpy(np.stack([window.action_is_pad for window in windows])),
         torch.from_numpy(labels),
-        [window.prefix for window in windows],
+        torch.tensor([window.prefix_key for window in windows]),
     )
 
 
@@ -89,8 +82,71 @@ def join_windows(batches: Sequence[WindowBatch]) -> WindowBatch:
         torch.cat([batch.model_actions for batch in batches]),
         torch.cat([batch.action_is_pad for batch in batches]),
         torch.cat([batch.labels for batch in batches]),
-        [prefix for batch in batches for prefix in batch.prefixes],
+        torch.cat([batch.prefix_keys for batch in batches]),
     )
+
+
+class Replay:
+    """The windows of earlier iterations, which an update learns from beside its own iteration's.
+
+    :param iterations: how many
+    """
+
+    def __init__(self, iterations: int) -> None:
+        self.iterations = iterations
+        self.batches: list[WindowBatch] = []  # of each iteration, the newest one last
+
+    @property
+    def kept(self) -> list[WindowBatch]:
+        """Those that the next iteration's update will use."""
+        return self.batches[-self.iterations :] if self.iterations else []
+
+    def drop_old(self) -> None:
+        """Free what no update will use any more."""
+        self.batches = self.kept
+
+    def add(self, windows: WindowBatch) -> WindowBatch:
+        """Add an iteration's windows; gives all that its update learns from."""
+        self.batches = [*self.kept, windows]
+        return join_windows(self.batches)
+
+
+def label_windows(
+    groups: Sequence[Sequence[Episode]], policy: FlowPolicy, stride: int, labelling: Labelling
+) -> WindowBatch | None:
+    """The windows of these groups with their labels, group by group; None without any group.
+
+    :param groups: the K finished episodes of each
+    :param stride: control steps between windows, see `cut_windows`
+    """
+
+    @torch.no_grad()
+    def encode(observations: Any, actions: Tensor) -> Tensor:
+        inputs = policy.encode_observation(observations, skip_prefix=True)
+        return policy.encode_actions(inputs, actions)
+
+    windows: list[Window] = []
+    labels: list[NDArray[np.int64]] = []
+    for episodes in groups:
+        cut = [
+            cut_windows(
+                episode,
+                horizon=policy.horizon,
+                chunk_size=policy.chunk_size,
+                stride=stride,
+                encode=encode,
+            )
+            for episode in episodes
+        ]
+        labels += label_group(
+            [episode.rewards for episode in episodes],
+            [np.array([window.start for window in of_episode]) for of_episode in cut],
+            [episode.succeeded for episode in episodes],
+            policy.horizon,
+            labelling,
+        )
+        windows += [window for of_episode in cut for window in of_episode]
+    return batch_windows(windows, np.concatenate(labels)) if windows else None
 
 
 def cut_windows(
@@ -109,7 +165,7 @@ def cut_windows(
     every = max(1, stride // chunk_size)
     rows: list[Row] = []
     starts: list[int] = []
-    prefixes: list[KeptPrefix] = []
+    keys: list[int] = []
     sampled: list[NDArray[np.float32]] = []  # (horizon, action_width)
     sampled_steps: list[int] = []  # how many of them were executed
     begin = 0
@@ -118,7 +174,7 @@ def cut_windows(
         for offset in range(0, n_steps, stride) if index % every == 0 else ():
             rows.append(chunk.observation if offset == 0 else _inside(chunk, offset, stride))
             starts.append(begin + offset)
-            prefixes.append(chunk.prefix if offset == 0 else KeptPrefix())
+            keys.append(chunk.prefix_keys[offset])
             sampled.append(chunk.model_actions)
             sampled_steps.append(n_steps if offset == 0 else 0)
         begin += n_steps
@@ -134,7 +190,7 @@ def cut_windows(
         observations = stack([rows[i] for i in encoded])
         model_actions = encode(observations, torch.from_numpy(actions)).float().cpu().numpy()
         targets[encoded] = np.where(keep[encoded][..., None], targets[encoded], model_actions)
-    return [Window(*parts) for parts in zip(rows, starts, targets, is_pad, prefixes, strict=True)]
+    return [Window(*parts) for parts in zip(rows, starts, targets, is_pad, keys, strict=True)]
 
 
 def _inside(chunk: Chunk, offset: int, stride: int) -> Row:

@@ -25,7 +25,7 @@ register(
 )
 register(
     id="LiberoChunked-v0",
-    entry_point="cfgrl_gym.wrappers.libero_chunked:make_libero_chunked",
+    entry_point="cfgrl_gym.wrappers.libero_observation:make_libero_chunked",
     additional_wrappers=(_LIMIT,),
 )
 

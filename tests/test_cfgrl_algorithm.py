@@ -246,9 +246,9 @@ def test_without_replay_an_update_learns_from_its_own_iteration():
 
 def test_max_iterations_ends_before_total_timesteps():
     algorithm = make().learn(10**9, max_iterations=2)
-    assert algorithm._iteration == 2
+    assert algorithm.iteration == 2
     assert algorithm.num_episodes == 12
-    assert make().learn(1, max_iterations=5)._iteration == 1
+    assert make().learn(1, max_iterations=5).iteration == 1
 
 
 def test_collection_is_guided_as_asked_and_the_policys_own_scale_stays():

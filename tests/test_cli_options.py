@@ -1,6 +1,8 @@
 """The command line's options: help, configuration files, and refusals that write nothing."""
 
 import inspect
+import os
+import signal
 import subprocess
 import sys
 from dataclasses import MISSING, asdict, fields
@@ -8,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from test_demos import write_liberos_own
 
 from cfgrl_gym.cli import main
 from cfgrl_gym.cli.configs import DemosConfig, EvalConfig, ReportConfig, SftConfig, TrainConfig
@@ -145,15 +148,12 @@ def test_defaults_are_those_of_the_library() -> None:
     from cfgrl_gym.algorithms import CFGRL
     from cfgrl_gym.algorithms.pi0 import TinySizes
     from cfgrl_gym.algorithms.warm_start import WarmStartConfig
-    from cfgrl_gym.cli.demos import recording
-    from cfgrl_gym.cli.sft import warm_start_config
     from cfgrl_gym.demos.recording import RecordingConfig
 
-    assert recording(DemosConfig(), task_id=0) == RecordingConfig()
-    sft = SftConfig(demos="x")
-    assert warm_start_config(sft) == WarmStartConfig()
-    for name, value in asdict(TinySizes()).items():
-        assert getattr(sft, name, value) == value
+    demos, sft = DemosConfig(), SftConfig(demos="x")
+    assert RecordingConfig(**demos.arguments_of(RecordingConfig)) == RecordingConfig()
+    assert WarmStartConfig(**sft.arguments_of(WarmStartConfig)) == WarmStartConfig()
+    assert TinySizes(**sft.arguments_of(TinySizes)) == TinySizes()
     ours = {field.name: field.default for field in fields(TrainConfig)}
     parameters = inspect.signature(CFGRL).parameters
     shared = set(ours) & set(parameters) - {"policy", "seed"}
@@ -161,6 +161,113 @@ def test_defaults_are_those_of_the_library() -> None:
     for name in shared:
         assert ours[name] is not MISSING
         assert ours[name] == parameters[name].default, name
+
+
+# Of version 0.1: `train` writes such a file, and runs of then are resumed and reported.
+EARLIER = """
+policy: libero_tiny
+preset: null
+norm_stats: null
+delta_actions: null
+num_inference_steps: 10
+guidance: velocity
+device: auto
+suite: libero_object
+task_id: 0
+chunk_size: null
+image_size: null
+max_episode_steps: null
+n_envs: 1
+init_states: benchmark
+condition_mode: null
+use_prefix_dropout: null
+trainable: null
+gradient_checkpointing: false
+ema_decay: null
+total_timesteps: 10000
+max_iterations: null
+learning_rate: 0.0003
+rloo_batch_size: 8
+groups_per_iteration: 4
+enable_dynamic_sampling: true
+early_stop_percentage: 0.8
+max_groups_tried: null
+dropout_prob: 0.1
+label_source: episode_rloo
+label_threshold: 0.0
+negatives: 'null'
+positive_share: null
+cfg_scale: null
+n_epochs: 4
+batch_size: 64
+gradient_accumulation_steps: 1
+max_grad_norm: 1.0
+window_stride: null
+replay_iterations: 0
+device_memory: null
+prefix_memory: null
+eval_every: null
+eval_episodes: null
+eval_cfg_scale: null
+save_every: 1
+keep_checkpoints: 3
+video: true
+seed: 0
+out: null
+resume: null
+"""
+
+
+def test_a_file_of_an_earlier_version_means_what_it_did(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "train.yaml"
+    file.write_text(EARLIER)
+    earlier = yaml.safe_load(EARLIER)
+    now = printed_config(["train", "--config", str(file)], capsys)
+    assert now == asdict(TrainConfig(policy="libero_tiny"))
+    assert {name: now[name] for name in earlier} == earlier
+
+
+def test_help_comes_from_the_classes_that_use_the_options(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from cfgrl_gym.algorithms import CFGRL
+
+    exit_status(["train", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    _, _, doc = (CFGRL.__doc__ or "").partition(":param max_groups_tried:")
+    explanation = " ".join(doc.partition(":param")[0].split()).replace("None", "null")
+    assert f"{explanation} (type: int | null, default: null)" in text
+    assert "--observation_space" not in text
+    assert "--policy_kwargs" not in text
+
+
+@pytest.mark.parametrize(
+    ("option", "complaint"),
+    [
+        ("--rloo_batch_size=1", "rloo_batch_size must be at least 2"),
+        ("--dropout_prob=2", "dropout_prob must be in [0, 1]; got 2"),
+        ("--max_groups_tried=1", "max_groups_tried=1 can't give the 4 valid groups"),
+        ("--learning_rate=0", "learning_rate must be more than 0; got 0"),
+        ("--seed=-1", "seed must be at least 0; got -1"),
+        ("--seed=4294967296", "seed must be at most 4294967295"),
+        ("--eval_cfg_scale=[]", "eval_cfg_scale must not be an empty list"),
+        ("--trainable=some", "expert"),
+    ],
+)
+def test_values_are_checked_before_anything_is_built(
+    option: str,
+    complaint: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("cfgrl_gym.cli.train.run", lambda config: pytest.fail("it runs"))
+    assert exit_status(["train", "--policy", "libero_tiny", option]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("cfgrl: error: ")
+    assert complaint in error
+    assert error.count("\n") == 1
 
 
 def test_a_folder_with_something_in_it_is_refused(
@@ -238,3 +345,22 @@ def test_interrupts_and_lost_workers(
         monkeypatch.setattr("cfgrl_gym.cli.doctor.run", run)
         assert main(["doctor"]) == status
         assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_warm_start_that_is_stopped_saves_what_it_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_liberos_own(tmp_path / "pick_up_demo.hdf5")
+
+    def stopped(policy, demonstrations, config, on_step) -> None:  # type: ignore[no-untyped-def]
+        os.kill(os.getpid(), signal.SIGTERM)
+        on_step(1, 0.5)
+        pytest.fail("it goes on")
+
+    monkeypatch.setattr("cfgrl_gym.cli.sft.warm_start", stopped)
+    out = tmp_path / "run"
+    sizes = "--image_size=56 --patch_size=28 --hidden_size=32 --num_layers=1 --vision_layers=1"
+    arguments = ["sft", "--demos", str(tmp_path), "--out", str(out), *sizes.split()]
+    assert main(arguments) == 128 + signal.SIGTERM
+    assert "stopped by SIGTERM" in capsys.readouterr().err
+    assert (out / "policy" / "model.safetensors").is_file()

@@ -80,8 +80,8 @@ def test_a_machine_that_rounds_otherwise_is_noticed_and_the_warning_comes_once(
 ) -> None:
     original = ControlLoop.advance
 
-    def advance(self: ControlLoop, action: np.ndarray, *rest: Any) -> None:
-        original(self, action * (1 + 1e-15), *rest)
+    def advance(self: ControlLoop, action: np.ndarray) -> bool:
+        return original(self, action * (1 + 1e-15))
 
     monkeypatch.setattr(ControlLoop, "advance", advance)
     monkeypatch.setattr(FastSimulator, "_checked", False)

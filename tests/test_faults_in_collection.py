@@ -85,7 +85,7 @@ def killing(env: WorkerVecEnv, moments: int, longest: float) -> Iterator[Callabl
 def assert_same(one: CFGRL, other: CFGRL) -> None:
     pairs = zip(one.policy.parameters(), other.policy.parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
-    for name in ("num_timesteps", "num_episodes", "num_control_steps", "_n_updates", "_iteration"):
+    for name in ("num_timesteps", "num_episodes", "num_control_steps", "_n_updates", "iteration"):
         assert getattr(one, name) == getattr(other, name), name
     assert list(one.ep_info_buffer or ()) == list(other.ep_info_buffer or ())
     assert list(one.ep_success_buffer or ()) == list(other.ep_success_buffer or ())

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from cfgrl_gym.algorithms import rloo_advantages
 from cfgrl_gym.algorithms.labels import (
+    Labelling,
     draw_epoch,
     drop_condition,
     label_group,
@@ -87,10 +88,8 @@ def test_windows_below_the_threshold_get_the_other_label(negatives, other):
             REWARDS,
             STARTS,
             [True, True],
-            source="window_rloo",
             horizon=2,
-            threshold=threshold,
-            negatives=negatives,
+            labelling=Labelling("window_rloo", threshold, negatives),
         )
         return [row.tolist() for row in labels]
 
@@ -106,9 +105,7 @@ def test_a_uniform_group_is_optimal_if_it_succeeded_and_null_if_it_failed(source
     def labels(reward, success):
         rewards = [np.array([0.0, 0.0, 0.0, reward]), np.array([0.0, reward])]
         return np.concatenate(
-            label_group(
-                rewards, starts, [success] * 2, source=source, horizon=2, negatives=negatives
-            )
+            label_group(rewards, starts, [success] * 2, 2, Labelling(source, negatives=negatives))
         ).tolist()
 
     assert labels(1.0, True) == [1, 1, 1]

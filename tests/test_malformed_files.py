@@ -9,6 +9,8 @@ import json
 import math
 import os
 import shutil
+from collections.abc import Sequence
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -52,7 +54,7 @@ def damaged(content: bytes, draw: Any, beyond: int = 0) -> bytes:
 
 # The command line's configuration files ---------------------------------------------------------
 
-HINTS = get_type_hints(TrainConfig)
+HINTS = {f.name: get_type_hints(TrainConfig)[f.name] for f in fields(TrainConfig)}
 WORDS = st.text("abcdefgh", min_size=2, max_size=6).map("zz".__add__)  # no number, no option
 VALUES = st.one_of(
     WORDS,
@@ -71,6 +73,18 @@ LEAST |= dict.fromkeys(
 LEAST |= dict.fromkeys(
     ("max_iterations", "window_stride", "save_every", "eval_every", "eval_episodes"), 1
 )
+LEAST |= dict.fromkeys(
+    ("groups_per_iteration", "n_epochs", "batch_size", "gradient_accumulation_steps"), 1
+)
+LEAST |= dict.fromkeys(("replay_iterations", "device_memory", "prefix_memory", "dropout_prob"), 0)
+LEAST |= {"keep_checkpoints": 1, "rloo_batch_size": 2, "early_stop_percentage": 1e-300}
+LEAST |= {"positive_share": 1e-300}
+MOST = {
+    "seed": 2**32 - 1,
+    "dropout_prob": 1,
+    "early_stop_percentage": 1,
+    "positive_share": 1 - 1e-9,
+}
 
 
 def fits(value: Any, hint: Any) -> bool:
@@ -79,7 +93,7 @@ def fits(value: Any, hint: Any) -> bool:
     if hint in (int, float, bool, str):
         kinds = (int, float) if hint is float else hint
         return isinstance(value, kinds) and isinstance(value, bool) == (hint is bool)
-    if getattr(hint, "__origin__", None) is list:
+    if getattr(hint, "__origin__", None) in (list, Sequence):
         return isinstance(value, list) and all(fits(each, choices[0]) for each in value)
     if all(isinstance(choice, str) for choice in choices):  # Literal
         return value in choices or (value is None and "null" in choices)
@@ -104,7 +118,14 @@ def is_configuration(content: bytes) -> bool:
             return False
         if numbers and min(numbers) < LEAST.get(name, -math.inf):
             return False
-    return 0 <= options.get("seed", 0) < 2**32 and options.get("eval_cfg_scale") != []
+        if numbers and max(numbers) > MOST.get(name, math.inf):
+            return False
+    groups, tried = options.get("groups_per_iteration", 4), options.get("max_groups_tried")
+    share = options.get("early_stop_percentage", 0.8)
+    if options.get("enable_dynamic_sampling") is False:
+        share = 1
+    enough = tried is None or tried >= math.ceil(share * groups)
+    return enough and [] not in options.values()
 
 
 @pytest.fixture(scope="module")

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from cfgrl_gym.algorithms.memory.out_of_memory import is_out_of_memory
+from cfgrl_gym.algorithms.memory.micro_batches import is_out_of_memory
 
 PETABYTE = 10**15
 LIMITED = """
 import resource
 import torch
-from cfgrl_gym.algorithms.memory.out_of_memory import is_out_of_memory
+from cfgrl_gym.algorithms.memory.micro_batches import is_out_of_memory
 
 layer = torch.nn.Linear(64, 64)
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()

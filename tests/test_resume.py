@@ -33,8 +33,8 @@ class Saving(BaseCallback):
 
     def _on_rollout_start(self) -> None:
         assert isinstance(self.model, CFGRL)
-        if self.model._iteration:
-            self.store.save(self.model, {"note": self.model._iteration})
+        if self.model.iteration:
+            self.store.save(self.model, {"note": self.model.iteration})
 
     def _on_training_end(self) -> None:
         self._on_rollout_start()
@@ -67,7 +67,7 @@ def go_on(folder: Path, iterations: int = ITERATIONS, **changed: Any) -> CFGRL:
     if done:
         assert load_checkpoint(model, store.path(done[-1])) == {"note": done[-1]}
     return model.learn(
-        10**6, Saving(store), max_iterations=iterations - model._iteration,
+        10**6, Saving(store), max_iterations=iterations - model.iteration,
         reset_num_timesteps=False,
     )  # fmt: skip
 
@@ -76,10 +76,10 @@ def all_state(model: CFGRL) -> dict[str, Any]:
     return {
         "policy": model.policy.state_dict(),
         "optimizer": model.policy.optimizer.state_dict()["state"],
-        "counters": [model.num_timesteps, model.num_episodes, model._n_updates, model._iteration],
+        "counters": [model.num_timesteps, model.num_episodes, model._n_updates, model.iteration],
         "episodes": list(model.ep_info_buffer or ()),
-        "successes": {task: list(done) for task, done in model._task_successes.items()},
-        "replay": [batch.model_actions for batch in list(model._recent)[-2:]],
+        "successes": {task: list(done) for task, done in model.task_successes.recent.items()},
+        "replay": [batch.model_actions for batch in model.replay.batches[-2:]],
     }
 
 
@@ -167,7 +167,7 @@ def test_the_trainer_may_be_killed_at_any_moment(tmp_path: Path) -> None:
 def test_the_last_ones_and_the_best_are_kept(tmp_path: Path) -> None:
     store, model = CheckpointStore(tmp_path, keep=2), make()
     for iteration, rate in ((1, 0.2), (2, 0.9), (3, 0.9), (4, 0.1), (5, 0.3), (6, 0.0)):
-        model._iteration = iteration
+        model.iteration = iteration
         store.save(model)
         store.rate(iteration, rate)
     assert store.iterations() == [3, 5, 6]
@@ -240,7 +240,7 @@ from test_resume import *
 store = CheckpointStore(Path(sys.argv[1]))
 model = make()
 load_checkpoint(model, store.path(4))
-model._iteration = 5
+model.iteration = 5
 try:
     store.save(model)
 except OSError as error:

@@ -10,7 +10,7 @@ from gymnasium import spaces
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
 from cfgrl_gym import ThreadVecEnv
-from cfgrl_gym.algorithms import thread_vec_env
+from cfgrl_gym.algorithms.vec_envs import thread_vec_env
 
 
 class Meeting(gym.Env[np.ndarray, np.ndarray]):

@@ -30,6 +30,7 @@ def make_episode(chunk_size, lengths, observation_stride=None):
                 actions=np.arange(t, t + n, dtype=np.float32)[:, None],
                 rewards=np.zeros(n),
                 observations=inside,
+                prefix_keys=dict.fromkeys([0, *inside], 7),
             )
         )
         t += n

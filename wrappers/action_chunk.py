@@ -16,8 +16,8 @@ class ActionChunk(gym.Wrapper[Any, np.ndarray, Any, np.ndarray], RecordConstruct
     The reward is the sum over the executed steps. `info` is that of the last step executed (such as
     `unstable` of `Libero-v0`, which ends the episode), with `rewards` (float64) and `dones` (bool),
     one entry for each executed step, and `n_steps`, their number.
-    An environment with an attribute `skip_observations` (such as `Libero-v0`) is told not to make
-    the observations that nobody will see.
+    Where the environment offers a settable attribute `skip_observations`, the chunk sets it to True
+    for the steps whose observation nobody will see, and the environment may then return any.
 
     :param env: environment with a Box action of shape (dim,)
     :param chunk_size: actions in a chunk, 1 to 10,000
@@ -50,6 +50,7 @@ class ActionChunk(gym.Wrapper[Any, np.ndarray, Any, np.ndarray], RecordConstruct
         if observation_stride is not None:
             observation_stride = check_int("observation_stride", observation_stride, 1)
         self.observation_stride = observation_stride
+        self._can_skip = env.has_wrapper_attr("skip_observations")
         low, high = (np.tile(bound, (self.chunk_size, 1)) for bound in (space.low, space.high))
         self.action_space = spaces.Box(low, high, dtype=space.dtype.type)  # type: ignore[union-attr, arg-type]
 
@@ -66,9 +67,10 @@ class ActionChunk(gym.Wrapper[Any, np.ndarray, Any, np.ndarray], RecordConstruct
         dones: list[bool] = []
         observations: list[tuple[int, Any]] = []
         for number, single in enumerate(chunk, start=1):
-            last = number == self.chunk_size
-            inside = not last and self._observed(number)
-            self._skip_observations(not last and not inside)
+            inside = number < self.chunk_size and self._is_observed(number)
+            if self._can_skip:
+                skip = number < self.chunk_size and not inside
+                self.env.set_wrapper_attr("skip_observations", skip)
             obs, reward, terminated, truncated, info = self.env.step(single)
             rewards.append(float(reward))
             dones.append(terminated or truncated)
@@ -76,7 +78,8 @@ class ActionChunk(gym.Wrapper[Any, np.ndarray, Any, np.ndarray], RecordConstruct
                 break
             if inside:
                 observations.append((number, obs))
-        self._skip_observations(False)
+        if self._can_skip:
+            self.env.set_wrapper_attr("skip_observations", False)
         info = info | {
             "rewards": np.array(rewards),
             "dones": np.array(dones),
@@ -86,9 +89,5 @@ class ActionChunk(gym.Wrapper[Any, np.ndarray, Any, np.ndarray], RecordConstruct
             info["observations"] = observations
         return obs, sum(rewards), terminated, truncated, info
 
-    def _observed(self, number: int) -> bool:
+    def _is_observed(self, number: int) -> bool:
         return self.observation_stride is not None and number % self.observation_stride == 0
-
-    def _skip_observations(self, skip: bool) -> None:
-        if hasattr(self.unwrapped, "skip_observations"):
-            self.unwrapped.skip_observations = skip

@@ -1,4 +1,4 @@
-"""The observation that PI0's LIBERO checkpoints were trained on, from LIBERO's raw one.
+"""LIBERO as PI0's checkpoints see it and act on it: the observation, and `LiberoChunked-v0`.
 
 Reference: `2_test_pi0_on_libero.py` of openpi_pytorch. Its `[:, :, ::-1]`, commented as a change
 of colour order, acts on a transposed (C, H, W) image and reverses the width; together with the
@@ -11,9 +11,11 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
+from gymnasium.envs.registration import EnvSpec
 from gymnasium.utils import RecordConstructorArgs
 
-from cfgrl_gym.envs.libero import BOUND
+from cfgrl_gym.envs.libero import BOUND, LiberoEnv
+from cfgrl_gym.wrappers.action_chunk import ActionChunk
 from cfgrl_gym.wrappers.prompt import PROMPT_BYTES, encode_prompt
 from cfgrl_gym.wrappers.transforms import quat2axisangle
 
@@ -42,8 +44,8 @@ class TwoTestObservation(gym.Wrapper[Any, np.ndarray, Any, np.ndarray], RecordCo
     """Camera images, the robot's state and the instruction, as PI0 reads them.
 
     Keys: `base_0_rgb` and `left_wrist_0_rgb`, uint8 (size, size, 3), as far as the environment has
-    these cameras; `state`, float32 (8,), not
-    normalised; `prompt`, uint8 (256,), see `decode_prompt`.
+    these cameras; `state`, float32 (8,), not normalised; `prompt`, uint8 (256,), see
+    `decode_prompt`.
 
     :param env: an environment with LIBERO's raw observations and `info["prompt"]`
     :raises ValueError: the environment lacks a key that is needed
@@ -95,3 +97,24 @@ class TwoTestObservation(gym.Wrapper[Any, np.ndarray, Any, np.ndarray], RecordCo
             self._seen["state"] = robot_state(raw)
             self._seen["prompt"] = encode_prompt(info["prompt"])
         return self._seen
+
+
+class LiberoChunked(ActionChunk):
+    """The outermost wrapper of `LiberoChunked-v0`."""
+
+    @property
+    def spec(self) -> EnvSpec | None:  # type: ignore[override]
+        """The entry point applies the wrappers inside, so they are not listed for `gym.make`."""
+        return self.unwrapped.spec
+
+
+def make_libero_chunked(
+    chunk_size: int = 50, observation_stride: int | None = None, **libero: Any
+) -> gym.Env:
+    """`Libero-v0` with the 2-test observation and action chunks.
+
+    :param chunk_size: actions executed open loop in one step
+    :param observation_stride: see `ActionChunk`
+    :param libero: the arguments of `LiberoEnv`
+    """
+    return LiberoChunked(TwoTestObservation(LiberoEnv(**libero)), chunk_size, observation_stride)

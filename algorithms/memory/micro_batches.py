@@ -2,11 +2,31 @@
 
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from cfgrl_gym.algorithms.memory.out_of_memory import is_out_of_memory
+# An allocation that fails outside torch's own CUDA allocator is a plain RuntimeError, which only
+# its text tells apart: c10/core/impl/alloc_cpu.cpp, the CUDA driver, cuBLAS and cuDNN.
+_OUT_OF_MEMORY = (
+    "DefaultCPUAllocator: can't allocate memory",
+    "DefaultCPUAllocator: not enough memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether `error` is a failed allocation, of the device's memory or of the host's.
+
+    True for torch.OutOfMemoryError, MemoryError (Python's and NumPy's), and the RuntimeErrors
+    of torch's CPU allocator, the CUDA driver, cuBLAS and cuDNN.
+    """
+    if isinstance(error, MemoryError | torch.cuda.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _OUT_OF_MEMORY)
 
 
 class MicroBatches:
@@ -19,20 +39,21 @@ class MicroBatches:
         self.size = size
 
     def backward(
-        self, loss: Callable[[Tensor], Tensor], count: int, optimizer: torch.optim.Optimizer
+        self, optimizer: torch.optim.Optimizer, loss: Callable[..., Tensor], *samples: Any
     ) -> Tensor:
         """Leave the gradients of the mean loss in the parameters.
 
-        :param loss: samples' indices int64 (n,) -> their losses (n,), the same each time
-        :param count: samples of the step
-        :return: every sample's loss, (count,), detached
+        :param loss: some of the samples -> the loss of each, (n,)
+        :param samples: arguments of `loss`, each indexed by rows, int64 (n,)
+        :return: every sample's loss, (batch,), detached
         :raises RuntimeError: the device has no memory for a single sample
         """
+        count = len(samples[0])
         while True:
             optimizer.zero_grad()
             losses = []
-            for part in torch.arange(count).split(self.size):
-                computed = self._attempt(loss, part, count)
+            for rows in torch.arange(count).split(self.size):
+                computed = self._attempt(loss, [sample[rows] for sample in samples], count)
                 if computed is None:
                     break
                 losses.append(computed)
@@ -49,12 +70,14 @@ class MicroBatches:
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
 
-    def _attempt(self, loss: Callable[[Tensor], Tensor], part: Tensor, count: int) -> Tensor | None:
+    def _attempt(
+        self, loss: Callable[..., Tensor], samples: list[Any], count: int
+    ) -> Tensor | None:
         try:
-            losses = loss(part)
+            losses = loss(*samples)
             (losses.sum() / count).backward()
         except (RuntimeError, MemoryError) as error:
-            if len(part) == 1 or not is_out_of_memory(error):
+            if len(samples[0]) == 1 or not is_out_of_memory(error):
                 raise
             return None
         return losses.detach()

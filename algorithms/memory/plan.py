@@ -4,18 +4,17 @@ import warnings
 
 from cfgrl_gym.algorithms.memory.device import GIB, available_bytes, available_host_bytes
 from cfgrl_gym.algorithms.memory.micro_batches import MicroBatches
-from cfgrl_gym.algorithms.memory.prefix_cache import PrefixMemory
-from cfgrl_gym.algorithms.policies import FlowPolicy
+from cfgrl_gym.algorithms.memory.prefix_cache import PrefixCache
 
 
 def plan_memory(
-    policy: FlowPolicy,
+    prefixes: PrefixCache,
     batch_size: int,
     device_memory: float | None,
     prefix_memory: float | None,
     verbose: int,
-) -> tuple[MicroBatches, PrefixMemory]:
-    """Micro-batches that fit, and the room for prefixes.
+) -> MicroBatches:
+    """Micro-batches that fit, and the room for prefixes, which the cache is given.
 
     :param batch_size: windows of one forward pass, at most
     :param device_memory: GiB of the device's memory to use; None: all that is free
@@ -23,6 +22,7 @@ def plan_memory(
     :param verbose: print the plan, from 1 on
     :raises MemoryError: the device can't hold an update
     """
+    policy = prefixes.policy
     free = available_bytes(policy.device, policy)
     if device_memory is not None:
         free = min(free, int(device_memory * GIB))
@@ -34,10 +34,10 @@ def plan_memory(
             stacklevel=3,
         )
     host = available_host_bytes() // 2 if prefix_memory is None else int(prefix_memory * GIB)
-    prefixes = PrefixMemory(policy, plan.room, host)
+    prefixes.resize(plan.room, host)
     if verbose and plan.needed is not None:
         print(
             f"Memory: an update on micro-batches of {plan.batch_size} needs about "
             f"{plan.needed / GIB:.2f} of {free / GIB:.2f} GiB; {prefixes}"
         )
-    return MicroBatches(plan.batch_size), prefixes
+    return MicroBatches(plan.batch_size)

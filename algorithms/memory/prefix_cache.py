@@ -1,49 +1,34 @@
-"""Keeping the prefixes that were computed to act until the update has used them."""
+"""Prefixes that were computed to act, kept until the update has used them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
+from itertools import count, islice
 from typing import Any
 
 import torch
 
 from cfgrl_gym.algorithms.memory.device import GIB
-from cfgrl_gym.algorithms.memory.out_of_memory import is_out_of_memory
+from cfgrl_gym.algorithms.memory.micro_batches import is_out_of_memory
 from cfgrl_gym.algorithms.policies import FlowPolicy, PrefixRow
 
 
-class KeptPrefix:
-    """Room for the prefix of one sample, which may be empty. What it held is given back to the
-    budget when it is emptied or nobody refers to it any more."""
-
-    def __init__(self) -> None:
-        self.row: PrefixRow | None = None
-        self._give_back: Callable[[], None] = lambda: None
-
-    def hold(self, row: PrefixRow, give_back: Callable[[], None]) -> None:
-        self.row, self._give_back = row, give_back
-
-    def clear(self) -> None:
-        self.row, give_back = None, self._give_back
-        self._give_back = lambda: None
-        give_back()
-
-    __del__ = clear
-
-
-class PrefixMemory:
-    """A budget for the prefixes of samples: on the policy's device first, then in the host's memory
-    (pinned, where the device is a GPU). A sample that finds no room has its prefix computed again
-    each time it is used.
+class PrefixCache:
+    """A dictionary of samples' prefixes within a budget: on the policy's device first, then in the
+    host's memory (pinned, where the device is a GPU). A sample that finds no room has its prefix
+    computed again each time it is used.
 
     :param policy: whose prefixes these are; nothing is kept unless its `frozen_prefix` says that
         training leaves them as they are
-    :param device_bytes: room on a GPU
-    :param host_bytes: room in the host's memory
+    :param device_bytes: and `host_bytes`: see `resize`
     """
 
-    def __init__(self, policy: FlowPolicy, device_bytes: int, host_bytes: int) -> None:
+    def __init__(self, policy: FlowPolicy, device_bytes: int = 0, host_bytes: int = 0) -> None:
         self.policy = policy
         self.on_gpu = policy.device.type != "cpu"
-        self.free = {"device": device_bytes if self.on_gpu else 0, "host": host_bytes}
+        self._keys = count()
+        self.resize(device_bytes, host_bytes)
+
+    def __contains__(self, key: int) -> bool:
+        return key in self._kept
 
     def __str__(self) -> str:
         if not self.policy.frozen_prefix:
@@ -54,34 +39,49 @@ class PrefixMemory:
             if place == "host" or self.on_gpu
         )
 
-    def keep(self, prefix: Any, batch: int) -> list[KeptPrefix]:
-        """Copy the prefix's first `batch` samples, one by one, as far as there is room."""
-        slots = [KeptPrefix() for _ in range(batch)]
+    def resize(self, device_bytes: int, host_bytes: int) -> None:
+        """Forget all, and have so much room on a GPU and in the host's memory from now on."""
+        self.free = {"device": device_bytes if self.on_gpu else 0, "host": host_bytes}
+        self._kept: dict[int, tuple[str, PrefixRow]] = {}
+
+    def new_keys(self, number: int) -> list[int]:
+        """Keys for so many samples; nothing is kept under them yet."""
+        return list(islice(self._keys, number))
+
+    def keep(self, prefix: Any, number: int) -> list[int]:
+        """Copy the prefixes of a batch's first samples, as far as there is room; the keys."""
+        keys = self.new_keys(number)
         if self.policy.frozen_prefix:
-            self._fill(slots, self.policy.split_prefix(prefix)[:batch])
-        return slots
+            self._fill(keys, self.policy.split_prefix(prefix)[:number])
+        return keys
+
+    def keep_only(self, keys: Iterable[int]) -> None:
+        """Forget all prefixes but those under these keys."""
+        for key in self._kept.keys() - set(keys):
+            place, row = self._kept.pop(key)
+            self.free[place] += _size(row)
 
     @torch.no_grad()
-    def recall(self, observations: Any, slots: Sequence[KeptPrefix]) -> Any:
+    def recall(self, observations: Any, keys: Sequence[int] | torch.Tensor) -> Any:
         """The prefix of a batch: what was kept, and the rest computed (and kept, if there is room).
 
-        :param observations: batched, as the environment gives them; rows as `slots`
+        :param observations: batched, as the environment gives them; rows as `keys`
         :return: None for a policy whose prefix is not frozen: its loss computes it with gradients
         """
         policy = self.policy
         if not policy.frozen_prefix:
             return None
-        rows = [slot.row for slot in slots]
+        keys = [int(key) for key in keys]
+        rows = [self._kept[key][1] if key in self._kept else None for key in keys]
         missing = [i for i, row in enumerate(rows) if row is None]
         if missing:
             inputs = policy.encode_observation(_rows(observations, missing))
             with policy.autocast():
                 prefix = policy.encode_prefix(inputs)
-            if len(missing) == len(rows):
-                self._fill(slots, policy.split_prefix(prefix))
-                return prefix
             computed = policy.split_prefix(prefix)
-            self._fill([slots[i] for i in missing], computed)
+            self._fill([keys[i] for i in missing], computed)
+            if len(missing) == len(rows):
+                return prefix
             for i, row in zip(missing, computed, strict=True):
                 rows[i] = row
         return policy.join_prefix([self._to_device(row) for row in rows if row is not None])
@@ -90,12 +90,14 @@ class PrefixMemory:
         device = self.policy.device
         return {name: tensor.to(device, non_blocking=True) for name, tensor in row.items()}
 
-    def _fill(self, slots: Sequence[KeptPrefix], rows: Sequence[PrefixRow]) -> None:
-        for slot, row in zip(slots, rows, strict=True):
-            size = sum(tensor.nbytes for tensor in row.values())
+    def _fill(self, keys: Sequence[int], rows: Sequence[PrefixRow]) -> None:
+        for key, row in zip(keys, rows, strict=True):
+            size = _size(row)
             place = next((place for place, free in self.free.items() if size <= free), None)
             if place is None:
                 return
+            if key in self._kept:  # a batch may have a sample twice
+                continue
             try:
                 copy = {name: self._copy(tensor, place) for name, tensor in row.items()}
             except (RuntimeError, MemoryError) as error:
@@ -104,7 +106,7 @@ class PrefixMemory:
                 self.free[place] = 0  # the budget promised more than there is
                 continue
             self.free[place] -= size
-            slot.hold(copy, lambda place=place, size=size: self._give_back(place, size))  # type: ignore[misc]
+            self._kept[key] = place, copy
 
     def _copy(self, tensor: torch.Tensor, place: str) -> torch.Tensor:
         if place == "device" or not self.on_gpu:
@@ -112,8 +114,9 @@ class PrefixMemory:
         pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
         return pinned.copy_(tensor)
 
-    def _give_back(self, place: str, size: int) -> None:
-        self.free[place] += size
+
+def _size(row: PrefixRow) -> int:
+    return sum(tensor.nbytes for tensor in row.values())
 
 
 def _rows(observations: Any, indices: Any) -> Any:

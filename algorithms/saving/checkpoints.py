@@ -12,7 +12,6 @@ import math
 import os
 import random
 import shutil
-from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +21,6 @@ import numpy as np
 import torch
 
 from cfgrl_gym.algorithms.cfgrl import CFGRL
-from cfgrl_gym.algorithms.memory.prefix_cache import KeptPrefix
 from cfgrl_gym.algorithms.policies import FlowPolicy
 from cfgrl_gym.algorithms.windows import WindowBatch
 from cfgrl_gym.whole_files import replace_file, sha256
@@ -61,7 +59,7 @@ class CheckpointStore:
         :param about: what else belongs to this state, for `load` to return
         :raises OSError: it could not be written; the earlier ones are as they were
         """
-        final = self.path(model._iteration)
+        final = self.path(model.iteration)
         new = self.folder / f".{final.name}.new"
         shutil.rmtree(new, ignore_errors=True)
         try:
@@ -127,20 +125,8 @@ def load_checkpoint(model: CFGRL, path: Path) -> dict[str, Any]:
             device=model.device,
         )
     _set_generators(parts["generators"])
-    model._recent = deque(_windows(batch) for batch in replay)
-    counters = state["counters"]
-    model._iteration = counters["iteration"]
-    model._entropy = counters["entropy"]
-    model._n_updates = counters["n_updates"]
-    model._skipped_in_a_row = counters["skipped_in_a_row"]
-    for name in ("num_timesteps", "num_episodes", "num_control_steps"):
-        setattr(model, name, counters[name])
-    window = model._stats_window_size
-    model.ep_info_buffer = deque(state["ep_info"], maxlen=window)
-    model.ep_success_buffer = deque(state["ep_success"], maxlen=window)
-    model._task_successes = {
-        int(task): deque(done, maxlen=window) for task, done in state["task_successes"].items()
-    }
+    model.replay.batches = [_windows(batch, number) for number, batch in enumerate(replay)]
+    model.set_training_state(state)
     about: dict[str, Any] = state["about"]
     return about
 
@@ -178,24 +164,12 @@ def _write(folder: Path, model: CFGRL, about: dict[str, Any]) -> None:
         "generators": _generators(),
     }
     _save(parts, folder / MODEL_FILE)
-    recent = list(model._recent)[-model.replay_iterations :] if model.replay_iterations else []
-    if recent:
-        _save([_tensors(batch) for batch in recent], folder / REPLAY_FILE)
+    if model.replay.kept:
+        _save([_tensors(batch) for batch in model.replay.kept], folder / REPLAY_FILE)
     state = {
         "format": FORMAT,
         "files": {file.name: sha256(file) for file in sorted(folder.iterdir())},
-        "counters": {
-            "iteration": model._iteration,
-            "entropy": model._entropy,
-            "n_updates": model._n_updates,
-            "skipped_in_a_row": model._skipped_in_a_row,
-            "num_timesteps": model.num_timesteps,
-            "num_episodes": model.num_episodes,
-            "num_control_steps": model.num_control_steps,
-        },
-        "ep_info": list(model.ep_info_buffer or ()),
-        "ep_success": list(model.ep_success_buffer or ()),
-        "task_successes": {str(task): list(done) for task, done in model._task_successes.items()},
+        **model.training_state(),
         "about": about,
     }
     content = {"sha256": _digest_of(state), "state": state}
@@ -263,13 +237,15 @@ def _tensors(batch: WindowBatch) -> dict[str, Any]:
     }
 
 
-def _windows(tensors: dict[str, Any]) -> WindowBatch:
+def _windows(tensors: dict[str, Any], number: int) -> WindowBatch:
     observations = tensors.pop("observations")
+    # No prefix is kept of them. Negative, so that no key of a running cache is among them.
+    keys = -1 - torch.arange(len(tensors["labels"])) - (number << 32)
     return WindowBatch(
         {key: value.numpy() for key, value in observations.items()}
         if isinstance(observations, dict)
         else observations.numpy(),
-        prefixes=[KeptPrefix() for _ in tensors["labels"]],
+        prefix_keys=keys,
         **tensors,
     )
 

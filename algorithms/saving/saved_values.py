@@ -102,6 +102,8 @@ def _allowed(pi0: bool) -> Allowed:
 
     :param pi0: PI0's classes too, whose import takes seconds
     """
+    from cfgrl_gym.algorithms.groups import Randomness
+    from cfgrl_gym.algorithms.metrics import TaskSuccesses
     from cfgrl_gym.algorithms.mlp_policy import MlpPolicy
 
     policies: list[type] = [MlpPolicy]
@@ -127,7 +129,7 @@ def _allowed(pi0: bool) -> Allowed:
         calls={**_by_name(OrderedDict, deque), **paths, ("torch", "device"): torch.device},
         classes=_by_name(
             *(spaces.Box, spaces.Dict, spaces.Discrete, spaces.MultiBinary, spaces.MultiDiscrete),
-            *(NormStats, Moments, *schedules),
+            *(NormStats, Moments, Randomness, TaskSuccesses, *schedules),
         ),
         values={**_by_name(*policies, *_OPTIMIZERS), **numbers},
     )

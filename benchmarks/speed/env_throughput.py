@@ -1,55 +1,34 @@
 """How fast LIBERO is here, beside LIBERO's own `OffScreenRenderEnv` doing the same actions.
 
-Every measurement runs in a fresh process (`libero_timing.py`), the two sides in turns. Writes every
-single value, medians and the ratios against their goals to <out>, and prints a table.
+Every measurement runs in a fresh process (`timing_sides.py`), the two sides in turns. Writes every
+single value, medians and the ratios against their goals to <out>, and prints a table. Several
+environments at once, and their memory, are `vec_envs.py`'s subject.
 
     python benchmarks/speed/env_throughput.py --help
 """
 
 import argparse
-import contextlib
-import importlib.metadata
 import json
 import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
-from dataclasses import asdict
-from datetime import datetime
 from pathlib import Path
-from time import perf_counter
+from statistics import median
 from typing import Any
 
-from throughput_table import (
-    Values,
-    ladder,
-    lerobot_rows,
-    number,
-    print_rows,
-    print_table,
-    rows,
-    scaling,
-)
-from timing_common import (
-    CONTROL_STEPS,
-    FREE_STEPS,
-    IMAGE_SIZE,
-    MEMORY_ENVS,
-    SIDES,
-    proportional_set_mib,
-)
+from rich.console import Console
+from rich.table import Table
+from timing_common import IMAGE_SIZE, write_timing
 from tqdm import tqdm
 
-from cfgrl_gym.cli.run_folder import versions
 from cfgrl_gym.envs.compiled_models import CACHE_VARIABLE
 from cfgrl_gym.envs.render_backend import choose_backend
-from cfgrl_gym.envs.rendering import processors
 
 SCRIPTS = Path(__file__).parent
-SPARE_MIB = 3000  # of memory, that is left to others
-ONE_CORE = {"LP_NUM_THREADS": "0"}  # Mesa's software renderer without threads of its own
-MORE_PACKAGES = ("numba", "llvmlite", "scipy", "PyOpenGL")
+SIDES = ("libero", "here")
+COLD = "construct cold/here"
+Row = dict[str, Any]
 
 
 def parse() -> argparse.Namespace:
@@ -73,215 +52,144 @@ def parse() -> argparse.Namespace:
     return args
 
 
-class Measurements:
-    """Runs measurements in processes of their own and keeps what they print."""
+def plan(args: argparse.Namespace) -> list[tuple[str, list[str]]]:
+    """Key and command of all that is measured, in order."""
+    task = [f"--suite={args.suite}", f"--task-id={args.task_id}", f"--seed={args.seed}"]
 
-    def __init__(self, args: argparse.Namespace) -> None:
-        self._args = args
-        self._of_one = 0.0  # MiB of a process with one of LIBERO's environments
-        self.values = Values()
-
-    def _task(self) -> list[str]:
-        args = self._args
-        values = ("--suite", args.suite, "--task-id", args.task_id, "--seed", args.seed)
-        return [str(value) for value in values]
-
-    def _command(self, *arguments: object) -> list[str]:
-        timing = [sys.executable, str(SCRIPTS / "libero_timing.py")]
-        return [*timing, *map(str, arguments), *self._task()]
-
-    def run(self, key: str, *arguments: object, **environment: str) -> None:
-        self._run(key, self._command(*arguments), environment)
-
-    def lerobot(self, key: str, *arguments: str) -> None:
-        script = str(SCRIPTS / "lerobot_env.py")
-        self._run(key, [self._args.lerobot_python, script, *arguments, *self._task()], {})
-
-    def _run(self, key: str, command: list[str], environment: dict[str, str]) -> None:
-        done = subprocess.run(
-            command,
-            capture_output=True,
-            text=True,
-            env=os.environ | environment,
-            stdin=subprocess.DEVNULL,
-        )
-        if done.returncode:
-            raise RuntimeError(f"{key} failed:\n{done.stderr[-3000:]}")
-        self.values.setdefault(key, []).append(json.loads(done.stdout.splitlines()[-1]))
-
-    def cold(self) -> None:
-        """The construction with an empty cache of compiled models."""
-        with tempfile.TemporaryDirectory() as folder:
-            self.run("construct cold/here", "construct", "here", **{CACHE_VARIABLE: folder})
-
-    def memory_libero(self, key: str) -> None:
-        """LIBERO's environments, a process each."""
-        command = self._command("memory", "libero")
-        with contextlib.ExitStack() as stack:
-            trees = [_ready(stack.enter_context(_held(command)))]
-            self._of_one = sum(proportional_set_mib(trees[0]))
-            count = self._room()
-            others = [stack.enter_context(_held(command)) for _ in range(count - 1)]
-            trees += map(_ready, others)
-            self._keep_memory(key, count, trees)
-
-    def memory_here(self, key: str, workers: str) -> None:
-        """This package's environments, in threads of one process or in processes."""
-        count = MEMORY_ENVS if workers == "threads" else self._room()
-        command = self._command("memory", "here", "--n-envs", count, "--workers", workers)
-        with _held(command) as process:
-            self._keep_memory(key, count, [_ready(process)])
-
-    def _room(self) -> int:
-        """How many environments in processes the memory has room for: all, else half."""
-        enough = MEMORY_ENVS * self._of_one <= available_mib() - SPARE_MIB
-        return MEMORY_ENVS if enough else MEMORY_ENVS // 2
-
-    def _keep_memory(self, key: str, count: int, trees: list[list[int]]) -> None:
-        sizes = proportional_set_mib([pid for tree in trees for pid in tree])
-        value = {"environments": count, "pss_mib": sum(sizes), "processes_mib": sizes}
-        self.values.setdefault(key, []).append(value)
-
-
-@contextlib.contextmanager
-def _held(command: list[str]) -> Any:
-    process = subprocess.Popen(
-        command,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    )
-    try:
-        yield process
-    finally:
-        assert process.stdin is not None
-        assert process.stdout is not None
-        process.stdin.close()  # it waits for that
-        process.stdout.read()
-        process.wait()
-
-
-def _ready(process: Any) -> list[int]:
-    for line in process.stdout:
-        if line.startswith('{"ready"'):
-            pids: list[int] = json.loads(line)["ready"]
-            return pids
-    raise RuntimeError(f"{' '.join(process.args)} ended early; run it to see why")
-
-
-def available_mib() -> float:
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("MemAvailable"))
-
-
-# What is done -----------------------------------------------------------------------------------
-
-
-def plan(args: argparse.Namespace, measured: Measurements) -> list[tuple[str, Callable[[], None]]]:
-    """All that is measured, in the order in which it is run."""
-    jobs: list[tuple[str, Callable[[], None]]] = []
-
-    def add(work: Callable[..., None], key: str, *arguments: object, **more: Any) -> None:
-        jobs.append((key, lambda: work(key, *arguments, **more)))
+    def here(what: str, side: str) -> list[str]:
+        return [sys.executable, str(SCRIPTS / "timing_sides.py"), what, side, *task]
 
     # Not counted: fills the caches of compiled models, of numba, and of the file system.
-    for side in SIDES:
-        add(measured.run, f"warm-up/{side}", "construct", side)
+    jobs = [(f"warm-up/{side}", here("construct", side)) for side in SIDES]
     for repeat in range(args.repeats):
         for what in ("chunk", "steps", "reset", "construct"):
-            for side in SIDES if repeat % 2 == 0 else SIDES[::-1]:
-                add(measured.run, f"{what}/{side}", what, side)
-        jobs.append(("construct cold/here", measured.cold))
-        for key, arguments in ladder():
-            add(measured.run, key, *arguments)
-            # All of them once, and each time those that the table compares.
-            compared = key in ("chunks 1 threads", "chunks 2 threads")
-            if arguments[0] == "chunks" and (repeat == 0 or compared):
-                add(measured.run, f"{key}, one core", *arguments, **ONE_CORE)
+            turns = SIDES if repeat % 2 == 0 else SIDES[::-1]
+            jobs += [(f"{what}/{side}", here(what, side)) for side in turns]
+        jobs.append((COLD, here("construct", "here")))
         if args.lerobot_python:
-            add(measured.lerobot, "lerobot")
-            add(measured.lerobot, "lerobot soft", "--soft-reset")
-    add(measured.memory_libero, "memory/libero")
-    for workers in ("threads", "processes"):
-        add(measured.memory_here, f"memory {workers}/here", workers)
+            lerobot = [args.lerobot_python, str(SCRIPTS / "lerobot_env.py"), *task]
+            jobs += [("lerobot", lerobot), ("lerobot soft", [*lerobot, "--soft-reset"])]
     return jobs
 
 
-def machine(measured: Measurements) -> dict[str, Any]:
-    text = Path("/proc/cpuinfo").read_text()
-    models = [line.split(":")[1].strip() for line in text.splitlines() if "model name" in line]
-    warm_up = measured.values["warm-up/here"][0]
-    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return {
-        "cpu": models[0] if models else "unknown",
-        "cores": processors(),
-        "memory_gib": round(pages / 2**30, 1),
-        "gl_backend": os.environ["MUJOCO_GL"],
-        "gl_renderer": warm_up["gl_renderer"],
-        "load_average_after": os.getloadavg(),
-    }
+def run(key: str, command: list[str]) -> dict[str, Any]:
+    """What a process of its own prints, for `COLD` with an empty cache of compiled models."""
+    with tempfile.TemporaryDirectory() as folder:
+        environment = os.environ | ({CACHE_VARIABLE: folder} if key == COLD else {})
+        done = subprocess.run(
+            command, capture_output=True, text=True, env=environment, stdin=subprocess.DEVNULL
+        )
+    if done.returncode:
+        raise RuntimeError(f"{key} failed:\n{done.stderr[-3000:]}")
+    printed: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return printed
 
 
-def recorded_versions() -> dict[str, Any]:
-    """Without what would name places on this machine."""
-    found = versions()
-    del found["command_line"]
-    for name in MORE_PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found["packages"][name] = importlib.metadata.version(name)
-    return found
+class Values(dict[str, list[dict[str, Any]]]):
+    """What the processes printed, for each kind of measurement a list of its repetitions."""
+
+    def median(self, path: str) -> float:
+        """Of one value in all repetitions: "<key of the measurement>:<name>:<name>..."."""
+        key, *names = path.split(":")
+        found: list[Any] = self[key]
+        for name in names:
+            found = [value[name] for value in found]
+        return median(found)
+
+    def row(self, what: str, unit: str, other: str | None, here: str, goal: float = 0) -> Row:
+        """A line of the table: two medians of which less is better, and their ratio."""
+        mine = self.median(here)
+        row: Row = {"what": what, "unit": unit, "other": None, "here": mine, "ratio": None}
+        if other is not None:
+            row |= {"other": self.median(other), "ratio": self.median(other) / mine}
+            row |= {"goal": f">= {goal:g}x", "met": row["ratio"] >= goal} if goal else {}
+        return row
+
+
+def rows(values: Values) -> list[Row]:
+    def pair(what: str, unit: str, measured: str, name: str, goal: float = 0) -> Row:
+        return values.row(what, unit, *(f"{measured}/{side}:{name}" for side in SIDES), goal=goal)
+
+    table = [pair("50-step chunk, both images at its end", "s", "chunk", "chunk_s", 20)]
+    for kind, name in (("free", "random actions"), ("contact", "random, pushing down")):
+        steps = f"steps/here:{kind}:"
+        share = values.row("  share outside the physics", "", None, steps + "share_outside")
+        table += [
+            pair(f"control step with observation, {name}", "ms", "steps", f"{kind}:step_ms", 4),
+            values.row("  without observation", "ms", None, steps + "advance_ms"),
+            values.row("  of this, physics alone", "ms", None, steps + "physics_floor_ms"),
+            share | {"goal": "< 1/3", "met": share["here"] < 1 / 3},
+        ]
+    first, seeing_the_end = "first_observation_s", "reset/libero:reset_seeing_the_end_s"
+    return [
+        *table,
+        pair("reset and 20 settle steps", "s", "reset", "reset_s", 10),
+        values.row("  LIBERO rendering at the end only", "s", seeing_the_end, "reset/here:reset_s"),
+        pair("construction to first observation", "s", "construct", first, 3),
+        pair("  of another one in the same process", "s", "construct", "second_observation_s"),
+        pair("  imports before that", "s", "construct", "imports_s"),
+        values.row(
+            "  with an empty model cache", "s", f"construct/libero:{first}", f"{COLD}:{first}"
+        ),
+        *(
+            pair(f"image of {camera}", "ms", "chunk", f"image_ms:{camera}")
+            for camera in ("agentview", "robot0_eye_in_hand")
+        ),
+    ]
+
+
+def lerobot_rows(values: Values) -> list[Row]:
+    return [
+        values.row(f"{what}, {name}", "s", f"{key}:{measured}", f"{here}:{measured}")
+        for key, name in (("lerobot", "hard resets"), ("lerobot soft", "soft resets"))
+        for what, measured, here in (
+            ("50 steps with images", "chunk_s", "chunk/here"),
+            ("reset and 20 settle steps", "reset_s", "reset/here"),
+            ("construction to first observation", "first_observation_s", "construct/here"),
+        )
+    ]
+
+
+def print_rows(title: str, other: str, rows: list[Row]) -> None:
+    def number(value: float | None) -> str:
+        return "-" if value is None else f"{value:.3g}"
+
+    table = Table("what", other, "here", "ratio", "goal", "met", title=title)
+    for row in rows:
+        met = {True: "yes", False: "NO", None: ""}[row.get("met")]
+        what = f"{row['what']} ({row['unit']})" if row["unit"] else row["what"]
+        values = (number(row[name]) for name in ("other", "here", "ratio"))
+        table.add_row(what, *values, row.get("goal", ""), met)
+    Console(width=100).print(table)
 
 
 def main() -> None:
     args = parse()
     choose_backend()  # the same for all processes
-    measured = Measurements(args)
-    began, load, started = perf_counter(), os.getloadavg(), datetime.now().astimezone()
-    with tqdm(plan(args, measured), unit="run") as bar:
-        for name, work in bar:
-            bar.set_description(name.ljust(30))
-            work()
-    table, rungs = rows(measured.values), scaling(measured.values)
-    beside = lerobot_rows(measured.values) if args.lerobot_python else []
-
-    command = ["python", *sys.argv]
-    if args.lerobot_python:
-        command = [word.replace(args.lerobot_python, "LEROBOT_PYTHON") for word in command]
-    shown = {"suite": args.suite, "task_id": args.task_id, "repeats": args.repeats}
-    result = {
-        "command": " ".join(command),
-        **recorded_versions(),
-        "started": started.isoformat(timespec="seconds"),
-        "machine": machine(measured) | {"load_average_before": load},
-        "seed": args.seed,
-        "arguments": shown
-        | {"image_size": IMAGE_SIZE, "control_steps": CONTROL_STEPS, "free_steps": FREE_STEPS},
-        "seconds": round(perf_counter() - began, 1),
-        "table": [asdict(row) for row in table],
-        "scaling": rungs,
-        "lerobot_table": [asdict(row) for row in beside],
-        "repetitions": measured.values,
-    }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-
+    values = Values()
+    load = os.getloadavg()
+    with tqdm(plan(args), unit="run") as bar:
+        for key, command in bar:
+            bar.set_description(key.ljust(20))
+            values.setdefault(key, []).append(run(key, command))
+    table = rows(values)
+    beside = lerobot_rows(values) if args.lerobot_python else []
+    if args.lerobot_python:  # a place on this machine
+        sys.argv = [word.replace(args.lerobot_python, "LEROBOT_PYTHON") for word in sys.argv]
+    write_timing(
+        args.out,
+        suite=args.suite,
+        task_id=args.task_id,
+        image_size=IMAGE_SIZE,
+        load_average_before=load,
+        table=table,
+        lerobot_table=beside,
+        repetitions=values,
+    )
     task = f"{args.suite} task {args.task_id}, {IMAGE_SIZE} px, {args.repeats} repetitions"
     print_rows(f"{task}: medians", "LIBERO", table)
-    lines = [
-        [
-            rung["what"],
-            number(rung["per_s"]),
-            f"{rung['to_one']:.2f}x",
-            f"{rung['cpu_per_wall']:.2f}",
-        ]
-        for rung in rungs
-    ]
-    head = ["here, all environments together", "a second", "to one", "CPU s / s"]
-    print_table(f"{processors()} cores", head, lines)
     if beside:
         print_rows("LeRobot's LiberoEnv", "LeRobot", beside)
-    print(f"\n{result['seconds']:.0f} s; every value in {args.out}")
 
 
 if __name__ == "__main__":

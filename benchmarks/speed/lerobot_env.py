@@ -1,10 +1,10 @@
 """Time LeRobot's LIBERO environment on one task; prints one line of JSON, the rest on stderr.
 
-Stands alone, for an environment in which LeRobot is installed, which can't be the one of this
-package (both bring a `libero`). Python 3.12 or newer:
+For an environment in which LeRobot is installed, which can't be the one of this package (both
+bring a `libero`); what it takes of this package comes from the checkout. Python 3.12 or newer:
 
     python3.12 -m venv lerobot-venv
-    lerobot-venv/bin/pip install 'lerobot[libero]'
+    lerobot-venv/bin/pip install 'lerobot[libero]' psutil
     lerobot-venv/bin/python benchmarks/speed/lerobot_env.py --suite libero_object --task-id 0
 
 hf-libero fetches LIBERO's assets from the Hugging Face hub at first use. Without a network, copy
@@ -21,12 +21,9 @@ without any; a step renders both cameras.
 import argparse
 import contextlib
 import importlib.metadata
-import importlib.util
 import json
-import os
 import platform
 import sys
-import tempfile
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -34,30 +31,11 @@ from time import perf_counter, process_time
 from typing import Any
 
 import numpy as np
+from timing_common import CHUNK, IMAGE_SIZE, random_actions, seconds
 
-IMAGE_SIZE = 224
-CHUNK = 50
 SETTLE_STEPS = 20
 SEED = 0
 PACKAGES = ("lerobot", "hf-libero", "robosuite", "mujoco", "numpy", "torch", "gymnasium")
-
-
-def write_config(folder: Path) -> None:
-    """hf-libero asks on stdin where its files are unless it finds this."""
-    spec = importlib.util.find_spec("libero")
-    if spec is None or not spec.submodule_search_locations:
-        sys.exit("hf-libero is not installed here; install it with: pip install 'lerobot[libero]'")
-    root = Path(next(iter(spec.submodule_search_locations))) / "libero"
-    places = {
-        "benchmark_root": root,
-        "bddl_files": root / "bddl_files",
-        "init_states": root / "init_files",
-        "datasets": root.parent / "datasets",
-        "assets": root / "assets",
-    }
-    lines = [f"{key}: {json.dumps(str(place))}\n" for key, place in places.items()]
-    (folder / "config.yaml").write_text("".join(lines), encoding="utf-8")
-    os.environ["LIBERO_CONFIG_PATH"] = str(folder)
 
 
 def bridge_robosuite() -> list[str]:
@@ -107,12 +85,6 @@ def bridge_robosuite() -> list[str]:
     return bridged
 
 
-def seconds(work: Callable[[], Any]) -> float:
-    began = perf_counter()
-    work()
-    return perf_counter() - began
-
-
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     began = perf_counter()
     from lerobot.envs.libero import LiberoEnv, _get_suite
@@ -144,7 +116,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     env.num_steps_wait = SETTLE_STEPS
     reset_s = seconds(reset)
 
-    actions = np.random.default_rng(args.seed).uniform(-1, 1, (CHUNK, 7)).astype(np.float32)
+    actions = random_actions(CHUNK, args.seed).astype(np.float32)
     cpu = process_time()
     chunk = seconds(lambda: [env.step(action) for action in actions])
     cpu = process_time() - cpu
@@ -172,9 +144,12 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the actions (default: %(default)s)")
     parser.add_argument("--soft-reset", action="store_true", help="LiberoEnv(hard_reset=False)")
     args = parser.parse_args()
-    os.environ.setdefault("MUJOCO_GL", "egl")
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
-        write_config(Path(folder))
+    with contextlib.redirect_stdout(sys.stderr):
+        # hf-libero asks on stdin where its files are, unless somebody has told it.
+        sys.path.insert(0, str(Path(__file__).parents[2]))
+        from cfgrl_gym.envs.installation import import_libero
+
+        import_libero("benchmark")
         result = measure(args)
     print(json.dumps(result), flush=True)
 

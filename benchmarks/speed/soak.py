@@ -23,7 +23,7 @@ import gymnasium as gym
 import numpy as np
 import psutil
 from study_results import write_result
-from timing_common import proportional_set_mib
+from timing_common import pss_mib
 from tqdm import tqdm
 
 from cfgrl_gym import WorkerVecEnv
@@ -72,7 +72,7 @@ def processes(env: WorkerVecEnv) -> Iterator[tuple[str, psutil.Process]]:
 
 def sample(env: WorkerVecEnv, chunks: int) -> dict[str, Any]:
     of_each = {
-        name: {"pss_mib": proportional_set_mib([process.pid])[0], "files": process.num_fds()}
+        name: {"pss_mib": pss_mib(process), "files": process.num_fds()}
         for name, process in processes(env)
     }
     return {"chunks": chunks, "processes": of_each}

@@ -1,7 +1,6 @@
-"""What both sides of the timing have in common: sizes, actions, clocks, and a look at processes."""
+"""What the timings of LIBERO share: sizes, actions, clocks, memory, and the result file."""
 
 import contextlib
-import functools
 import json
 import os
 import sys
@@ -11,21 +10,11 @@ from time import perf_counter
 from typing import Any
 
 import numpy as np
+import psutil
 
-SIDES = ("libero", "here")
 IMAGE_SIZE = 224
 CHUNK = 50  # control steps
-CONTROL_STEPS = 100  # of the measurement without images
-PASSES = 5  # of that measurement within a process
-IMAGES = 15  # of each camera
-ROUNDS = 6  # chunks of each environment where several run at once
-FREE_STEPS = 400  # control steps of each environment without observations
-HELD_STEPS = 5  # control steps before memory is looked at
-SETTLE_STEPS = 20
-SETTLE_ACTION = np.array([0, 0, 0, 0, 0, 0, -1.0])
-CAMERAS = ("agentview", "robot0_eye_in_hand")
-SEED = 0  # LIBERO's evaluation seeds its environments so
-MEMORY_ENVS = 8
+PASSES = 5  # of a measurement without images, within a process
 NO_LIMIT = 10**6  # control steps of an episode
 
 
@@ -34,76 +23,53 @@ def random_actions(steps: int, seed: int) -> np.ndarray:
     return np.random.default_rng(seed).uniform(-1, 1, (steps, 7))
 
 
-def downward_actions(steps: int, seed: int) -> np.ndarray:
-    """float64 (steps, 7): the same with a push down to where there is something to touch."""
-    from cfgrl_gym.envs.exactness import downward_actions
-
-    return downward_actions(steps, seed)
-
-
-ACTIONS = {"free": random_actions, "contact": downward_actions}
-
-
 def seconds(work: Callable[[], Any]) -> float:
     began = perf_counter()
     work()
     return perf_counter() - began
 
 
-def image_ms(render: Callable[[str], None]) -> dict[str, float]:
-    """Median of each camera, the cameras in turns."""
-    spent: dict[str, list[float]] = {camera: [] for camera in CAMERAS}
-    for _ in range(IMAGES):
-        for camera in CAMERAS:
-            spent[camera].append(1000 * seconds(functools.partial(render, camera)))
-    return {camera: float(np.median(times)) for camera, times in spent.items()}
-
-
-def import_all() -> None:
-    """What both sides need, so that constructing has nothing left to import."""
-    from cfgrl_gym.envs import libero
-    from cfgrl_gym.envs.installation import import_libero
-
-    import_libero("benchmark")
-    import_libero("envs.env_wrapper")
-    assert libero
-
-
-def process_tree(root: int) -> list[int]:
-    """A process and all its descendants."""
-    children: dict[int, list[int]] = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):  # ended meanwhile
-            parent = int(stat.read_text().rsplit(")", 1)[1].split()[1])
-            children.setdefault(parent, []).append(int(stat.parent.name))
-    tree = [root]
-    for pid in tree:
-        tree += children.get(pid, [])
-    return tree
+def processes() -> list[psutil.Process]:
+    """This process and its descendants."""
+    this = psutil.Process()
+    return [this, *this.children(recursive=True)]
 
 
 def cpu_seconds() -> float:
     """User and system time of this process and its descendants."""
-    ticks = 0
-    for pid in process_tree(os.getpid()):
-        with contextlib.suppress(OSError):
-            fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
-            ticks += int(fields[11]) + int(fields[12])
-    return ticks / os.sysconf("SC_CLK_TCK")
+    spent = 0.0
+    for process in processes():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            times = process.cpu_times()
+            spent += times.user + times.system
+    return spent
 
 
-def proportional_set_mib(pids: list[int]) -> list[float]:
-    """Pss of each process: its memory, what is shared counted in parts."""
-    sizes = []
-    for pid in pids:
-        with contextlib.suppress(OSError):
-            for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
-                if line.startswith("Pss:"):
-                    sizes.append(int(line.split()[1]) / 1024)
-    return sizes
+def pss_mib(process: psutil.Process) -> float:
+    """Proportional set size: the memory of a process, what is shared counted in parts."""
+    return float(process.memory_full_info().pss / 2**20)
 
 
-def hold() -> None:
-    """Say that all is ready, and keep it until the parent closes stdin."""
-    print(json.dumps({"ready": process_tree(os.getpid())}), file=sys.__stdout__, flush=True)
-    sys.stdin.read()
+def write_timing(out: Path, **content: Any) -> None:
+    """Write a result file: command, versions, machine, and the content."""
+    from OpenGL import GL
+
+    from cfgrl_gym.cli.run_folder import versions
+    from cfgrl_gym.envs.render_backend import GlContext
+    from cfgrl_gym.envs.rendering import processors
+
+    cpus = [s for s in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in s]
+    with GlContext(IMAGE_SIZE):
+        renderer = GL.glGetString(GL.GL_RENDERER).decode()
+    machine = {
+        "cpu": cpus[0].split(":")[1].strip() if cpus else "unknown",
+        "cores": processors(),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "gl_backend": os.environ["MUJOCO_GL"],
+        "gl_renderer": renderer,
+        "load_average": os.getloadavg(),
+    }
+    about = {"command": " ".join(["python", *sys.argv]), "versions": versions(), "machine": machine}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(about | content, indent=1) + "\n", encoding="utf-8")
+    print(out)

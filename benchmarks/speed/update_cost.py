@@ -31,11 +31,10 @@ from tqdm import tqdm
 
 from cfgrl_gym.algorithms.flow import NULL, POSITIVE
 from cfgrl_gym.algorithms.memory.micro_batches import MicroBatches
-from cfgrl_gym.algorithms.memory.prefix_cache import KeptPrefix, PrefixMemory
+from cfgrl_gym.algorithms.memory.prefix_cache import PrefixCache
 from cfgrl_gym.algorithms.pi0 import Pi0CFGRLConfig, Pi0ForCFGRL, Pi0Policy
 from cfgrl_gym.algorithms.pi0.memory import encode_example, example_inputs, example_loss
 from cfgrl_gym.algorithms.pi0.tokenizer import PALIGEMMA_PROMPT_TOKENS
-from cfgrl_gym.algorithms.samples import window_losses
 from cfgrl_gym.algorithms.windows import WindowBatch
 
 PLENTY = 2**40
@@ -51,7 +50,7 @@ class Update:
     def __init__(self, policy: Pi0Policy, args: Any, kept: bool) -> None:
         self.policy, self.args = policy, args
         self.kept = kept
-        self.memory = PrefixMemory(policy, PLENTY, PLENTY if kept else 0)
+        self.memory = PrefixCache(policy, PLENTY, PLENTY if kept else 0)
         self.micro_batches = MicroBatches(args.micro_batch)
         self.generator = torch.Generator().manual_seed(args.seed)
         self.windows = make_windows(policy, args)
@@ -61,14 +60,25 @@ class Update:
         for part in torch.arange(self.args.windows).split(self.args.micro_batch):
             batch = self.windows[part]
             with precision(self.policy, self.args.size):
-                self.memory.recall(batch.observations, batch.prefixes)
+                self.memory.recall(batch.observations, batch.prefix_keys)
 
     def gradients(self, batch: WindowBatch) -> Tensor:
         """Leave a step's gradients in the parameters; returns its losses."""
         t, noise = self.policy.draw_flow(len(batch), self.generator)
-        loss = partial(window_losses, self.policy, self.memory, batch, batch.labels, t, noise)
         with precision(self.policy, self.args.size):
-            return self.micro_batches.backward(loss, len(batch), self.policy.optimizer)
+            return self.micro_batches.backward(self.policy.optimizer, self.losses, batch, t, noise)
+
+    def losses(self, batch: WindowBatch, t: Tensor, noise: Tensor) -> Tensor:
+        """As in `CFGRL.train`."""
+        return self.policy.flow_matching_loss(
+            batch.observations,
+            batch.model_actions,
+            batch.action_is_pad,
+            batch.labels,
+            t,
+            noise,
+            self.memory.recall(batch.observations, batch.prefix_keys),
+        )
 
     def epoch(self, name: str) -> list[float]:
         """One pass over the windows; returns each step's loss."""
@@ -88,7 +98,7 @@ def make_windows(policy: Pi0Policy, args: Any) -> WindowBatch:
         torch.randn(shape, generator=generator),
         torch.zeros(shape[:2], dtype=torch.bool),
         torch.where(torch.arange(args.windows) % 2 == 0, POSITIVE, NULL),
-        [KeptPrefix() for _ in range(args.windows)],
+        torch.arange(args.windows),
     )
 
 

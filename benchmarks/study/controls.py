@@ -10,7 +10,6 @@ import torch
 from cfgrl_gym.algorithms import CFGRL, rloo_advantages
 from cfgrl_gym.algorithms.collector import Episode
 from cfgrl_gym.algorithms.flow import NULL
-from cfgrl_gym.algorithms.groups import seed_sequence
 from cfgrl_gym.algorithms.windows import WindowBatch
 
 RESAMPLE = 1_000_003  # purpose of random numbers, beside those of `CFGRL`
@@ -53,7 +52,7 @@ class AdvantageWeighted(CFGRL):
             ]
         )
         weights = np.minimum(np.exp(advantages / self.BETA), self.MAX_WEIGHT)
-        rng = np.random.default_rng(seed_sequence(self._entropy, RESAMPLE, self._iteration))
+        rng = self.randomness.rng(RESAMPLE, self.iteration)
         drawn = rng.choice(len(windows), len(windows) * self.n_epochs, p=weights / weights.sum())
         chosen = windows[torch.from_numpy(drawn)]
         chosen.labels.fill_(NULL)

@@ -31,26 +31,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     :param argv: without the program's name; None takes this process's
     """
-    run = parse(sys.argv[1:] if argv is None else argv)
     try:
-        return run()
-    except KeyboardInterrupt:
-        return _interrupted()
-    except (EOFError, ConnectionError) as error:
-        if _follows_interrupt(error):  # Ctrl-C ends the environment processes too
-            return _interrupted()
-        if os.environ.get(TRACEBACK_VARIABLE):
-            raise
-        # A worker's own traceback, with its lines
-        print(f"cfgrl: error: {error or 'an environment process died'}", file=sys.stderr)
-        return USAGE_ERROR
+        return parse(sys.argv[1:] if argv is None else argv)()
     except Stopped as stopped:
-        print(f"cfgrl: {stopped}", file=sys.stderr)
-        return 128 + stopped.number
-    except _EXPECTED as error:
+        return _end(str(stopped), 128 + stopped.number)
+    except KeyboardInterrupt:
+        return _end("interrupted", INTERRUPTED)
+    except (EOFError, ConnectionError, *_EXPECTED) as error:
+        lost = isinstance(error, (EOFError, ConnectionError))
+        if lost and _follows_interrupt(error):  # Ctrl-C ends the environment processes too
+            return _end("interrupted", INTERRUPTED)
         if os.environ.get(TRACEBACK_VARIABLE):
             raise
-        return _report(str(error) or repr(error))
+        if lost:  # the message is a worker's own traceback, with its lines
+            return _end(f"error: {error or 'an environment process died'}", USAGE_ERROR)
+        return _end(f"error: {' '.join((str(error) or repr(error)).split())}", USAGE_ERROR)
 
 
 def _follows_interrupt(error: BaseException | None) -> bool:
@@ -61,11 +56,6 @@ def _follows_interrupt(error: BaseException | None) -> bool:
     return False
 
 
-def _interrupted() -> int:
-    print("cfgrl: interrupted", file=sys.stderr)
-    return INTERRUPTED
-
-
-def _report(message: str) -> int:
-    print(f"cfgrl: error: {' '.join(message.split())}", file=sys.stderr)
-    return USAGE_ERROR
+def _end(message: str, status: int) -> int:
+    print(f"cfgrl: {message}", file=sys.stderr)
+    return status

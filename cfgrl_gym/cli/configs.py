@@ -1,52 +1,162 @@
 """The configuration of each command: what its YAML file and its options may say.
 
-Nothing here imports torch: `cfgrl --help` reads these classes.
+A command has options of its own, and takes others from the classes that it hands them to: their
+names, types, defaults and explanations stand there only. Hence importing this module imports torch
+and transformers, which `cfgrl --help` does without.
 """
 
-from dataclasses import dataclass
-from typing import Literal
+import inspect
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, fields, make_dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, get_type_hints
 
-from cfgrl_gym.cli.option_checks import Options, at_least
+from cfgrl_gym.algorithms import CFGRL
+from cfgrl_gym.algorithms.checks import check_parameters
+from cfgrl_gym.algorithms.pi0 import Pi0Policy, TinySizes
+from cfgrl_gym.algorithms.pi0.presets import Preset
+from cfgrl_gym.algorithms.warm_start import WarmStartConfig
+from cfgrl_gym.demos.recording import RecordingConfig
+from cfgrl_gym.envs.libero import LiberoEnv
+from cfgrl_gym.envs.suites import TaskIds
 
-TaskId = int | list[int] | Literal["all"]
-Preset = Literal["tiny", "pi0"]
-ConditionMode = Literal["token", "bias", "concat"]
 Camera = Literal["agentview", "robot0_eye_in_hand"]
-Trainable = Literal["expert", "all", "lora"]
+LARGEST_SEED = 2**32 - 1  # NumPy's
+# The least value of the options of these names, in every command.
+AT_LEAST_1 = {
+    *("batch_size", "chunk_size", "demos", "episodes", "eval_episodes", "eval_every", "horizon"),
+    *("image_stride", "keep_checkpoints", "log_every", "max_episode_steps", "max_iterations"),
+    *("n_envs", "num_inference_steps", "save_every", "steps", "total_timesteps"),
+    *("window_stride", "workers"),
+}
+LEAST = {"seed": 0, "image_size": 8} | dict.fromkeys(AT_LEAST_1, 1)
+MORE_THAN_0 = ("learning_rate", "max_grad_norm")
+Class = TypeVar("Class", bound=type)
+_STARRED = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
+class Parameters:
+    """Parameters of a class that a command has as options.
+
+    :param owner: the class
+    :param title: heads them in the command's help
+    :param only: those that are options; empty: all
+    :param skip: those that are none of the options, or that the command has for itself
+    """
+
+    def __init__(self, owner: type, title: str, *, only: str = "", skip: str = "") -> None:
+        self.owner, self.title = owner, title
+        self.all, self.hints = _constructor_parameters(owner)
+        assert {*only.split(), *skip.split()} <= set(self.all)
+        chosen = set(only.split() or self.all) - set(skip.split())
+        self.names = [name for name in self.all if name in chosen]
+
+
+def _constructor_parameters(
+    owner: type,
+) -> tuple[dict[str, inspect.Parameter], dict[str, Any]]:
+    """A constructor's parameters and their types, and the base class's where `**kwargs` go there:
+    those that jsonargparse finds."""
+    named: dict[str, inspect.Parameter] = {}
+    hints: dict[str, Any] = {}
+    for kind in owner.__mro__:
+        if "__init__" not in vars(kind):
+            continue
+        init = vars(kind)["__init__"]
+        _, *parameters = inspect.signature(init).parameters.values()  # without self
+        named = {p.name: p for p in parameters if p.kind not in _STARRED} | named
+        hints = get_type_hints(init) | hints
+        if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
+            break
+    return named, hints
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Base of the commands' configurations: numbers are finite and in their range.
+
+    :raises ValueError: a value that no run could use
+    """
+
+    taken: ClassVar[tuple[Parameters, ...]] = ()  # from other classes
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any: ...  # an option taken from another class
+
+    def __post_init__(self) -> None:
+        for option in fields(self):
+            name, given = option.name, getattr(self, option.name)
+            if isinstance(given, (list, tuple)) and not given:
+                raise ValueError(f"{name} must not be an empty list")
+            for value in given if isinstance(given, (list, tuple)) else [given]:
+                if isinstance(value, float) and not math.isfinite(value):
+                    raise ValueError(f"{name} must be finite; got {value}")
+                if isinstance(value, str) and "\0" in value:
+                    raise ValueError(f"{name} must be without NUL characters; got {value!r}")
+                if value == "" and name != "title":
+                    raise ValueError(f"{name} must not be empty")
+            if isinstance(given, int) and given < LEAST.get(name, given):
+                raise ValueError(f"{name} must be at least {LEAST[name]}; got {given}")
+            if name in MORE_THAN_0 and given <= 0:
+                raise ValueError(f"{name} must be more than 0; got {given}")
+            if name == "seed" and given > LARGEST_SEED:
+                raise ValueError(f"seed must be at most {LARGEST_SEED}; got {given}")
+
+    def arguments_of(self, owner: type) -> dict[str, Any]:
+        """The options that were taken from this class, with their values."""
+        (names,) = (parameters.names for parameters in self.taken if parameters.owner is owner)
+        return {name: getattr(self, name) for name in names}
+
+
+def taking(*taken: Parameters) -> Callable[[Class], Class]:
+    """Add parameters of other classes to a configuration's own options."""
+
+    def extend(own: Class) -> Class:
+        new: list[tuple[str, Any, Any]] = []
+        for parameters in taken:
+            hints = parameters.hints
+            new += [(n, hints[n], parameters.all[n].default) for n in parameters.names]
+        namespace = {"__doc__": own.__doc__, "__module__": own.__module__, "taken": taken}
+        extended: Any = make_dataclass(
+            own.__name__, new, bases=(own,), namespace=namespace, frozen=True, kw_only=True
+        )
+        return extended
+
+    return extend
+
+
+@taking(Parameters(RecordingConfig, "recording", skip="task_id"))
 @dataclass(frozen=True, kw_only=True)
 class DemosConfig(Options):
     """Options of `cfgrl demos`.
 
-    :param suite: suite of the tasks
     :param task_id: the task, several as [0,2,5], or all; each gets a file of its own
-    :param demos: successful demonstrations of each task
-    :param image_size: side of the two camera images in pixels
-    :param image_stride: draw the images at every so manieth step only, which is faster; 1 draws
-        all, as LIBERO's own files have
-    :param perturbed: share of the demonstrations that start from a disturbed pose
-    :param seed: of the placements and of the disturbances
-    :param workers: processes that record at the same time (about 2 GB of memory each)
     :param out: folder; files are <out>/<suite>/<task>_demo.hdf5, never overwritten
     """
 
-    suite: str = "libero_object"
-    task_id: TaskId = 0
-    demos: int = 50
-    image_size: int = 128
-    image_stride: int = 1
-    perturbed: float = 0.8
-    seed: int = 0
-    workers: int = 2
+    task_id: TaskIds = 0
     out: str = "./demos"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        at_least(1, demos=self.demos, image_stride=self.image_stride, workers=self.workers)
-        at_least(8, image_size=self.image_size)
+
+# Parameters of Pi0Policy that commands set themselves, or have an option of their own for.
+_NOT_FROM_PI0 = (
+    "observation_space action_space lr_schedule preset checkpoint norm_stats cfg_scale horizon "
+    "sizes seed model_config base cameras optimizer_class optimizer_kwargs normalize_images "
+    "action_width features_extractor_class features_extractor_kwargs features_extractor "
+    "squash_output"
+)
 
 
+@taking(
+    Parameters(WarmStartConfig, "optimization"),
+    Parameters(
+        Pi0Policy,
+        "policy",
+        skip=f"{_NOT_FROM_PI0} num_inference_steps guidance compile_denoising",
+    ),
+    Parameters(TinySizes, "sizes of a new tiny model", skip="max_action_dim max_state_dim"),
+)
 @dataclass(frozen=True, kw_only=True)
 class SftConfig(Options):
     """Options of `cfgrl sft`.
@@ -56,39 +166,13 @@ class SftConfig(Options):
     :param policy: policy folder, run folder or PI0 checkpoint to start from (with preset pi0, also
         a name on the Hugging Face hub). null: a new policy with random weights
     :param preset: tiny (for a CPU) or pi0 (the full 3.3 B model). null: the policy's, else tiny
-    :param condition_mode: how the optimality condition enters: token, bias or concat. null: the
-        policy's, else token
     :param horizon: action steps that the model predicts. null: the policy's, else 50
-    :param delta_actions: the model's actions are relative to the state in the first 6 dimensions.
-        null: the policy's, else true for pi0 and false for tiny
-    :param use_prefix_dropout: the unconditional branch doesn't see the instruction either. null:
-        the policy's, else false
-    :param trainable: expert (the VLM is frozen), all, or lora (adapters on language model and
-        expert; needs peft). null: expert for a pi0 policy that is given, else all
-    :param gradient_checkpointing: less memory for more time in the backward pass
-    :param ema_decay: save an exponential moving average of the weights, of this decay a step. null:
-        the weights themselves
     :param norm_stats: openpi's norm_stats.json. null: the policy's own, else computed from the
         demonstrations
     :param std_floor: least standard deviation in computed statistics
     :param cameras: of a new tiny model: which images it sees, agentview and robot0_eye_in_hand (the
         wrist's, the cheaper one to draw without a GPU). null: both
-    :param image_size: of a new tiny model: side of the images it sees, in pixels
-    :param patch_size: of a new tiny model: side of an image patch
-    :param hidden_size: of a new tiny model: width
-    :param vision_layers: of a new tiny model: layers of the vision tower
-    :param num_layers: of a new tiny model: layers of language model and action expert
-    :param num_heads: of a new tiny model: attention heads
-    :param mlp_ratio: of a new tiny model: width of every MLP, in hidden sizes
-    :param steps: optimizer steps
-    :param batch_size: windows in each step
-    :param learning_rate: its peak
-    :param window_stride: control steps between the windows cut from a demonstration; only steps
-        whose images were drawn are used
-    :param dropout_prob: share of the samples whose condition is dropped
-    :param max_grad_norm: gradients are clipped to this norm
     :param log_every: steps between two rows of the metrics
-    :param seed: of a new model's weights and of the training
     :param device: auto, cpu, cuda, ...
     :param out: run folder. null: runs/sft-<date-time>
     """
@@ -96,229 +180,106 @@ class SftConfig(Options):
     demos: str | list[str]
     policy: str | None = None
     preset: Preset | None = None
-    condition_mode: ConditionMode | None = None
     horizon: int | None = None
-    delta_actions: bool | None = None
-    use_prefix_dropout: bool | None = None
-    trainable: Trainable | None = None
-    gradient_checkpointing: bool = False
-    ema_decay: float | None = None
     norm_stats: str | None = None
     std_floor: float = 0.05
     cameras: list[Camera] | None = None
-    image_size: int = 112
-    patch_size: int = 16
-    hidden_size: int = 128
-    vision_layers: int = 2
-    num_layers: int = 4
-    num_heads: int = 4
-    mlp_ratio: int = 2
-    steps: int = 3000
-    batch_size: int = 32
-    learning_rate: float = 1e-3
-    window_stride: int = 1
-    dropout_prob: float = 0.1
-    max_grad_norm: float = 1.0
     log_every: int = 50
-    seed: int = 0
     device: str = "auto"
     out: str | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        at_least(
-            1,
-            steps=self.steps,
-            batch_size=self.batch_size,
-            window_stride=self.window_stride,
-            log_every=self.log_every,
-            horizon=self.horizon,
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class PolicyOptions(Options):
-    """The policy that a command starts from.
+    """A policy and the environments that it acts in. Sizes that are null are the policy's.
 
     :param policy: libero_tiny (comes with the package), a policy folder (what save_pretrained
         wrote), the run folder of `cfgrl sft` or `cfgrl train`, or a PI0 checkpoint (with preset
         pi0, also a name on the Hugging Face hub)
     :param preset: tiny or pi0. null: what the folder says
     :param norm_stats: openpi's norm_stats.json. null: the policy folder's own
-    :param delta_actions: the model's actions are relative to the state in the first 6 dimensions.
-        null: what the folder says, else true for pi0
-    :param num_inference_steps: denoising steps of the sampler
-    :param guidance: velocity guides every denoising step; action combines two finished chunks
+    :param chunk_size: actions executed open loop in one step. null: all that the policy predicts
+    :param image_size: side of the camera images in pixels. null: what the model sees
+    :param n_envs: environments, in one worker process for each processor; a worker that dies, hangs
+        or fails is replaced
+    :param video: record an episode at the end (eval: a success and a failure, if there are any)
     :param device: auto, cpu, cuda, ...
     """
 
     policy: str
     preset: Preset | None = None
     norm_stats: str | None = None
-    delta_actions: bool | None = None
-    num_inference_steps: int = 10
-    guidance: Literal["velocity", "action"] = "velocity"
-    device: str = "auto"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        at_least(1, num_inference_steps=self.num_inference_steps)
-
-
-@dataclass(frozen=True, kw_only=True)
-class LiberoOptions(Options):
-    """The environments that a command runs.
-
-    :param suite: suite of the tasks
-    :param task_id: the task, several as [0,2,5], or all
-    :param chunk_size: actions executed open loop in one step. null: all that the policy predicts
-    :param image_size: side of the camera images in pixels. null: what the model sees
-    :param max_episode_steps: time limit in control steps (20 a second). null: the suite's own
-    :param n_envs: environments, in one worker process for each processor; a worker that dies, hangs
-        or fails is replaced
-    """
-
-    suite: str = "libero_object"
-    task_id: TaskId = 0
     chunk_size: int | None = None
     image_size: int | None = None
-    max_episode_steps: int | None = None
     n_envs: int = 1
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        at_least(
-            1,
-            chunk_size=self.chunk_size,
-            max_episode_steps=self.max_episode_steps,
-            n_envs=self.n_envs,
-        )
-        at_least(8, image_size=self.image_size)
+    video: bool = True
+    device: str = "auto"
 
 
+@taking(
+    Parameters(LiberoEnv, "environments", only="suite task_id max_episode_steps init_states"),
+    Parameters(Pi0Policy, "policy", skip=_NOT_FROM_PI0),
+    Parameters(
+        CFGRL,
+        "algorithm",
+        skip="policy env learning_rate stats_window_size tensorboard_log policy_kwargs verbose "
+        "seed device _init_setup_model",
+    ),
+)
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig(LiberoOptions, PolicyOptions):
+class TrainConfig(PolicyOptions):
     """Options of `cfgrl train`.
 
-    :param init_states: start from the states that the benchmark evaluates on (benchmark), from some
-        of them as [0,1,2], so that others stay unseen, or from random placements (random)
-    :param condition_mode: how the optimality condition enters, for a checkpoint that has none yet:
-        token, bias or concat. null: the policy's, else token
-    :param use_prefix_dropout: the unconditional branch doesn't see the instruction either. null:
-        the policy's, else false
-    :param trainable: expert (the VLM is frozen), all, or lora (adapters on language model and
-        expert; needs peft). null: expert for pi0, all for tiny
-    :param gradient_checkpointing: less memory for more time in the backward pass
-    :param ema_decay: act with an exponential moving average of the weights, of this decay an
-        optimizer step. null: with the weights themselves
     :param total_timesteps: environment steps, summed over environments; a chunk of actions is one.
         The iteration that reaches the number is finished
-    :param max_iterations: end after so many iterations, if total_timesteps doesn't end it before
+    :param max_iterations: end after this many iterations, if total_timesteps doesn't end it before
     :param learning_rate: of the optimizer, constant
-    :param rloo_batch_size: K, episodes of a group, all from the same start
-    :param groups_per_iteration: groups asked for before each update
-    :param enable_dynamic_sampling: discard a group whose K returns are all equal, try another
-    :param early_stop_percentage: with dynamic sampling, the share of groups_per_iteration that
-        suffices
-    :param max_groups_tried: with dynamic sampling, give up after this many groups. null: three
-        times groups_per_iteration
-    :param dropout_prob: probability with which a condition is dropped, each time it is used
-    :param label_source: episode_rloo (the episode's advantage), window_rloo (leave-one-out
-        reward-to-go) or window_return (reward in the window against the group's mean)
-    :param label_threshold: a window whose advantage reaches this is optimal
-    :param negatives: label of the others: null is the unconditional one, zero is o = 0
-    :param positive_share: share of the optimal windows among those that an epoch draws, whatever
-        share they have of all. null: every window once an epoch
-    :param cfg_scale: guidance while collecting. null: the policy's own
-    :param n_epochs: passes over the windows in each update
-    :param batch_size: windows of one forward pass
-    :param gradient_accumulation_steps: forward passes of one optimizer step
-    :param max_grad_norm: gradients are clipped to this norm
-    :param window_stride: control steps between windows. null: the chunk
-    :param replay_iterations: learn from the windows of this many earlier iterations too
-    :param device_memory: GiB of a GPU's memory that the run may use. null: all that is free
-    :param prefix_memory: GiB of the host's memory for what a frozen VLM computed while acting, so
-        that the update needs not compute it again. null: half of what is free
     :param eval_every: iterations between evaluations on the benchmark's initial states and with its
         time limit; the first is before training, the last after it. null: none
-    :param eval_episodes: the first so many initial states of each task. null: all (LIBERO has 50)
+    :param eval_episodes: how many initial states of each task to evaluate on, from the first.
+        null: all (LIBERO has 50)
     :param eval_cfg_scale: guidance in evaluations, or several values as [1,1.5]. null: the policy's
         own
     :param save_every: iterations between checkpoints in <out>/checkpoints, from which a run that
         was stopped or killed goes on with --resume. null: only at its end
-    :param keep_checkpoints: keep the last so many, and the best one
-    :param resume: go on with the run in this folder, from its last checkpoint and with the options
-        that it began with; beside it only total_timesteps and max_iterations may be given
-    :param video: record an episode at the end
+    :param keep_checkpoints: how many of the latest to keep, beside the best one
     :param seed: of everything random
     :param out: run folder. null: runs/train-<date-time>
+    :param resume: go on with the run in this folder, from its last checkpoint and with the options
+        that it began with; beside it only total_timesteps and max_iterations may be given
     """
 
-    init_states: Literal["benchmark", "random"] | list[int] = "benchmark"
-    condition_mode: ConditionMode | None = None
-    use_prefix_dropout: bool | None = None
-    trainable: Trainable | None = None
-    gradient_checkpointing: bool = False
-    ema_decay: float | None = None
     total_timesteps: int = 10_000
     max_iterations: int | None = None
     learning_rate: float = 3e-4
-    rloo_batch_size: int = 8
-    groups_per_iteration: int = 4
-    enable_dynamic_sampling: bool = True
-    early_stop_percentage: float = 0.8
-    max_groups_tried: int | None = None
-    dropout_prob: float = 0.1
-    label_source: Literal["episode_rloo", "window_rloo", "window_return"] = "episode_rloo"
-    label_threshold: float = 0.0
-    negatives: Literal["null", "zero"] = "null"
-    positive_share: float | None = None
-    cfg_scale: float | None = None
-    n_epochs: int = 4
-    batch_size: int = 64
-    gradient_accumulation_steps: int = 1
-    max_grad_norm: float = 1.0
-    window_stride: int | None = None
-    replay_iterations: int = 0
-    device_memory: float | None = None
-    prefix_memory: float | None = None
     eval_every: int | None = None
     eval_episodes: int | None = None
     eval_cfg_scale: float | list[float] | None = None
     save_every: int | None = 1
     keep_checkpoints: int = 3
-    video: bool = True
     seed: int = 0
     out: str | None = None
     resume: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least(
-            1,
-            keep_checkpoints=self.keep_checkpoints,
-            total_timesteps=self.total_timesteps,
-            max_iterations=self.max_iterations,
-            window_stride=self.window_stride,
-            save_every=self.save_every,
-            eval_every=self.eval_every,
-            eval_episodes=self.eval_episodes,
-        )
-        if self.eval_cfg_scale == []:
-            raise ValueError("eval_cfg_scale must not be an empty list")
+        check_parameters(self.arguments_of(CFGRL))
 
 
+@taking(
+    Parameters(LiberoEnv, "environments", only="suite task_id max_episode_steps"),
+    Parameters(Pi0Policy, "policy", only="delta_actions num_inference_steps guidance"),
+)
 @dataclass(frozen=True, kw_only=True)
-class EvalConfig(LiberoOptions, PolicyOptions):
-    """Options of `cfgrl eval`. Its policy may also be the model.zip of `cfgrl train`, or one of the
-    checkpoints in its run folder.
+class EvalConfig(PolicyOptions):
+    """Options of `cfgrl eval`.
 
     :param trusted: of a model.zip, load also what can run code: only for files whose origin you
         trust. What `cfgrl train` writes needs no such trust
-    :param episodes: the first so many initial states of each task. null: all (LIBERO has 50)
+    :param episodes: how many initial states of each task to evaluate on, from the first. null: all
+        (LIBERO has 50)
     :param init_states: exactly these initial states of each task, as [0,7,21], instead of episodes
     :param cfg_scale: guidance, or several values as [1,1.5,2] to compare. null: the policy's own
-    :param video: record the first episode
     :param seed: of the sampling noise; equal for every cfg_scale
     :param out: run folder. null: runs/eval-<date-time>
     """
@@ -327,17 +288,13 @@ class EvalConfig(LiberoOptions, PolicyOptions):
     episodes: int | None = None
     init_states: list[int] | None = None
     cfg_scale: float | list[float] | None = None
-    video: bool = True
     seed: int = 0
     out: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least(1, episodes=self.episodes)
         if self.episodes is not None and self.init_states is not None:
             raise ValueError("episodes and init_states exclude each other; give one of them")
-        if self.init_states == [] or self.cfg_scale == []:
-            raise ValueError("init_states and cfg_scale must not be empty lists")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -355,8 +312,3 @@ class ReportConfig(Options):
     out: str = "report.html"
     title: str = "cfgrl-gym report"
     embed_videos: bool = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.runs:
-            raise ValueError("runs must name at least one folder; got none")

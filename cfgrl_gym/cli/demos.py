@@ -1,26 +1,19 @@
-"""`cfgrl demos`: scripted demonstrations in LIBERO's format."""
+"""Record demonstrations of a scripted pick-and-place expert, in LIBERO's HDF5 format.
+
+They are recorded on real LIBERO, a file for each task. The expert knows the tasks of libero_object
+and others of that kind.
+
+example:
+  cfgrl demos --suite libero_object --task_id [0,5] --demos 50 --image_size 112 --workers 4
+"""
 
 from pathlib import Path
 
 from cfgrl_gym.cli.configs import DemosConfig
-from cfgrl_gym.cli.progress import progress_bar
 from cfgrl_gym.cli.run_folder import create_folder
+from cfgrl_gym.cli.run_logs import progress_bar
 from cfgrl_gym.demos.recording import RecordingConfig, demonstration_path, record, save
 from cfgrl_gym.envs.suites import select_tasks
-
-
-def recording(config: DemosConfig, task_id: int) -> RecordingConfig:
-    """What to record of one task."""
-    return RecordingConfig(
-        suite=config.suite,
-        task_id=task_id,
-        demos=config.demos,
-        image_size=config.image_size,
-        image_stride=config.image_stride,
-        perturbed=config.perturbed,
-        seed=config.seed,
-        workers=config.workers,
-    )
 
 
 def run(config: DemosConfig) -> list[Path]:
@@ -39,7 +32,7 @@ def run(config: DemosConfig) -> list[Path]:
                 "or delete it"
             )
     for task, path in zip(tasks, paths, strict=True):
-        job = recording(config, task.task_id)
+        job = RecordingConfig(task_id=task.task_id, **config.arguments_of(RecordingConfig))
         demonstrations = []
         with progress_bar(f"task {task.task_id}", config.demos, "demo") as bar:
             try:

@@ -1,12 +1,20 @@
-"""`cfgrl doctor`: is everything there that the project needs?"""
+"""Check the installation piece by piece, and say how to put right what is wrong.
+
+The exit status is 1 if something is. With --exactness, the simulator is also held against LIBERO's
+own OffScreenRenderEnv on this machine: the same actions on one task of each suite (libero_spatial,
+_object, _goal, _10, _90, and one of LIBERO-PRO), state, success and observations compared bit for
+bit at every step, and images.
+
+example:
+  cfgrl doctor --exactness
+"""
 
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
 from cfgrl_gym.cli.doctor_checks import CHECKS, EXACTNESS, EXACTNESS_TASKS, Finding
 
@@ -15,17 +23,7 @@ EXACTNESS_TIMEOUT_S = 900  # a first run compiles models and numba functions as 
 PARALLEL = 2
 
 
-@dataclass(frozen=True)
-class Diagnosis:
-    """What one check found. `fix` is empty where nothing is wrong."""
-
-    name: str
-    ok: bool
-    detail: str
-    fix: str = ""
-
-
-def check(name: str) -> Diagnosis:
+def check(name: str) -> Finding:
     """Run one check in a process of its own, because what it tries may crash or hang.
 
     :param name: one of CHECKS, or exactness:<suite>
@@ -44,24 +42,17 @@ def check(name: str) -> Diagnosis:
             env=environment,
         )
     except subprocess.TimeoutExpired:
-        return Diagnosis(name, False, f"no answer in {timeout} s", f"run {' '.join(command)}")
+        return Finding(False, f"no answer in {timeout} s", f"run {' '.join(command)}")
     except OSError as error:
-        return Diagnosis(name, False, f"the check can't be started: {error}", "see the message")
+        return Finding(False, f"the check can't be started: {error}", "see the message")
     lines = done.stdout.strip().splitlines()
     try:
-        finding = Finding(**json.loads(lines[-1]))
+        return Finding(**json.loads(lines[-1]))
     except (IndexError, ValueError, TypeError):
         said = " ".join(done.stderr.split())[-300:]
         how = f"signal {-done.returncode}" if done.returncode < 0 else f"status {done.returncode}"
         detail = f"the check died with {how}{': ' + said if said else ''}"
-        return Diagnosis(name, False, detail, f"to see it alone, run: {' '.join(command)}")
-    return Diagnosis(name, finding.ok, finding.detail, finding.fix)
-
-
-def diagnose(names: Sequence[str]) -> Iterator[Diagnosis]:
-    """These checks, in their order, as they are done."""
-    with ThreadPoolExecutor(PARALLEL) as pool:
-        yield from pool.map(check, names)
+        return Finding(False, detail, f"to see it alone, run: {' '.join(command)}")
 
 
 def run(as_json: bool = False, exactness: bool = False) -> int:
@@ -73,19 +64,19 @@ def run(as_json: bool = False, exactness: bool = False) -> int:
     if exactness:
         names += [f"{EXACTNESS}:{suite}" for suite in EXACTNESS_TASKS]
     width = max(13, *map(len, names))
-    found = []
-    for diagnosis in diagnose(names):
-        found.append(diagnosis)
-        if as_json:
-            continue
-        mark = "ok     " if diagnosis.ok else "problem"
-        print(f"{mark}  {diagnosis.name:<{width}} {diagnosis.detail}", flush=True)
-        if not diagnosis.ok:
-            print(f"{'':9}{'':{width}} fix: {diagnosis.fix}", flush=True)
-    ok = all(diagnosis.ok for diagnosis in found)
+    found: dict[str, Finding] = {}
+    with ThreadPoolExecutor(PARALLEL) as pool:
+        for name, finding in zip(names, pool.map(check, names), strict=True):
+            found[name] = finding
+            if not as_json:
+                mark = "ok     " if finding.ok else "problem"
+                print(f"{mark}  {name:<{width}} {finding.detail}", flush=True)
+            if not as_json and not finding.ok:
+                print(f"{'':9}{'':{width}} fix: {finding.fix}", flush=True)
+    broken = sum(not finding.ok for finding in found.values())
     if as_json:
-        print(json.dumps({"ok": ok, "checks": [asdict(d) for d in found]}, indent=2))
+        checks = [{"name": name, **asdict(finding)} for name, finding in found.items()]
+        print(json.dumps({"ok": not broken, "checks": checks}, indent=2))
     else:
-        broken = sum(not diagnosis.ok for diagnosis in found)
-        print("all is well" if ok else f"{broken} of {len(found)} checks found a problem")
-    return 0 if ok else 1
+        print(f"{broken} of {len(found)} checks found a problem" if broken else "all is well")
+    return 1 if broken else 0

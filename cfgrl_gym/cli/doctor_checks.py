@@ -10,7 +10,6 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -219,16 +218,11 @@ def check_exactness(suite: str) -> Finding:
     )
 
 
-CHECKS: dict[str, Callable[[], Finding]] = {
-    "python": check_python,
-    "packages": check_packages,
-    "rendering": check_rendering,
-    "libero": check_libero,
-    "suites": check_suites,
-    "torch": check_torch,
-    "pi0": check_pi0,
-    "disk": check_disk,
-}
+_CHECKS = (
+    *(check_python, check_packages, check_rendering, check_libero),
+    *(check_suites, check_torch, check_pi0, check_disk),
+)
+CHECKS = {check.__name__.removeprefix("check_"): check for check in _CHECKS}
 
 
 def find(name: str) -> Finding:

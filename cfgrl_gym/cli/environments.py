@@ -11,14 +11,13 @@ from gymnasium import spaces
 from stable_baselines3.common.vec_env import VecEnv
 
 from cfgrl_gym.algorithms.vec_envs.worker_vec_env import WorkerVecEnv
-from cfgrl_gym.cli.configs import LiberoOptions
-from cfgrl_gym.envs.libero import ACTION_DIM, BOUND
+from cfgrl_gym.cli.configs import PolicyOptions
+from cfgrl_gym.envs.libero import ACTION_DIM, BOUND, LiberoEnv
 from cfgrl_gym.wrappers.libero_observation import CAMERA_SLOTS, STATE_DIM
 from cfgrl_gym.wrappers.prompt import PROMPT_BYTES
 
 # With the module's name, so that a fresh worker process registers it.
 ENVIRONMENT = "cfgrl_gym:LiberoChunked-v0"
-
 
 # The environment's name of a camera: PI0's.
 SLOT_OF_CAMERA = {key.removesuffix("_image"): slot for slot, key in CAMERA_SLOTS.items()}
@@ -41,19 +40,17 @@ def libero_spaces(
 
 
 def environment_arguments(
-    options: LiberoOptions, *, chunk_size: int, image_size: int, slots: Iterable[str]
+    options: PolicyOptions, chunk_size: int, image_size: int, slots: Iterable[str]
 ) -> dict[str, Any]:
     """Arguments of `LiberoChunked-v0`; the two sizes are the policy's where the user gave none.
 
     :param slots: PI0's names of the cameras that the policy looks at: no other image is drawn
     """
     return {
+        **options.arguments_of(LiberoEnv),
         "cameras": [camera for camera, slot in SLOT_OF_CAMERA.items() if slot in slots],
-        "suite": options.suite,
-        "task_id": options.task_id,
         "chunk_size": options.chunk_size or chunk_size,
         "image_size": options.image_size or image_size,
-        "max_episode_steps": options.max_episode_steps,
     }
 
 

@@ -1,4 +1,11 @@
-"""`cfgrl eval`: success rate over the benchmark's initial states."""
+"""Measure the success rate over the benchmark's initial states, with its 95% Wilson interval.
+
+Writes every episode to <out>/eval.json, and a video of the first success and the first failure.
+The policy may also be the model.zip of `cfgrl train`, or one of the checkpoints in its run folder.
+
+example:
+  cfgrl eval --policy runs/train --task_id 0 --episodes 20 --cfg_scale [1,1.5,2,3]
+"""
 
 import json
 from pathlib import Path
@@ -9,12 +16,10 @@ from stable_baselines3.common.logger import configure
 from cfgrl_gym.algorithms.groups import Start
 from cfgrl_gym.cli.configs import EvalConfig
 from cfgrl_gym.cli.environments import environment_arguments, vec_env
-from cfgrl_gym.cli.evaluations import as_list, find_starts, measure
+from cfgrl_gym.cli.evaluations import as_list, find_starts, measure, record_episode
 from cfgrl_gym.cli.policies import load_policy
-from cfgrl_gym.cli.run_folder import VIDEO_FILE, choose_folder, create_folder
-from cfgrl_gym.cli.video import record_episode
-
-RESULT_FILE = "eval.json"
+from cfgrl_gym.cli.run_folder import RESULT_FILE, VIDEO_FILE, choose_folder, create_folder
+from cfgrl_gym.whole_files import replace_file
 
 
 def examples(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -53,12 +58,7 @@ def run(config: EvalConfig) -> Path:
     out = choose_folder("eval", config.out)
     policy = load_policy(config)
     scales = as_list(config.cfg_scale) or [policy.cfg_scale]
-    arguments = environment_arguments(
-        config,
-        chunk_size=policy.chunk_size,
-        image_size=policy.image_size,
-        slots=policy.cameras,
-    )
+    arguments = environment_arguments(config, policy.chunk_size, policy.image_size, policy.cameras)
     results: list[dict[str, Any]] = []
     with vec_env(arguments, config.n_envs) as env:
         create_folder(out, config)
@@ -69,8 +69,7 @@ def run(config: EvalConfig) -> Path:
             results.append(measure(policy, env, starts, scale, config.seed))
             # Written after every value, so that a sweep that is stopped keeps what it has.
             content = {"policy": config.policy, "suite": config.suite, "results": results}
-            text = json.dumps(content, indent=2) + "\n"
-            (out / RESULT_FILE).write_text(text, encoding="utf-8")
+            replace_file(out / RESULT_FILE, json.dumps(content, indent=2) + "\n")
             logger.record("eval/cfg_scale", scale)
             logger.record("eval/success_rate", results[-1]["success_rate"])
             logger.record("eval/guidance_gap", results[-1]["guidance_gap"])

@@ -1,24 +1,29 @@
-"""Success on the benchmark's initial states: of one policy, or between training's iterations."""
+"""Success on the benchmark's initial states, of one policy or as it trains; and videos of it."""
 
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+import gymnasium as gym
+import imageio
+import numpy as np
 from stable_baselines3.common.logger import Logger, make_output_format
-from stable_baselines3.common.vec_env import VecEnv
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
 from cfgrl_gym.algorithms import CFGRL
-from cfgrl_gym.algorithms.evaluation import Evaluation, evaluate, wilson_interval
+from cfgrl_gym.algorithms.evaluation import evaluate, wilson_interval
 from cfgrl_gym.algorithms.groups import Start
 from cfgrl_gym.algorithms.policies import FlowPolicy
-from cfgrl_gym.cli.progress import progress_bar
+from cfgrl_gym.cli.configs import TrainConfig
+from cfgrl_gym.cli.environments import ENVIRONMENT
+from cfgrl_gym.cli.run_folder import EVALUATIONS_FILE
+from cfgrl_gym.cli.run_logs import progress_bar
 from cfgrl_gym.envs.suites import load_init_states, select_tasks
 from cfgrl_gym.whole_files import replace_file
-
-EVALUATIONS_FILE = "evaluations.json"
 
 
 def find_starts(
@@ -26,7 +31,7 @@ def find_starts(
 ) -> list[Start]:
     """Every episode to run, task by task.
 
-    :param episodes: the first so many initial states of each task; None: all
+    :param episodes: how many initial states of each task, from the first; None: all
     :param init_states: exactly these instead
     :raises ValueError: tasks or initial states that don't exist
     """
@@ -62,21 +67,6 @@ def _rate(successes: int, episodes: int) -> dict[str, Any]:
     }
 
 
-def summarize(cfg_scale: float, evaluation: Evaluation) -> dict[str, Any]:
-    """One cfg_scale's part of the result files."""
-    by_task: dict[int, list[bool]] = {}
-    for episode in evaluation.episodes:
-        assert episode.task_id is not None
-        by_task.setdefault(episode.task_id, []).append(episode.success)
-    return {
-        "cfg_scale": cfg_scale,
-        **_rate(evaluation.successes, len(evaluation.episodes)),
-        "guidance_gap": evaluation.guidance_gap,
-        "tasks": {str(task): _rate(sum(done), len(done)) for task, done in by_task.items()},
-        "episodes": [asdict(episode) for episode in evaluation.episodes],
-    }
-
-
 def measure(
     policy: FlowPolicy,
     env: VecEnv,
@@ -85,7 +75,7 @@ def measure(
     seed: int,
     check: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
-    """Evaluate one cfg_scale, with a progress bar; returns `summarize`'s dictionary.
+    """Evaluate one cfg_scale, with a progress bar; returns its part of the result files.
 
     :param check: called after every episode, to end it all by an exception
     """
@@ -99,16 +89,24 @@ def measure(
         evaluation = evaluate(
             policy, env, starts, cfg_scale=scale, seed=seed, on_episode=on_episode
         )
-    return summarize(scale, evaluation)
+    by_task: dict[int, list[bool]] = {}
+    for episode in evaluation.episodes:
+        assert episode.task_id is not None
+        by_task.setdefault(episode.task_id, []).append(episode.success)
+    return {
+        "cfg_scale": scale,
+        **_rate(evaluation.successes, len(evaluation.episodes)),
+        "guidance_gap": evaluation.guidance_gap,
+        "tasks": {str(task): _rate(sum(done), len(done)) for task, done in by_task.items()},
+        "episodes": [asdict(episode) for episode in evaluation.episodes],
+    }
 
 
 class Evaluations:
     """Evaluates a policy now and then while it trains, into evaluations.json and TensorBoard.
 
     :param folder: of the run
-    :param suite: of the starts
-    :param scales: values of cfg_scale; empty: the policy's own
-    :param seed: of the sampling noise, the same each time
+    :param env: as the benchmark has it
     :param seconds: of training before this process, where it goes on with an earlier one's
     :param done_before: iterations; what the file has of earlier evaluations is kept, of this and
         later ones not
@@ -117,20 +115,16 @@ class Evaluations:
     def __init__(
         self,
         folder: Path,
-        suite: str,
+        config: TrainConfig,
         env: VecEnv,
         starts: Sequence[Start],
-        scales: list[float],
-        seed: int,
         seconds: float = 0.0,
         done_before: int = 0,
     ) -> None:
         self.file = folder / EVALUATIONS_FILE
-        self.suite = suite
+        self.config = config
         self.env = env
         self.starts = starts
-        self.scales = scales
-        self.seed = seed
         self._began = perf_counter() - seconds
         self._seconds_here = 0.0
         self.done: list[dict[str, Any]] = []
@@ -153,10 +147,9 @@ class Evaluations:
         if not self.done or self.done[-1]["iteration"] != iteration:
             began, seconds = perf_counter(), self.training_seconds
             training = model.policy.training
-            scales = self.scales or [model.policy.cfg_scale]
-            results = [
-                measure(model.policy, self.env, self.starts, w, self.seed, check) for w in scales
-            ]
+            scales = as_list(self.config.eval_cfg_scale) or [model.policy.cfg_scale]
+            seed = self.config.seed  # so the same noise each time
+            results = [measure(model.policy, self.env, self.starts, w, seed, check) for w in scales]
             model.policy.set_training_mode(training)
             self._seconds_here += perf_counter() - began
             self._note(model, iteration, seconds, results)
@@ -175,13 +168,61 @@ class Evaluations:
                 "results": results,
             }
         )
-        content = {"suite": self.suite, "evaluations": self.done}
+        content = {"suite": self.config.suite, "evaluations": self.done}
         replace_file(self.file, json.dumps(content, indent=2) + "\n")
         for result in results:
             for name in ("success_rate", "guidance_gap"):
                 self.logger.record(f"eval/{name}/w_{result['cfg_scale']:g}", result[name])
         self.logger.dump(model.num_timesteps)
 
-    def close(self) -> None:
-        """Close the log."""
-        self.logger.close()
+
+class _KeepFrames(gym.Wrapper[Any, Any, Any, Any]):
+    """Collects a frame for every control step of the first episode."""
+
+    def __init__(self, env: gym.Env[Any, Any], frames: list[np.ndarray]) -> None:
+        super().__init__(env)
+        self.frames = frames
+        self.over = False
+
+    def reset(self, **arguments: Any) -> Any:
+        result = super().reset(**arguments)
+        self._keep()
+        return result
+
+    def step(self, action: Any) -> Any:
+        result = super().step(action)
+        self._keep()
+        self.over = self.over or result[2] or result[3]
+        return result
+
+    def _keep(self) -> None:
+        frames: Any = self.env.render()
+        if not self.over:
+            self.frames += frames
+
+
+def record_episode(
+    policy: FlowPolicy,
+    arguments: dict[str, Any],
+    start: Start,
+    path: Path,
+    cfg_scale: float | None,
+    seed: int,
+) -> bool:
+    """Run one episode, as `evaluate` runs it, and write it as a video.
+
+    :param arguments: of `LiberoChunked-v0`
+    :param path: ends in .mp4
+    :return: whether it succeeded
+    """
+    frames: list[np.ndarray] = []
+    arguments = arguments | {"render_mode": "rgb_array_list"}
+    make = partial(gym.make, ENVIRONMENT, **arguments)
+    env = DummyVecEnv([lambda: _KeepFrames(make(), frames)])
+    try:
+        evaluation = evaluate(policy, env, [start], cfg_scale=cfg_scale, seed=seed)
+    finally:
+        env.close()
+    imageio.mimwrite(path, frames, fps=20)  # type: ignore[arg-type]
+    print(f"video: {path}")
+    return evaluation.episodes[0].success

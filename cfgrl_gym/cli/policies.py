@@ -1,8 +1,5 @@
 """Finding and building the policy that a command starts from."""
 
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +14,7 @@ from cfgrl_gym.algorithms.pi0.checkpoints.build import POLICY_FILE, read_policy_
 from cfgrl_gym.algorithms.pi0.checkpoints.formats import Source, read_source
 from cfgrl_gym.algorithms.pi0.checkpoints.shipped import SHIPPED, find_shipped
 from cfgrl_gym.algorithms.saving.checkpoints import STATE_FILE, load_policy_state
-from cfgrl_gym.cli.configs import EvalConfig, TrainConfig
+from cfgrl_gym.cli.configs import EvalConfig, PolicyOptions, TrainConfig
 from cfgrl_gym.cli.environments import libero_spaces
 from cfgrl_gym.cli.run_folder import CHECKPOINTS_FOLDER, CONFIG_FILE, POLICY_FOLDER
 from cfgrl_gym.wrappers.libero_observation import CAMERA_SLOTS
@@ -88,62 +85,56 @@ def check_device(name: str) -> torch.device:
     return device
 
 
-def policy_arguments(config: TrainConfig | EvalConfig, checkpoint: Checkpoint) -> dict[str, Any]:
+def policy_arguments(config: PolicyOptions, checkpoint: Checkpoint) -> dict[str, Any]:
     """Keyword arguments of `Pi0Policy`, beside its spaces.
 
     :raises ValueError: the device can't be used
     """
     check_device(config.device)
-    arguments: dict[str, Any] = {
+    return {
         "preset": checkpoint.preset,
         "checkpoint": checkpoint.path,
         "norm_stats": config.norm_stats,
-        "delta_actions": config.delta_actions,
-        "num_inference_steps": config.num_inference_steps,
-        "guidance": config.guidance,
+        **config.arguments_of(Pi0Policy),
     }
-    if isinstance(config, TrainConfig):
-        arguments |= {
-            "condition_mode": config.condition_mode,
-            "use_prefix_dropout": config.use_prefix_dropout,
-            "trainable": config.trainable,
-            "gradient_checkpointing": config.gradient_checkpointing,
-            "ema_decay": config.ema_decay,
-        }
-    return arguments
 
 
 def load_policy(config: EvalConfig) -> Pi0Policy:
-    """The policy to evaluate, from a folder or from the model.zip of a training.
+    """The policy to evaluate: a folder's, or that of a training's model.zip or checkpoint.
 
     :raises FileNotFoundError: no such policy
     :raises ValueError: options that contradict what was saved
     """
-    if config.policy.endswith(".zip"):
-        if not Path(config.policy).is_file():
-            raise FileNotFoundError(f"model '{config.policy}' does not exist")
-        if config.norm_stats is not None or config.delta_actions is not None:
-            raise ValueError("a model.zip brings its norm_stats and delta_actions; leave them out")
-        check_device(config.device)
-        policy = CFGRL.load(config.policy, device=config.device, trusted=config.trusted).policy
-        if not isinstance(policy, Pi0Policy):
-            raise ValueError(f"'{config.policy}' is a {type(policy).__name__}, not a Pi0Policy")
-        if config.chunk_size not in (None, policy.chunk_size):
-            raise ValueError(
-                f"'{config.policy}' was trained with chunks of {policy.chunk_size} actions; leave "
-                "--chunk_size out, or evaluate the policy folder beside it"
-            )
-        policy.num_inference_steps = config.num_inference_steps
-        policy.guidance = config.guidance
-        return policy
-    if (Path(config.policy) / STATE_FILE).is_file():
-        return _of_training(Path(config.policy), config)
-    return _build(config, find_checkpoint(config.policy, config.preset), config.chunk_size)
+    path = Path(config.policy)
+    is_zip = config.policy.endswith(".zip")
+    if not is_zip and not (path / STATE_FILE).is_file():
+        return _build(config, find_checkpoint(config.policy, config.preset), config.chunk_size)
+    if is_zip and not path.is_file():
+        raise FileNotFoundError(f"model '{path}' does not exist")
+    if config.norm_stats is not None or config.delta_actions is not None:
+        what = "model.zip" if is_zip else "checkpoint"
+        raise ValueError(
+            f"a {what} has its training's norm_stats and delta_actions; leave them out"
+        )
+    policy = _of_model(path, config) if is_zip else _of_training(path, config)
+    policy.num_inference_steps, policy.guidance = config.num_inference_steps, config.guidance
+    return policy
 
 
-def _build(
-    config: TrainConfig | EvalConfig, checkpoint: Checkpoint, chunk_size: int | None
-) -> Pi0Policy:
+def _of_model(path: Path, config: EvalConfig) -> Pi0Policy:
+    check_device(config.device)
+    policy = CFGRL.load(path, device=config.device, trusted=config.trusted).policy
+    if not isinstance(policy, Pi0Policy):
+        raise ValueError(f"'{path}' is a {type(policy).__name__}, not a Pi0Policy")
+    if config.chunk_size not in (None, policy.chunk_size):
+        raise ValueError(
+            f"'{path}' was trained with chunks of {policy.chunk_size} actions; leave --chunk_size "
+            "out, or evaluate the policy folder beside it"
+        )
+    return policy
+
+
+def _build(config: PolicyOptions, checkpoint: Checkpoint, chunk_size: int | None) -> Pi0Policy:
     spaces = libero_spaces(
         checkpoint.image_size, chunk_size or checkpoint.horizon, checkpoint.cameras
     )
@@ -153,8 +144,6 @@ def _build(
 
 def _of_training(folder: Path, config: EvalConfig) -> Pi0Policy:
     """The policy of a training's checkpoint, which is built as the training built it."""
-    if config.norm_stats is not None or config.delta_actions is not None:
-        raise ValueError("a checkpoint has its training's norm_stats and delta_actions; leave them")
     file = folder.parent.parent / CONFIG_FILE
     try:
         training = TrainConfig(**yaml.safe_load(file.read_text(encoding="utf-8")))
@@ -167,16 +156,4 @@ def _of_training(folder: Path, config: EvalConfig) -> Pi0Policy:
     checkpoint = find_checkpoint(training.policy, training.preset)
     policy = _build(training, checkpoint, config.chunk_size or training.chunk_size)
     load_policy_state(policy, folder)
-    policy.num_inference_steps, policy.guidance = config.num_inference_steps, config.guidance
     return policy
-
-
-@contextmanager
-def saving_when_stopped(save: Callable[[], None]) -> Iterator[None]:
-    """Save what has been learned when Ctrl-C or a lost worker ends a training."""
-    try:
-        yield
-    except (KeyboardInterrupt, EOFError, ConnectionError):
-        save()
-        print("stopped; what has been learned so far is saved", file=sys.stderr)
-        raise

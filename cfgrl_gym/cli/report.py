@@ -1,12 +1,22 @@
-"""`cfgrl report`: runs as one HTML page that needs no other file."""
+"""Make one self-contained HTML page of trainings and evaluations.
+
+It shows success before and after with 95% intervals, learning curves, guidance sweeps, ablations,
+where the time goes, checks, filmstrips and configurations. It opens from disk, without a network,
+and holds its figures as JSON too. Trainings that differ only in their seed are pooled. An
+evaluation inside a training's folder came after it; one of the policy that a training started from
+was before it.
+
+example:
+  cfgrl report runs/study --out report.html --title 'Dropout on libero_object'
+"""
 
 from pathlib import Path
 
 from cfgrl_gym.cli.configs import ReportConfig
 from cfgrl_gym.cli.reporting.content import collect
 from cfgrl_gym.cli.reporting.page import MARK, render
+from cfgrl_gym.cli.reporting.rates import count
 from cfgrl_gym.cli.reporting.runs import find_runs
-from cfgrl_gym.cli.reporting.summary import count
 from cfgrl_gym.whole_files import replace_file
 
 _HEAD = 2000  # characters of a page, within which a report says that it is one

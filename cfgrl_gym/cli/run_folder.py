@@ -24,6 +24,9 @@ CHECKPOINTS_FOLDER = "checkpoints"
 MODEL_FILE = "model.zip"
 VIDEO_FILE = "episode.mp4"
 VERSIONS_FILE = "versions.json"
+RESULT_FILE = "eval.json"  # of `cfgrl eval`
+EVALUATIONS_FILE = "evaluations.json"  # of a training
+CSV_FILE, JSON_FILE = "progress.csv", "progress.json"
 LOCK_FILE = ".lock"
 _DISTRIBUTIONS = (
     "cfgrl-gym",

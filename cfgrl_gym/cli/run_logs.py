@@ -1,11 +1,13 @@
-"""progress.csv, progress.json and TensorBoard's events, which a resumed run goes on with.
+"""What a run says of its progress: on the terminal, and in files that a resumed run goes on with.
 
-What was logged after the checkpoint that a run resumes from will be logged again, so it is cut off:
-the JSON lines and the events to the length that they had, and the CSV is written anew from the
-JSON, because its older rows change when a column is added.
+The files are progress.csv, progress.json and TensorBoard's events. What was logged after the
+checkpoint that a run resumes from will be logged again, so it is cut off: the JSON lines and the
+events to the length that they had, and the CSV is written anew from the JSON, because its older
+rows change when a column is added.
 """
 
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,9 +19,38 @@ from stable_baselines3.common.logger import (
     Logger,
     TensorBoardOutputFormat,
 )
+from tqdm import tqdm
 
-CSV_FILE, JSON_FILE = "progress.csv", "progress.json"
+from cfgrl_gym.cli.run_folder import CSV_FILE, JSON_FILE
+
 _EVENTS = "events.out.tfevents*"
+# What is worth a line on the terminal; the files have all of it.
+_LINE = {
+    "success": "rollout/success_rate",
+    "kept": "rollout/groups_kept",
+    "discarded": "rollout/groups_discarded",
+    "loss": "train/loss",
+    "gap": "train/guidance_gap",
+}
+
+
+def progress_bar(description: str, total: int | None, unit: str) -> "tqdm[Any]":
+    """A bar on stderr; in a log file it writes now and then instead of all the time."""
+    interval = 0.1 if sys.stderr.isatty() else 10.0
+    return tqdm(desc=description, total=total, unit=unit, dynamic_ncols=True, mininterval=interval)
+
+
+class IterationLine(KVWriter):
+    """A line for every iteration, above the progress bar."""
+
+    def write(
+        self, key_values: dict[str, Any], key_excluded: dict[str, Any], step: int = 0
+    ) -> None:
+        shown = [f"{n} {key_values[key]:.4g}" for n, key in _LINE.items() if key in key_values]
+        tqdm.write(f"step {step}: " + ", ".join(shown))
+
+    def close(self) -> None:
+        """Nothing is held."""
 
 
 class _AppendingJSON(JSONOutputFormat):

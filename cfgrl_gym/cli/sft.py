@@ -1,6 +1,13 @@
-"""`cfgrl sft`: a policy from demonstrations."""
+"""Fit a policy to demonstrations: flow matching on the project's own or on LIBERO's (warm start).
+
+The policy is saved under <out>/policy, with its normalisation statistics.
+
+example:
+  cfgrl sft --demos demos/libero_object --horizon 16 --steps 3000 --out runs/sft
+"""
 
 import glob
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +17,10 @@ from cfgrl_gym.algorithms.pi0 import NormStats, Pi0Policy, TinySizes
 from cfgrl_gym.algorithms.warm_start import WarmStartConfig, demonstration_stats, warm_start
 from cfgrl_gym.cli.configs import SftConfig
 from cfgrl_gym.cli.environments import SLOT_OF_CAMERA, libero_spaces
-from cfgrl_gym.cli.policies import check_device, find_checkpoint, saving_when_stopped
-from cfgrl_gym.cli.progress import progress_bar
+from cfgrl_gym.cli.policies import check_device, find_checkpoint
 from cfgrl_gym.cli.run_folder import POLICY_FOLDER, choose_folder, create_folder, replace_folder
+from cfgrl_gym.cli.run_logs import progress_bar
+from cfgrl_gym.cli.stopping import Stopped, StopRequests
 from cfgrl_gym.demos.files import Demonstration, read_demonstrations
 
 DEFAULT_HORIZON = 50
@@ -41,71 +49,40 @@ def find_demonstrations(given: str | list[str]) -> list[Path]:
     return list(found)
 
 
-def warm_start_config(config: SftConfig) -> WarmStartConfig:
-    """The part of the options that is about the optimization."""
-    return WarmStartConfig(
-        steps=config.steps,
-        batch_size=config.batch_size,
-        learning_rate=config.learning_rate,
-        window_stride=config.window_stride,
-        dropout_prob=config.dropout_prob,
-        max_grad_norm=config.max_grad_norm,
-        seed=config.seed,
-    )
-
-
-def _sizes(config: SftConfig) -> TinySizes:
-    return TinySizes(
-        image_size=config.image_size,
-        patch_size=config.patch_size,
-        hidden_size=config.hidden_size,
-        vision_layers=config.vision_layers,
-        num_layers=config.num_layers,
-        num_heads=config.num_heads,
-        mlp_ratio=config.mlp_ratio,
-    )
-
-
 def build_policy(config: SftConfig, demonstrations: list[Demonstration]) -> Pi0Policy:
     """The policy before training, with its normalisation statistics.
 
     :raises ValueError: options that don't fit together
     """
-    sizes = _sizes(config)
-    arguments: dict[str, Any] = {"preset": config.preset or "tiny", "sizes": sizes}
-    image_size, own_stats = sizes.image_size, False
-    slots = [SLOT_OF_CAMERA[camera] for camera in config.cameras or SLOT_OF_CAMERA]
+    sizes = TinySizes(**config.arguments_of(TinySizes))
+    preset: Any = config.preset or "tiny"
+    horizon, checkpoint = config.horizon, None
     if config.policy is not None:
         checkpoint = find_checkpoint(config.policy, config.preset)
-        arguments = {"preset": checkpoint.preset, "checkpoint": checkpoint.path}
-        image_size, slots = checkpoint.image_size, list(checkpoint.cameras)
-        own_stats = checkpoint.source.norm_stats() is not None
-    given = sizes != TinySizes() or config.cameras is not None
-    if (config.policy is not None or config.preset == "pi0") and given:
+        preset = checkpoint.preset
+    elif horizon is None:
+        horizon = DEFAULT_HORIZON
+    new_tiny = config.policy is None and preset == "tiny"
+    if not new_tiny and (sizes != TinySizes() or config.cameras is not None):
         raise ValueError(
             "cameras, image_size, patch_size and the other sizes are those of a new tiny model; "
             "leave them out with --policy or --preset pi0"
         )
-    if config.preset == "pi0" and config.policy is None:
-        arguments.pop("sizes")
-    compute = config.norm_stats is None and not own_stats
-    horizon = config.horizon
-    if horizon is None and config.policy is None:
-        horizon = DEFAULT_HORIZON
+    image_size = sizes.image_size if checkpoint is None else checkpoint.image_size
+    slots = [SLOT_OF_CAMERA[camera] for camera in config.cameras or SLOT_OF_CAMERA]
+    has_stats = checkpoint is not None and checkpoint.source.norm_stats() is not None
+    compute = config.norm_stats is None and not has_stats
     # What environments execute of the horizon is not the policy's to say: chunks of 1 will do.
     policy = Pi0Policy(
-        *libero_spaces(image_size, 1, slots),
+        *libero_spaces(image_size, 1, slots if checkpoint is None else checkpoint.cameras),
         lambda _: config.learning_rate,
+        preset=preset,
+        checkpoint=None if checkpoint is None else checkpoint.path,
         norm_stats=NormStats.identity() if compute else config.norm_stats,
-        condition_mode=config.condition_mode,
         horizon=horizon,
-        delta_actions=config.delta_actions,
-        use_prefix_dropout=config.use_prefix_dropout,
-        trainable=config.trainable,
-        gradient_checkpointing=config.gradient_checkpointing,
-        ema_decay=config.ema_decay,
+        sizes=sizes if new_tiny else None,
         seed=config.seed,
-        **arguments,
+        **config.arguments_of(Pi0Policy),
     ).to(check_device(config.device))
     if compute:
         stats = demonstration_stats(
@@ -131,11 +108,8 @@ def run(config: SftConfig) -> Path:
     create_folder(out, config)
     logger = configure(str(out), ["csv", "json", "tensorboard"])
 
-    def save() -> None:
-        replace_folder(out / POLICY_FOLDER, policy.save_pretrained)
-
     print(f"{len(demonstrations)} demonstrations of {len(files)} file(s); results in {out}")
-    with progress_bar("sft", config.steps, "step") as bar, saving_when_stopped(save):
+    with progress_bar("sft", config.steps, "step") as bar, StopRequests() as stop:
 
         def on_step(step: int, loss: float) -> None:
             bar.update()
@@ -144,9 +118,16 @@ def run(config: SftConfig) -> Path:
                 logger.record("train/learning_rate", policy.optimizer.param_groups[0]["lr"])
                 bar.set_postfix(loss=f"{logger.name_to_value['train/loss']:.4f}", refresh=False)
                 logger.dump(step)
+            stop.check()
 
-        warm_start(policy, demonstrations, warm_start_config(config), on_step)
+        try:
+            optimization = WarmStartConfig(**config.arguments_of(WarmStartConfig))
+            warm_start(policy, demonstrations, optimization, on_step)
+        except Stopped:
+            replace_folder(out / POLICY_FOLDER, policy.save_pretrained)
+            print("stopped; what has been learned so far is saved", file=sys.stderr)
+            raise
     logger.close()
-    save()
+    replace_folder(out / POLICY_FOLDER, policy.save_pretrained)
     print(f"policy: {out / POLICY_FOLDER}")
     return out

@@ -2,7 +2,7 @@
 
 import signal
 import sys
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 
@@ -32,9 +32,7 @@ class StopRequests:
             self._before[number] = signal.signal(number, self._note)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: Any, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._restore()
 
     def _restore(self) -> None:
@@ -52,6 +50,9 @@ class StopRequests:
         )
 
     def check(self) -> None:
-        """:raises Stopped: a signal has come"""
+        """Do nothing, unless the run is asked to end.
+
+        :raises Stopped: a signal has come
+        """
         if self.received is not None:
             raise Stopped(self.received)

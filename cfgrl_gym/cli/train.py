@@ -1,12 +1,17 @@
-"""`cfgrl train`: CFGRL on LIBERO."""
+"""Train by classifier-free guidance, from a policy that succeeds now and then (CFGRL).
+
+Writes <out>/policy, <out>/model.zip (Stable-Baselines3), metrics, TensorBoard events and a video.
+
+example:
+  cfgrl train --policy runs/sft --task_id 0 --n_envs 8 --total_timesteps 20000
+"""
 
 import sys
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from stable_baselines3.common.vec_env import VecEnv
+from stable_baselines3.common.callbacks import BaseCallback
 
 from cfgrl_gym.algorithms import CFGRL
 from cfgrl_gym.algorithms.flow import NonFiniteError
@@ -14,11 +19,10 @@ from cfgrl_gym.algorithms.groups import Start
 from cfgrl_gym.algorithms.pi0 import Pi0Policy
 from cfgrl_gym.algorithms.saving.checkpoints import CheckpointStore, load_checkpoint
 from cfgrl_gym.algorithms.vec_envs.worker import WorkerError
-from cfgrl_gym.cli.between_iterations import BetweenIterations, IterationLine
 from cfgrl_gym.cli.configs import TrainConfig
 from cfgrl_gym.cli.environments import environment_arguments, vec_env
-from cfgrl_gym.cli.evaluations import Evaluations, as_list, find_starts
-from cfgrl_gym.cli.policies import Checkpoint, find_checkpoint, policy_arguments
+from cfgrl_gym.cli.evaluations import Evaluations, find_starts, record_episode
+from cfgrl_gym.cli.policies import find_checkpoint, policy_arguments
 from cfgrl_gym.cli.run_folder import (
     CHECKPOINTS_FOLDER,
     MODEL_FILE,
@@ -29,9 +33,8 @@ from cfgrl_gym.cli.run_folder import (
     locked,
     replace_folder,
 )
-from cfgrl_gym.cli.run_logs import cut_logs, open_logs
+from cfgrl_gym.cli.run_logs import IterationLine, cut_logs, log_sizes, open_logs, progress_bar
 from cfgrl_gym.cli.stopping import Stopped, StopRequests
-from cfgrl_gym.cli.video import record_episode
 from cfgrl_gym.envs.suites import select_tasks
 
 
@@ -45,77 +48,102 @@ def save(model: CFGRL, folder: Path) -> None:
     new.replace(folder / MODEL_FILE)
 
 
-def _model(
-    algorithm: type[CFGRL], config: TrainConfig, env: VecEnv, policy_kwargs: dict[str, Any]
-) -> CFGRL:
-    return algorithm(
-        "Pi0Policy",
-        env,
-        learning_rate=config.learning_rate,
-        rloo_batch_size=config.rloo_batch_size,
-        groups_per_iteration=config.groups_per_iteration,
-        enable_dynamic_sampling=config.enable_dynamic_sampling,
-        early_stop_percentage=config.early_stop_percentage,
-        max_groups_tried=config.max_groups_tried,
-        dropout_prob=config.dropout_prob,
-        label_source=config.label_source,
-        label_threshold=config.label_threshold,
-        negatives=config.negatives,
-        positive_share=config.positive_share,
-        cfg_scale=config.cfg_scale,
-        n_epochs=config.n_epochs,
-        batch_size=config.batch_size,
-        gradient_accumulation_steps=config.gradient_accumulation_steps,
-        max_grad_norm=config.max_grad_norm,
-        window_stride=config.window_stride,
-        replay_iterations=config.replay_iterations,
-        device_memory=config.device_memory,
-        prefix_memory=config.prefix_memory,
-        policy_kwargs=policy_kwargs,
-        seed=config.seed,
-        device=config.device,
-    )
+class BetweenIterations(BaseCallback):
+    """Saves and evaluates between iterations, shows the progress, and looks whether to stop.
 
-
-def _environment_arguments(config: TrainConfig, checkpoint: Checkpoint) -> dict[str, Any]:
-    return environment_arguments(
-        config,
-        chunk_size=checkpoint.horizon,
-        image_size=checkpoint.image_size,
-        slots=checkpoint.cameras,
-    )
-
-
-@contextmanager
-def _evaluations(
-    config: TrainConfig, checkpoint: Checkpoint, folder: Path, starts: list[Start], **resumed: Any
-) -> Iterator[Evaluations | None]:
-    """On the benchmark's states and with its time limit, whatever is trained on.
-
-    :param resumed: what `Evaluations` has to know of an earlier process
+    :param folder: of the run
+    :param checkpoints: where to save
+    :param evaluations: None: there are none
+    :param stop: looked at after every step of the environments
     """
-    if not starts:
-        yield None
-        return
-    arguments = _environment_arguments(config, checkpoint) | {"max_episode_steps": None}
-    scales = as_list(config.eval_cfg_scale)
-    with vec_env(arguments, config.n_envs) as env:
-        evaluations = Evaluations(folder, config.suite, env, starts, scales, config.seed, **resumed)
-        try:
-            yield evaluations
-        finally:
-            evaluations.close()
+
+    model: CFGRL
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        folder: Path,
+        checkpoints: CheckpointStore,
+        evaluations: Evaluations | None,
+        stop: StopRequests,
+    ) -> None:
+        super().__init__()
+        # Where iterations are counted, nobody knows how many steps they will take.
+        total = None if config.max_iterations else config.total_timesteps
+        self.bar = progress_bar("train", total, "step")
+        self.config = config
+        self.folder = folder
+        self.checkpoints = checkpoints
+        self.evaluations = evaluations
+        self.stop = stop
+        self._timesteps_before = 0  # environment steps before this iteration
+
+    def save_checkpoint(self) -> None:
+        """Save this iteration's checkpoint, unless there is one.
+
+        In the middle of a collection it is the state before the collection.
+        """
+        iteration = self.model.iteration
+        if iteration in self.checkpoints.iterations():
+            return
+        self.model.num_timesteps = self._timesteps_before
+        loggers = [self.model.logger]
+        about: dict[str, Any] = {"seconds": 0.0}
+        if self.evaluations is not None:
+            loggers.append(self.evaluations.logger)
+            about["seconds"] = self.evaluations.training_seconds
+        about["log_sizes"] = log_sizes(self.folder, loggers)
+        self.checkpoints.save(self.model, about)
+
+    def _on_training_start(self) -> None:
+        self._timesteps_before = self.num_timesteps
+
+    def _on_rollout_start(self) -> None:
+        config, iteration = self.config, self.model.iteration
+        self._timesteps_before = self.num_timesteps
+        if iteration and config.save_every and iteration % config.save_every == 0:
+            self.save_checkpoint()
+        if config.eval_every and iteration % config.eval_every == 0:
+            self._evaluate()
+        if config.max_iterations:
+            self.bar.set_description(f"iteration {iteration + 1} of {config.max_iterations}")
+
+    def _on_step(self) -> bool:
+        self.bar.update(self.num_timesteps - self.bar.n)
+        self.stop.check()
+        return True
+
+    def _on_rollout_end(self) -> None:
+        recent = self.model.ep_success_buffer
+        if recent:
+            self.bar.set_postfix(success=f"{sum(recent) / len(recent):.2f}", refresh=False)
+        if self.evaluations is None:  # then the collection says how good the policy was
+            rate = self.logger.name_to_value["rollout/iteration_success_rate"]
+            self.checkpoints.rate(self.model.iteration, rate)
+
+    def _on_training_end(self) -> None:
+        self._timesteps_before = self.num_timesteps
+        self.save_checkpoint()
+        self._evaluate()
+
+    def _evaluate(self) -> None:
+        if self.evaluations is not None:
+            rate = self.evaluations.run(self.model, self.model.iteration, self.stop.check)
+            self.checkpoints.rate(self.model.iteration, rate)
 
 
 def _take_up(model: CFGRL, checkpoints: CheckpointStore, folder: Path) -> dict[str, Any]:
-    """Bring model and logs to the last checkpoint, or the beginning where there is none."""
+    """Bring model and logs to the last checkpoint, or to the beginning where there is none.
+
+    :return: what `Evaluations` has to know of the earlier process
+    """
     about: dict[str, Any] = {"seconds": 0.0, "log_sizes": {}}
     iterations = checkpoints.iterations()
     if iterations:
         about = load_checkpoint(model, checkpoints.path(iterations[-1]))
     cut_logs(folder, about["log_sizes"])
-    print(f"resumed after iteration {model._iteration}")
-    return {"seconds": about["seconds"], "done_before": model._iteration}
+    print(f"resumed after iteration {model.iteration}")
+    return {"seconds": about["seconds"], "done_before": model.iteration}
 
 
 def run(config: TrainConfig, algorithm: type[CFGRL] = CFGRL) -> Path:
@@ -136,17 +164,26 @@ def run(config: TrainConfig, algorithm: type[CFGRL] = CFGRL) -> Path:
     resume = config.resume is not None
     out = Path(str(config.resume)) if resume else choose_folder("train", config.out)
     checkpoint = find_checkpoint(config.policy, config.preset)
-    arguments = _environment_arguments(config, checkpoint)
-    arguments["init_states"] = config.init_states
+    arguments = environment_arguments(
+        config, checkpoint.horizon, checkpoint.image_size, checkpoint.cameras
+    )
     stride = config.window_stride
-    if stride is not None and stride < arguments["chunk_size"]:
-        arguments["observation_stride"] = stride
+    inside = stride is not None and stride < arguments["chunk_size"]
+    observed = {"observation_stride": stride if inside else None}
     checkpoints = CheckpointStore(out / CHECKPOINTS_FOLDER, config.keep_checkpoints)
     with ExitStack() as stack:
         if resume:
             stack.enter_context(locked(out))
-        env = stack.enter_context(vec_env(arguments, config.n_envs))
-        model = _model(algorithm, config, env, policy_arguments(config, checkpoint))
+        env = stack.enter_context(vec_env(arguments | observed, config.n_envs))
+        model = algorithm(
+            "Pi0Policy",
+            env,
+            learning_rate=config.learning_rate,
+            policy_kwargs=policy_arguments(config, checkpoint),
+            seed=config.seed,
+            device=config.device,
+            **config.arguments_of(CFGRL),
+        )
         if not resume:
             create_folder(out, config, algorithm=algorithm.__name__)
             stack.enter_context(locked(out))
@@ -156,11 +193,15 @@ def run(config: TrainConfig, algorithm: type[CFGRL] = CFGRL) -> Path:
         resumed = _take_up(model, checkpoints, out) if resume else {}
         model.set_logger(open_logs(out, IterationLine()))
         stack.callback(model.logger.close)
-        evaluations = stack.enter_context(
-            _evaluations(config, checkpoint, out, evaluated, **resumed)
-        )
+        evaluations = None
+        if evaluated:  # on the benchmark's states and with its time limit, whatever is trained on
+            benchmark = {"init_states": "benchmark", "max_episode_steps": None}
+            other = stack.enter_context(vec_env(arguments | benchmark, config.n_envs))
+            evaluations = Evaluations(out, config, other, evaluated, **resumed)
+            stack.callback(evaluations.logger.close)
         between = BetweenIterations(config, out, checkpoints, evaluations, stop)
-        _learn(model, config, out, stack.enter_context(between))
+        stack.callback(between.bar.close)
+        _learn(model, config, out, between)
     print(f"policy: {out / POLICY_FOLDER}")
     if config.video:
         start = Start(task_id=tasks[0].task_id, init_state_id=0)
@@ -171,14 +212,14 @@ def run(config: TrainConfig, algorithm: type[CFGRL] = CFGRL) -> Path:
 
 
 def _learn(model: CFGRL, config: TrainConfig, out: Path, between: BetweenIterations) -> None:
-    """To the end, or to a state from which `--resume` goes on."""
+    """Learn to the end, or leave a state from which `--resume` goes on."""
     iterations = config.max_iterations
     between.init_callback(model)  # SB3 resets the environments first, and that may fail already
     try:
         model.learn(
             config.total_timesteps - model.num_timesteps,  # SB3 counts on from those that were made
             callback=between,
-            max_iterations=None if iterations is None else max(0, iterations - model._iteration),
+            max_iterations=None if iterations is None else max(0, iterations - model.iteration),
             reset_num_timesteps=False,
         )
     except (Stopped, WorkerError) as error:

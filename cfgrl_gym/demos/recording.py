@@ -21,11 +21,17 @@ MAX_TRIES_PER_DEMO = 10
 class RecordingConfig:
     """What to record.
 
+    :param suite: suite of the task
+    :param task_id: the task
+    :param demos: successful demonstrations of the task
+    :param image_size: side of the two camera images in pixels
+    :param image_stride: draw the images at every n-th step only, which is faster; rows between
+        repeat the last one, and `obs/images_rendered` tells which are which. 1 draws all, as
+        LIBERO's files have
     :param perturbed: share of the demonstrations that start from a disturbed pose: the expert
         first moves for a while, is pushed and turned at random, and only then recorded
-    :param image_stride: images are drawn at every so manieth step; rows between repeat the last
-        one, and `obs/images_rendered` tells which are which. 1 draws all, as LIBERO's files have
     :param seed: of LIBERO's placement sampler and of the disturbances
+    :param workers: processes that record at the same time (about 2 GB of memory each)
     """
 
     suite: str = "libero_object"

@@ -7,6 +7,7 @@ that never change. So the environments of a process share it, and a copy in MuJo
 
 import contextlib
 import copy
+import ctypes
 import functools
 import hashlib
 import mmap
@@ -201,3 +202,14 @@ def _evict(folder: Path) -> None:
         if kept > CACHE_LIMIT:
             path.unlink(missing_ok=True)
             path.with_suffix(".crc32").unlink(missing_ok=True)
+
+
+def give_back_freed_memory() -> None:
+    """Return freed memory to the system where the C library can (glibc's `malloc_trim`).
+
+    glibc keeps freed blocks for itself, scattered ones for ever: a process that repeatedly closes
+    a simulator and builds another would slowly grow by what lies in between.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

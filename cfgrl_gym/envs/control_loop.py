@@ -123,10 +123,52 @@ def _run(  # type: ignore[no-untyped-def]  # numba infers the types
             qpos_after[:], qvel_after[:] = qpos, qvel
 
 
+class SamplingClock:
+    """When robosuite measures: one physics substep of each control period, not the last one.
+
+    `robosuite/utils/observables.py` counts time since the last measurement in floating point, and
+    the forced measurements of a reset shift its phase (after LIBERO's `set_init_state` it measures
+    one substep before the end of a control step). An observation equals LIBERO's only at exactly
+    that substep.
+    """
+
+    def __init__(self, period: float, substep: float) -> None:
+        self._period, self._substep = period, substep
+        self._time, self._sampled = 0.0, False
+
+    def restart(self, forced_measurements: int) -> None:
+        self._time = 0.0
+        for _ in range(forced_measurements):
+            self._sampled = True
+            self._count()
+
+    def control_step(self, substeps: int) -> int:
+        """Let a control step pass; the substep that robosuite measures after, or -1."""
+        measured = -1
+        for substep in range(substeps):
+            if self._tick():
+                measured = substep
+        return measured
+
+    def _tick(self) -> bool:
+        measure = not self._sampled and self._period >= self._time + self._substep
+        self._sampled = self._sampled or measure
+        self._count()
+        return measure
+
+    def _count(self) -> None:
+        self._time += self._substep
+        if self._time >= self._period:
+            self._time %= self._period
+            self._sampled = False
+
+
 class ControlLoop:
     """Drives one robosuite environment with a single Panda under OSC_POSE.
 
     :param env: robosuite's environment, in which `check_upstream` found nothing unknown
+    :ivar measured: the state in which robosuite would have measured its observables last:
+        positions before that substep (nq,), positions (nq,) and velocities (nv,) after it
     """
 
     def __init__(self, env: Any) -> None:
@@ -135,7 +177,9 @@ class ControlLoop:
         model = env.sim.model._model
         data = env.sim.data._data
         nv = model.nv
-        self.substeps = int(env.control_timestep / env.model_timestep)
+        self._substeps = int(env.control_timestep / env.model_timestep)
+        self._clock = SamplingClock(env.control_timestep, env.model_timestep)
+        self.measured = (data.qpos.copy(), data.qpos.copy(), data.qvel.copy())
         self._site = model.site(robot.gripper.important_sites["grip_site"]).id
         self._site_pos, self._site_mat = data.site_xpos[self._site], data.site_xmat[self._site]
         arm_qvel = _indices(robot._ref_joint_vel_indexes)
@@ -158,8 +202,15 @@ class ControlLoop:
             np.zeros((_JOINTS, _JOINTS), order="F"),
         )  # fmt: skip
 
-    def start_episode(self) -> None:
-        """Take over what robosuite's reset has made anew: the controller and the gripper."""
+    def start_episode(self, forced_measurements: int) -> None:
+        """Take over what robosuite's reset has made anew: the controller and the gripper.
+
+        :param forced_measurements: how often robosuite has measured since
+        """
+        self._clock.restart(forced_measurements)
+        data = self._env.sim.data._data
+        for kept, values in zip(self.measured, (data.qpos, data.qpos, data.qvel), strict=True):
+            kept[:] = values
         robot = self._env.robots[0]
         self._controller = controller = robot.controller
         self._gains = tuple(
@@ -168,14 +219,12 @@ class ControlLoop:
         )
         self._finger_current[:] = robot.gripper.current_action
 
-    def advance(self, action: np.ndarray, measured: int, kept: tuple[np.ndarray, ...]) -> None:
-        """One control step.
+    def advance(self, action: np.ndarray) -> bool:
+        """One control step; returns whether robosuite would have measured in it.
 
         :param action: float64 (7,)
-        :param measured: the substep to keep, or -1 for none
-        :param kept: float64 (nq,), (nq,), (nv,): filled with the positions before the measured
-            substep, and the positions and velocities after it
         """
+        measured = self._clock.control_step(self._substeps)
         sim, controller = self._env.sim, self._controller
         model, data = sim.model._model, sim.data._data
         mujoco.mj_step1(model, data)
@@ -187,7 +236,7 @@ class ControlLoop:
             controller.set_goal(action[:6])
             first = 0
         else:
-            self._stale_substep(action, measured, kept)
+            self._stale_substep(action, measured)
             first = 1
         self._goal_pos[:], self._goal_mat[:] = controller.goal_pos, controller.goal_ori
         speed = self._env.robots[0].gripper.speed
@@ -196,13 +245,12 @@ class ControlLoop:
             self._goal_pos, self._goal_mat, *self._gains, *self._torque_limits,
             *self._finger_range, self._finger_current,
             np.array([-1.0, 1.0]) * speed * np.sign(action[6:]),
-            *self._work, first, self.substeps, measured, *kept,
+            *self._work, first, self._substeps, measured, *self.measured,
         )  # fmt: skip
         controller.new_update = True
+        return measured >= 0
 
-    def _stale_substep(
-        self, action: np.ndarray, measured: int, kept: tuple[np.ndarray, ...]
-    ) -> None:
+    def _stale_substep(self, action: np.ndarray, measured: int) -> None:
         """The first substep of an episode, for which robosuite doesn't read the state anew.
 
         Its controller still goes by the pose and the inertia of its own reset, before the initial
@@ -211,8 +259,8 @@ class ControlLoop:
         env = self._env
         model, data = env.sim.model._model, env.sim.data._data
         if measured == 0:
-            kept[0][:] = data.qpos
-        env.sim.forward = _nothing  # mj_step1 has done it
+            self.measured[0][:] = data.qpos
+        env.sim.forward = lambda: None  # mj_step1 has done it
         try:
             env._pre_action(action, True)
         finally:
@@ -220,11 +268,7 @@ class ControlLoop:
         self._finger_current[:] = env.robots[0].gripper.current_action
         mujoco.mj_step2(model, data)
         if measured == 0:
-            kept[1][:], kept[2][:] = data.qpos, data.qvel
-
-
-def _nothing() -> None:
-    return None
+            self.measured[1][:], self.measured[2][:] = data.qpos, data.qvel
 
 
 def _indices(values: Any) -> np.ndarray:

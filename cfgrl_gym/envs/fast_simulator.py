@@ -8,7 +8,7 @@ flame looks like) is left to it. What is done differently, without a difference 
 - A control step runs the compiled controller, and each substep computes the dynamics once instead
   of three times (`control_loop`).
 - Observations and images are computed when somebody asks for them, from the state in which
-  robosuite would have measured them (`sampling_clock`).
+  robosuite would have measured them (`control_loop`).
 """
 
 import warnings
@@ -20,7 +20,6 @@ from cfgrl_gym.envs import rendering
 from cfgrl_gym.envs.compiled_models import COLOURS, CompiledModel, compiled
 from cfgrl_gym.envs.installation import INSTALL_HINT, import_libero
 from cfgrl_gym.envs.rendering import Quality
-from cfgrl_gym.envs.sampling_clock import SamplingClock
 from cfgrl_gym.envs.simulator import (
     CAMERAS,
     FRAME_SIZE,
@@ -105,7 +104,7 @@ class FastSimulator(Simulator):
         quality: Quality = "benchmark",
     ) -> None:
         super().__init__(task, image_size, cameras)
-        self._quality: Quality = quality
+        self.quality: Quality = quality
         wrapper = import_libero("envs.env_wrapper")
         import mujoco
 
@@ -129,9 +128,6 @@ class FastSimulator(Simulator):
         env = self.robosuite_env = control.env
         self._samplers = list(env.object_property_initializers)
         self._compiled: CompiledModel = env.compiled_model
-        self._clock = SamplingClock(env.control_timestep, env.model_timestep)
-        # Positions before the measured substep, positions and velocities after it.
-        self._kept = (self.data.qpos.copy(), self.data.qpos.copy(), self.data.qvel.copy())
         # The poses of what was measured, computed when they are asked for.
         self._measured: Any = mujoco.MjData(self.model)
         self._measured_is_current = False
@@ -153,12 +149,8 @@ class FastSimulator(Simulator):
                 sim.model._model = self._compiled.mj
         if init_state is not None:
             self._set_state(init_state)
-        self._clock.restart(forced_measurements=1 if init_state is None else 2)
-        now = (self.data.qpos, self.data.qpos, self.data.qvel)
-        for kept, values in zip(self._kept, now, strict=True):
-            kept[:] = values
+        self._loop.start_episode(forced_measurements=1 if init_state is None else 2)
         self._measured_is_current = False
-        self._loop.start_episode()
 
     def _prepare_reset(self, number: int) -> None:
         env, base = self.robosuite_env, self._compiled.base
@@ -175,9 +167,7 @@ class FastSimulator(Simulator):
     def advance(self, action: np.ndarray) -> bool:
         env = self.robosuite_env
         env.timestep += 1
-        measured = self._clock.control_step(self._loop.substeps)
-        self._loop.advance(action, measured, self._kept)
-        if measured >= 0:
+        if self._loop.advance(action):
             self._measured_is_current = False
         env.cur_time += env.control_timestep
         env._post_action(action)
@@ -189,7 +179,7 @@ class FastSimulator(Simulator):
         """`MjData` with the poses that robosuite's observables saw."""
         data = self._measured
         if not self._measured_is_current:
-            before, after, velocities = self._kept
+            before, after, velocities = self._loop.measured
             data.qpos[:] = before
             # What a measurement or a picture depends on, in the order of mj_fwdPosition.
             self._mujoco.mj_kinematics(self.model, data)
@@ -228,12 +218,12 @@ class FastSimulator(Simulator):
 
     def _render(self, data: Any, cameras: tuple[str, ...], size: int) -> list[np.ndarray]:
         colours = {name: getattr(self.robosuite_env.sim.model, name) for name in COLOURS}
-        return rendering.render(self._compiled, data, colours, cameras, size, self._quality)
+        return rendering.render(self._compiled, data, colours, cameras, size, self.quality)
 
     def close(self) -> None:
         """Models and render contexts go with the last environment that uses them."""
         if self.robosuite_env is not None:
-            # LIBERO's objects refer to one another in circles: let go of what is large by hand.
+            # LIBERO's objects form reference cycles; dropping the large ones frees them now.
             self.robosuite_env.compiled_model = None
             self.robosuite_env.close()
             self.robosuite_env = self._loop = self._measured = None

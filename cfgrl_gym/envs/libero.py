@@ -3,7 +3,7 @@
 from collections import OrderedDict, deque
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import gymnasium as gym
 import numpy as np
@@ -21,12 +21,19 @@ from cfgrl_gym.envs.arguments import (
     check_known,
     is_int,
 )
+from cfgrl_gym.envs.compiled_models import give_back_freed_memory
 from cfgrl_gym.envs.fast_simulator import build_simulator
-from cfgrl_gym.envs.freed_memory import give_back_freed_memory
 from cfgrl_gym.envs.rendering import QUALITIES, Quality
 from cfgrl_gym.envs.simulator import CAMERAS, LIBERO_SEED, SETTLE_STEPS, Simulator, image_key
 from cfgrl_gym.envs.stability import attempt
-from cfgrl_gym.envs.suites import Task, episode_limit, load_init_states, object_names, select_tasks
+from cfgrl_gym.envs.suites import (
+    Task,
+    TaskIds,
+    episode_limit,
+    load_init_states,
+    object_names,
+    select_tasks,
+)
 
 ACTION_DIM = 7
 RENDER_MODES = ("rgb_array", "rgb_array_list")
@@ -52,7 +59,8 @@ class LiberoEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
     """One control step (20 Hz) per `step`, raw LIBERO observations, sparse success reward.
 
     The simulator is built at the first `reset`, in the process that calls it, so that an
-    environment can be handed to workers before or after a fork.
+    environment can be handed to workers before or after a fork. While `skip_observations` is True,
+    steps that don't end the episode return the previous observation again.
 
     `info` has `success` and `is_success`, `unstable`, `task_id`, `init_state_id` and `prompt`. An
     episode whose physics blow up (`stability.py` says what that is) ends there as truncated, with
@@ -60,8 +68,8 @@ class LiberoEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
     more. The next reset starts afresh.
 
     :param suite: a suite that the installed LIBERO has
-    :param task_id: an int, a sequence of ints or "all"; with several, each episode draws one, and
-        observations hold only the objects that all of them have
+    :param task_id: the task, several as a sequence, or "all"; with several, each episode draws one,
+        and observations hold only the objects that all of them have
     :param image_size: side of the two camera images in pixels, 8 to 4096
     :param max_episode_steps: time limit in control steps; None for the suite's own
     :param settle_steps: control steps of no motion after a reset, outside the time limit;
@@ -86,11 +94,11 @@ class LiberoEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
     def __init__(
         self,
         suite: str = "libero_object",
-        task_id: int | Sequence[int] | str = 0,
+        task_id: TaskIds = 0,
         image_size: int = 224,
         max_episode_steps: int | None = None,
         settle_steps: int = SETTLE_STEPS,
-        init_states: str | Sequence[int] = "benchmark",
+        init_states: Literal["benchmark", "random"] | Sequence[int] = "benchmark",
         render_mode: str | None = None,
         cameras: Sequence[str] = CAMERAS,
         image_quality: Quality = "benchmark",
@@ -123,7 +131,6 @@ class LiberoEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
         self.render_mode = render_mode
         self.cameras = tuple(camera for camera in CAMERAS if camera in named)
         self.image_quality: Quality = image_quality
-        # True: steps that don't end the episode repeat the last observation.
         self.skip_observations = False
 
         shape = (self.image_size, self.image_size, 3)

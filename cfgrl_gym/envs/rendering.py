@@ -101,40 +101,32 @@ class _Painter:
         cameras: Sequence[str],
         size: int,
     ) -> list[np.ndarray]:
-        with self._gl:
-            return [self._paint(model, data, colours, camera, size) for camera in cameras]
-
-    def _paint(
-        self,
-        model: CompiledModel,
-        data: Any,
-        colours: Mapping[str, np.ndarray],
-        camera: str,
-        size: int,
-    ) -> np.ndarray:
-        mujoco = self._mujoco
-        number = mujoco.mj_name2id(model.mj, mujoco.mjtObj.mjOBJ_CAMERA, camera)
-        if number < 0:  # MuJoCo would end the process
-            raise ValueError(f"the model has no camera {camera!r}")
-        self._camera.fixedcamid = number
-        with model.lock:
-            for name, values in colours.items():
-                getattr(model.mj, name)[:] = values
-            mujoco.mjv_updateScene(
-                model.mj,
-                data,
-                self._options,
-                self._perturbation,
-                self._camera,
-                mujoco.mjtCatBit.mjCAT_ALL,
-                self._scene,
-            )
+        mujoco, images = self._mujoco, []
         viewport = mujoco.MjrRect(0, 0, size, size)
-        with self._culler.culled(self._scene, model.mj, data, size):
-            mujoco.mjr_render(viewport, self._scene, self._context)
-        image = np.empty((size, size, 3), dtype=np.uint8)
-        mujoco.mjr_readPixels(image, None, viewport, self._context)
-        return image
+        with self._gl:
+            for camera in cameras:
+                number = mujoco.mj_name2id(model.mj, mujoco.mjtObj.mjOBJ_CAMERA, camera)
+                if number < 0:  # MuJoCo would end the process
+                    raise ValueError(f"the model has no camera {camera!r}")
+                self._camera.fixedcamid = number
+                with model.lock:
+                    for name, values in colours.items():
+                        getattr(model.mj, name)[:] = values
+                    mujoco.mjv_updateScene(
+                        model.mj,
+                        data,
+                        self._options,
+                        self._perturbation,
+                        self._camera,
+                        mujoco.mjtCatBit.mjCAT_ALL,
+                        self._scene,
+                    )
+                with self._culler.culled(self._scene, model.mj, data, size):
+                    mujoco.mjr_render(viewport, self._scene, self._context)
+                image = np.empty((size, size, 3), dtype=np.uint8)
+                mujoco.mjr_readPixels(image, None, viewport, self._context)
+                images.append(image)
+        return images
 
     def free(self) -> None:
         with self._gl:

@@ -8,13 +8,15 @@ import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from cfgrl_gym.envs.arguments import as_list, is_int
 from cfgrl_gym.envs.installation import import_libero
 from cfgrl_gym.restricted_pickle import NUMBERS, read_pickle
+
+TaskIds = int | Sequence[int] | Literal["all"]
 
 # Control steps; openpi, examples/libero/main.py
 _LIMITS = {
@@ -95,7 +97,7 @@ def load_tasks(suite: str) -> tuple[Task, ...]:
     )
 
 
-def select_tasks(suite: str, task_id: int | Sequence[int] | str) -> tuple[Task, ...]:
+def select_tasks(suite: str, task_id: TaskIds) -> tuple[Task, ...]:
     """The tasks that `task_id` names: an int, a sequence of ints, or "all".
 
     :raises ValueError: an id that the suite does not have

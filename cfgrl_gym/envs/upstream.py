@@ -84,12 +84,12 @@ def check_upstream(control: Any) -> None:
     :param control: LIBERO's `ControlEnv`
     :raises UnknownUpstreamError: naming what is not known
     """
-    changed = [
-        name for name, digest in digests(control).items() if digest not in KNOWN.get(name, ())
-    ]
+    found = digests(control)
+    changed = [name for name in KNOWN.keys() | found if found.get(name) not in KNOWN.get(name, ())]
     if changed:
         raise UnknownUpstreamError(
-            f"the installed LIBERO or robosuite has another {', '.join(changed)} than those known"
+            "the installed LIBERO or robosuite has another "
+            f"{', '.join(sorted(changed))} than those known"
         )
     env = control.env
     if not hasattr(env.sim.data._data, "M"):
@@ -116,50 +116,39 @@ def check_upstream(control: Any) -> None:
             )
 
 
-def _parts(control: Any) -> dict[str, Any]:
-    """The functions by name, as this very environment would call them."""
+def digests(control: Any) -> dict[str, str]:
+    """The start of the source's SHA-256 of each function, as this very environment would call it.
+
+    Of the classes of each part that has a class in `KNOWN`, those of the functions named there, in
+    whatever class they are: what calls `super()` depends on the overridden ones too.
+    """
     from robosuite.utils import control_utils
 
     env = control.env
     robot = env.robots[0]
-    controller, gripper, sim = robot.controller, robot.gripper, env.sim
-    observable = next(iter(env._observables.values()))
-    parts: dict[str, Any] = {
-        f"control_utils.{name}": getattr(control_utils, name)
-        for name in (
-            "opspace_matrices", "nullspace_torques", "orientation_error",
-            "set_goal_position", "set_goal_orientation",
-        )
-    }  # fmt: skip
-    for owner, names in (
-        (control, ("reset", "set_init_state", "regenerate_obs_from_state", "seed", "step")),
-        (env, ("reset", "step", "_reset_internal", "_pre_action", "_update_observables",
-               "_get_observations", "_initialize_sim", "initialize_time")),
-        (robot, ("control", "grip_action", "reset", "_load_controller")),
-        (gripper, ("format_action", "speed", "dof")),
-        (controller, ("update", "set_goal", "run_controller", "scale_action", "reset_goal",
-                      "update_initial_joints", "torque_compensation")),
-        (sim, ("forward", "step", "reset", "set_state_from_flattened")),
-        (sim.data, ("get_site_jacp", "get_site_jacr", "get_site_xvelp", "get_site_xvelr")),
-        (observable, ("update", "reset")),
-    ):  # fmt: skip
-        for name in names:
-            for cls in type(owner).__mro__:  # what calls super() depends on the others too
-                if name in vars(cls) and not cls.__module__.startswith("cfgrl_gym"):
-                    parts[f"{cls.__name__}.{name}"] = vars(cls)[name]
-    return parts
-
-
-def digests(control: Any) -> dict[str, str]:
-    """Function by function (overridden ones too), the start of its source's SHA-256."""
+    names = [name.split(".") for name in KNOWN]
+    functions = {
+        f"{owner}.{name}": getattr(control_utils, name)
+        for owner, name in names
+        if owner == "control_utils"
+    }
+    simulated = (control, env, robot, robot.gripper, robot.controller, env.sim, env.sim.data)
+    for part in (*simulated, next(iter(env._observables.values()))):
+        classes = [c for c in type(part).__mro__ if not c.__module__.startswith("cfgrl_gym")]
+        wanted = {name for owner, name in names if owner in {c.__name__ for c in classes}}
+        functions |= {
+            f"{c.__name__}.{name}": vars(c)[name]
+            for c in classes
+            for name in wanted & vars(c).keys()
+        }
     found = {}
-    for name, function in _parts(control).items():
+    for name, function in functions.items():
         function = getattr(function, "fget", function)  # a property
         found[name] = _digest(getattr(function, "py_func", function))  # of a numba function
     return found
 
 
-@functools.cache  # for the next environment; who puts in another function gets another digest
+@functools.cache  # for the next environment; a replaced function has another digest
 def _digest(function: Any) -> str:
     source = inspect.getsource(inspect.unwrap(function))
     return hashlib.sha256(source.encode()).hexdigest()[:12]

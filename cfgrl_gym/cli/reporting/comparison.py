@@ -1,12 +1,10 @@
-"""Success before and after training: which evaluation belongs to which training, and pooling."""
+"""Success before and after training, over cfg_scale, and of one method against another."""
 
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from cfgrl_gym.cli.reporting.methods import Method, plain_policy, value_text
-from cfgrl_gym.cli.reporting.rates import Pooled, Rate, total, verdict
 from cfgrl_gym.cli.reporting.runs import (
     VELOCITY,
     EvaluationRun,
@@ -14,33 +12,39 @@ from cfgrl_gym.cli.reporting.runs import (
     Runs,
     Setting,
     Training,
+    pool,
 )
 from cfgrl_gym.cli.run_folder import MODEL_FILE
 
+HIGHER, LOWER, UNDECIDED = "higher", "lower", "not distinguishable at 95%"
 # Options of an evaluation that change what is measured; null is the policy's own.
 _PROTOCOL = ("chunk_size", "max_episode_steps", "num_inference_steps")
+FEWEST_SCALES = 3  # of a sweep that is drawn
 
 
-_Key = tuple[Setting, float]  # and cfg_scale
+def verdict(reference: Result | None, other: Result | None) -> str | None:
+    """How `other` compares: distinguishable only where the 95% intervals don't overlap.
+
+    :return: None: one of them wasn't measured
+    """
+    if reference is None or other is None:
+        return None
+    if other.rate.interval[0] > reference.rate.interval[1]:
+        return HIGHER
+    if other.rate.interval[1] < reference.rate.interval[0]:
+        return LOWER
+    return UNDECIDED
 
 
-@dataclass(frozen=True)
-class Measured:
-    """One result and where it comes from."""
-
-    setting: Setting
-    result: Result
-    sources: tuple[str, ...]
+# Which evaluation belongs to which training ------------------------------------------------------
 
 
 @dataclass
 class Links:
-    """What belongs together. `after` and `before`: of a training's name, evaluations;
-    `started_from`: of a policy, trainings."""
+    """The evaluations of each training's policy after it, and of its start before it."""
 
-    after: dict[str, list[EvaluationRun]] = field(default_factory=dict)
-    before: dict[str, list[EvaluationRun]] = field(default_factory=dict)
-    started_from: dict[str, list[Training]] = field(default_factory=dict)
+    after: dict[Training, list[EvaluationRun]] = field(default_factory=dict)
+    before: dict[Training, list[EvaluationRun]] = field(default_factory=dict)
 
     def role(self, evaluation: EvaluationRun) -> str:
         """before, after, or neither."""
@@ -54,25 +58,16 @@ def link(runs: Runs) -> Links:
     """An evaluation of the policy that a training started from was before it; any other inside its
     folder, or of its own policy, came after it."""
     links = Links()
+    owners = {evaluation: _owner(evaluation, runs.trainings) for evaluation in runs.evaluations}
     for training in runs.trainings:
-        own = _own_policies(training)
-        start = start_policy(training)
-        links.started_from.setdefault(start, []).append(training)
-        inside = [
-            evaluation
-            for evaluation in runs.evaluations
-            if plain_policy(evaluation.policy) in own
-            or (
-                _owner(evaluation, runs.trainings) is training
-                and plain_policy(evaluation.policy) != start
-            )
-        ]
-        links.after[training.name] = inside
-        links.before[training.name] = [
-            evaluation
-            for evaluation in runs.evaluations
-            if evaluation not in inside and plain_policy(evaluation.policy) == start
-        ]
+        own, start = _own_policies(training), start_policy(training)
+        links.after[training], links.before[training] = [], []
+        for evaluation, owner in owners.items():
+            policy = plain_policy(evaluation.policy)
+            if policy in own or (owner is training and policy != start):
+                links.after[training].append(evaluation)
+            elif policy == start:
+                links.before[training].append(evaluation)
     return links
 
 
@@ -94,148 +89,107 @@ def _own_policies(training: Training) -> set[str]:
     return names | {f"{name}/{MODEL_FILE}" for name in names}
 
 
-def _of_run(evaluation: EvaluationRun) -> list[Measured]:
-    return [
-        Measured(evaluation.setting(result.tasks), result, (evaluation.name,))
-        for result in evaluation.results
-    ]
-
-
-def _of_checkup(training: Training, position: int) -> list[Measured]:
-    if not training.evaluations:
-        return []
-    checkup = training.evaluations[position]
-    if (checkup.iteration == 0) != (position == 0):
-        return []  # nothing was evaluated before the training, or nothing since
-    sources = (f"{training.name}, iteration {checkup.iteration}",)
-    return [Measured(training.setting(r.tasks), r, sources) for r in checkup.results]
+# Before and after --------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
 class Comparison:
     """A method at one cfg_scale, in one setting.
 
+    :param before: pooled over the policies that the trainings started from
+    :param after: pooled over the trainings
     :param by_seed: each training's own result afterwards
     """
 
     method: Method
     setting: Setting
     cfg_scale: float
-    before: Pooled | None
-    after: Pooled | None
+    before: Result | None
+    after: Result | None
     by_seed: tuple[tuple[Training, Result], ...]
 
     @property
     def verdict(self) -> str | None:
         """Of after against before."""
-        if self.before is None or self.after is None:
-            return None
-        return verdict(self.before.rate, self.after.rate)
+        return verdict(self.before, self.after)
 
 
 def compare(method: Method, links: Links) -> list[Comparison]:
     """Before and after for every setting and cfg_scale that was evaluated."""
-    before: dict[_Key, list[Measured]] = {}
-    starts: Counter[_Key] = Counter()
+    before: dict[tuple[Setting, float], list[Result]] = {}
     for start in dict.fromkeys(map(start_policy, method.trainings)):
-        for key, measured in _before(start, links).items():
-            before.setdefault(key, []).extend(measured)
-            starts[key] += 1
-    after: dict[_Key, list[tuple[Training, Measured]]] = {}
+        for result in _before(start, links):
+            before.setdefault(result.key, []).append(result)
+    after: dict[tuple[Setting, float], list[tuple[Training, Result]]] = {}
     for training in method.trainings:
-        last, evaluated = _of_checkup(training, -1), _of_policy(links.after[training.name])
-        for key, one in {**_by_key(last), **evaluated}.items():
-            after.setdefault(key, []).append((training, one))
+        results = [*_in_training(training, -1), *_of_policy(links.after[training])]
+        for key, result in {result.key: result for result in results}.items():
+            after.setdefault(key, []).append((training, result))
     # A start may have been measured on more than this method was.
     settings = {setting for setting, _ in after}
     before = {key: ones for key, ones in before.items() if not after or key[0] in settings}
-    rows = []
-    for key in sorted({*before, *after}, key=_order):
-        ones = after.get(key, [])
-        start_pooled = _pooled(before[key], starts[key]) if key in before else None
-        pooled = _pooled([m for _, m in ones], len(ones)) if ones else None
-        by_seed = tuple((training, m.result) for training, m in ones)
-        rows.append(Comparison(method, *key, start_pooled, pooled, by_seed))
-    return rows
+    return [
+        Comparison(
+            method,
+            *key,
+            before=pool(before[key], len(before[key])) if key in before else None,
+            after=pool([r for _, r in after[key]], len(after[key])) if key in after else None,
+            by_seed=tuple(after.get(key, ())),
+        )
+        for key in sorted({*before, *after}, key=_order)
+    ]
 
 
-def _order(key: _Key) -> Any:
+def _order(key: tuple[Setting, float]) -> Any:
     setting, scale = key
     return setting.suite, setting.tasks, setting.guidance != VELOCITY, scale
 
 
-def _before(start: str, links: Links) -> dict[_Key, list[Measured]]:
-    """What is known of a policy before any training: its own evaluations, else those that its
-    trainings began with, where equal episodes count once."""
-    trainings = links.started_from[start]
-    found: dict[_Key, list[Measured]] = {}
+def _before(start: str, links: Links) -> list[Result]:
+    """What is known of a policy before any training, a result for each key: its own evaluations,
+    else those that its trainings began with, where equal episodes count once."""
+    trainings = [training for training in links.before if start_policy(training) == start]
+    found: dict[tuple[Setting, float], list[Result]] = {}
     for training in trainings:
-        for one in _of_checkup(training, 0):
-            found.setdefault(_key(one), []).append(one)
-    runs = dict.fromkeys(run for training in trainings for run in links.before[training.name])
-    evaluated = {key: [one] for key, one in _of_policy(list(runs)).items()}
-    return {key: distinct(ones) for key, ones in found.items()} | evaluated
+        for result in _in_training(training, 0):
+            found.setdefault(result.key, []).append(result)
+    runs = dict.fromkeys(run for training in trainings for run in links.before[training])
+    measured = {key: pool(distinct(results)) for key, results in found.items()}
+    return list((measured | {result.key: result for result in _of_policy(list(runs))}).values())
 
 
-def _key(measured: Measured) -> _Key:
-    return measured.setting, measured.result.cfg_scale
+def _in_training(training: Training, position: int) -> tuple[Result, ...]:
+    """Its own evaluation before (0) or after (-1), if there is one."""
+    if not training.evaluations:
+        return ()
+    evaluation = training.evaluations[position]
+    return evaluation.results if (evaluation.iteration == 0) == (position == 0) else ()
 
 
-def _by_key(measured: Sequence[Measured]) -> dict[_Key, Measured]:
-    return {_key(one): one for one in measured}
+def _of_policy(evaluations: Sequence[EvaluationRun]) -> list[Result]:
+    """All evaluations of one policy together, a result for each key. Those with one seed may share
+    episodes: of them the largest counts. Those with different seeds are pooled."""
+    found: dict[tuple[Setting, float], dict[str, Result]] = {}  # of each seed
+    pairs = [(value_text(run.seed), result) for run in evaluations for result in run.results]
+    for seed, result in sorted(pairs, key=lambda pair: pair[1].rate.episodes):
+        found.setdefault(result.key, {})[seed] = result
+    return [pool(list(of_seeds.values())) for of_seeds in found.values()]
 
 
-def _of_policy(evaluations: Sequence[EvaluationRun]) -> dict[_Key, Measured]:
-    """All evaluations of one policy together. Those with one seed may share episodes: of them the
-    largest counts. Those with different seeds are pooled."""
-    found: dict[_Key, dict[str, Measured]] = {}  # of each seed
-    pairs = [
-        (value_text(evaluation.seed), one)
-        for evaluation in evaluations
-        for one in _of_run(evaluation)
-    ]
-    for seed, one in sorted(pairs, key=lambda pair: pair[1].result.rate.episodes):
-        found.setdefault(_key(one), {})[seed] = one
-    return {key: _together(list(ones.values())) for key, ones in found.items()}
-
-
-def _together(measured: Sequence[Measured]) -> Measured:
-    results = [one.result for one in measured]
-    result = Result(
-        cfg_scale=results[0].cfg_scale,
-        rate=total(result.rate for result in results),
-        tasks={task: total(r.tasks[task] for r in results) for task in results[0].tasks},
-        guidance_gap=mean_gap(results),
-        episodes=tuple(episode for result in results for episode in result.episodes),
-    )
-    return Measured(measured[0].setting, result, tuple(s for one in measured for s in one.sources))
-
-
-def mean_gap(results: Sequence[Result]) -> float | None:
-    """Of those whose gap is known."""
-    gaps = [result.guidance_gap for result in results if result.guidance_gap is not None]
-    return sum(gaps) / len(gaps) if gaps else None
-
-
-def distinct(measured: Sequence[Measured]) -> list[Measured]:
+def distinct(results: Iterable[Result]) -> list[Result]:
     """Without those whose episodes are, one by one, another's: a policy measured again."""
-    kept: dict[object, Measured] = {}
-    for one in measured:
-        kept.setdefault(one.result.episodes or one.sources, one)
+    kept: dict[object, Result] = {}
+    for result in results:
+        kept.setdefault(result.episodes or result.sources, result)
     return list(kept.values())
-
-
-def _pooled(measured: Sequence[Measured], policies: int) -> Pooled:
-    sources = tuple(dict.fromkeys(source for m in measured for source in m.sources))
-    return Pooled(total(m.result.rate for m in measured), policies, sources)
 
 
 def protocol_notes(method: Method, links: Links) -> list[str]:
     """Options in which evaluations before and after differ, so that a change may come from them."""
     notes = set()
     for training in method.trainings:
-        for after in links.after[training.name]:
-            for before in links.before[training.name]:
+        for after in links.after[training]:
+            for before in links.before[training]:
                 for name in _PROTOCOL:
                     a, b = before.config.get(name), after.config.get(name)
                     if a != b:
@@ -244,13 +198,152 @@ def protocol_notes(method: Method, links: Links) -> list[str]:
     return sorted(notes)
 
 
-def best(rows: Sequence[Comparison], phase: str) -> tuple[Comparison, Rate] | None:
-    """The comparison with the highest success in a phase; of equals, the lowest cfg_scale.
-
-    :param phase: before or after
-    """
-    found = [(row, getattr(row, phase)) for row in rows if getattr(row, phase) is not None]
-    if not found:
+def against_baseline(row: Comparison, comparisons: Sequence[Comparison]) -> str | None:
+    """How the method did afterwards compared with the baseline at the same cfg_scale."""
+    if row.method.is_baseline:
         return None
-    row, pooled = max(found, key=lambda pair: (pair[1].rate.share, -pair[0].cfg_scale))
-    return row, pooled.rate
+    baseline = [
+        other.after
+        for other in comparisons
+        if other.method.is_baseline
+        and (other.setting, other.cfg_scale) == (row.setting, row.cfg_scale)
+    ]
+    return verdict(baseline[0], row.after) if baseline else None
+
+
+@dataclass(frozen=True)
+class Highlight:
+    """The best before and the best after in one setting.
+
+    :param before: of the method that was best afterwards; None where nothing was evaluated before
+    :param compared: how many methods and scales the best afterwards was picked from
+    :param compared_before: how many scales the best before was picked from
+    """
+
+    method: Method
+    before: Result | None
+    after: Result
+    compared: int
+    compared_before: int
+
+    @property
+    def verdict(self) -> str | None:
+        """Of after against before."""
+        return verdict(self.before, self.after)
+
+    @property
+    def sentence(self) -> str:
+        """What may be said of the two."""
+        if self.verdict is None:
+            return "Nothing was evaluated before training, so there is no change to speak of."
+        if self.verdict == UNDECIDED:
+            return "Not distinguishable at 95%: the two intervals overlap."
+        return f"Success is {self.verdict} after training: the two 95% intervals don't overlap."
+
+
+def highlights(comparisons: Sequence[Comparison]) -> list[Highlight]:
+    """One for each setting that was evaluated after a training."""
+    found = []
+    for setting in dict.fromkeys(row.setting for row in comparisons):
+        rows = [row for row in comparisons if row.setting == setting]
+        after = [(row.method, row.after) for row in rows if row.after is not None]
+        if after:
+            method, best = max(after, key=lambda pair: pair[1].rank)
+            before = [row.before for row in rows if row.method is method and row.before is not None]
+            start = max(before, key=lambda result: result.rank, default=None)
+            found.append(Highlight(method, start, best, len(after), len(before)))
+    return found
+
+
+# Over cfg_scale ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Sweep:
+    """Success over cfg_scale: of one policy, or of a method's trainings together.
+
+    :param method: None: of one policy
+    :param points: a result for each cfg_scale
+    :param by_run: the results of each training or evaluation that was pooled
+    """
+
+    title: str
+    method: Method | None
+    points: tuple[Result, ...]
+    by_run: tuple[tuple[Result, ...], ...]
+
+    @property
+    def best(self) -> Result:
+        """The highest success; of equals, the lowest cfg_scale."""
+        return max(self.points, key=lambda point: point.rank)
+
+    @property
+    def rivals(self) -> list[float]:
+        """The other scales that can't be distinguished from the best."""
+        return [
+            point.cfg_scale
+            for point in self.points
+            if point is not self.best and verdict(self.best, point) == UNDECIDED
+        ]
+
+
+def sweeps(
+    comparisons: Sequence[Comparison], evaluations: Sequence[EvaluationRun], links: Links
+) -> list[Sweep]:
+    """Methods after training, then every evaluation that came after none, where at least three
+    scales were evaluated."""
+    found = method_sweeps(comparisons)
+    for run in evaluations:
+        role = links.role(run)
+        if role != "after":
+            points = tuple(sorted(run.results, key=lambda result: result.cfg_scale))
+            title = f"{run.name} (before training)" if role == "before" else run.name
+            found.append(Sweep(title, None, points, (points,)))
+    return [sweep for sweep in found if len(sweep.points) >= FEWEST_SCALES]
+
+
+def method_sweeps(comparisons: Sequence[Comparison]) -> list[Sweep]:
+    """What each method's trainings gave in each setting, however few scales there are."""
+    groups: dict[tuple[Method, Setting], list[Result]] = {}
+    by_training: dict[tuple[Method, Setting], dict[Training, list[Result]]] = {}
+    for row in comparisons:
+        if row.after is not None:
+            group = row.method, row.setting
+            groups.setdefault(group, []).append(row.after)
+            for training, result in row.by_seed:
+                by_training.setdefault(group, {}).setdefault(training, []).append(result)
+    return [
+        Sweep(
+            f"{group[0].label} (after training)",
+            group[0],
+            tuple(points),
+            tuple(map(tuple, by_training[group].values())),
+        )
+        for group, points in groups.items()
+    ]
+
+
+def best_scales(comparisons: Sequence[Comparison]) -> list[str]:
+    """For each method and setting with several scales: the one with the highest success."""
+    sentences = []
+    every = method_sweeps(comparisons)
+    several_settings = len({sweep.best.setting for sweep in every}) > 1
+    for sweep in every:
+        best, close = sweep.best, sweep.rivals
+        others = [point.cfg_scale for point in sweep.points if point is not best]
+        if sweep.method is None or not others:
+            continue
+        apart = [scale for scale in others if scale not in close]
+        where = f" on {best.setting}" if several_settings else ""
+        said = f"{sweep.method.label}{where}: highest at w = {best.cfg_scale:g}, {best.rate}"
+        if close:
+            said += f"; not distinguishable at 95% from w = {scales_text(close)}"
+        if apart:
+            said += f"; intervals don't overlap with w = {scales_text(apart)}"
+        sentences.append(said + ".")
+    return sentences
+
+
+def scales_text(scales: Iterable[float]) -> str:
+    """1, 1.5."""
+    return ", ".join(f"{scale:g}" for scale in scales)

@@ -9,17 +9,17 @@ from cfgrl_gym.cli.reporting.checks import PARTS, Check, TimeSpent, checks, time
 from cfgrl_gym.cli.reporting.comparison import (
     Comparison,
     Links,
-    best,
+    Sweep,
+    against_baseline,
     compare,
     link,
     protocol_notes,
+    sweeps,
 )
-from cfgrl_gym.cli.reporting.curves import Panel, Point, learning_curves, without_curve
+from cfgrl_gym.cli.reporting.curves import Panel, learning_curves, without_curve
 from cfgrl_gym.cli.reporting.films import Film, films
 from cfgrl_gym.cli.reporting.methods import Method, group_methods, repeated_seeds
-from cfgrl_gym.cli.reporting.runs import Result, Runs, Training
-from cfgrl_gym.cli.reporting.summary import against_baseline, count
-from cfgrl_gym.cli.reporting.sweeps import Sweep, sweeps
+from cfgrl_gym.cli.reporting.runs import Runs
 
 
 @dataclass(frozen=True)
@@ -47,14 +47,14 @@ def collect(runs: Runs, title: str, embed_videos: bool) -> Report:
     """
     links = link(runs)
     methods = group_methods(runs.trainings)
-    rows = {id(method): compare(method, links) for method in methods}
+    rows = {method: compare(method, links) for method in methods}
 
     def rank(method: Method) -> tuple[bool, float]:
-        top = best(rows[id(method)], "after")
-        return not method.is_baseline, -top[1].share if top else 1.0
+        shares = [row.after.rate.share for row in rows[method] if row.after is not None]
+        return not method.is_baseline, -max(shares, default=-1.0)
 
     methods.sort(key=rank)
-    comparisons = [row for method in methods for row in rows[id(method)]]
+    comparisons = [row for method in methods for row in rows[method]]
     return Report(
         title=title,
         created=datetime.now().astimezone(),
@@ -90,25 +90,6 @@ def _notes(runs: Runs, methods: Sequence[Method], links: Links) -> list[str]:
     return list(dict.fromkeys(notes))
 
 
-def training_episodes(method: Method) -> str:
-    """How many episodes its trainings had, as far as their logs say."""
-    counts = [last_episodes(training) for training in method.trainings]
-    known = [number for number in counts if number is not None]
-    if not known:
-        return "not logged"
-    low, high = min(known), max(known)
-    text = f"{low:,}" if low == high else f"{low:,} to {high:,}"
-    return text if len(known) == len(counts) else f"{text} ({count(len(known), 'run')})"
-
-
-def last_episodes(training: Training) -> int | None:
-    """Training episodes that were finished."""
-    logged = training.column("rollout/episodes")
-    if logged:
-        return round(logged[-1])
-    return training.evaluations[-1].episodes if training.evaluations else None
-
-
 # For machines -----------------------------------------------------------------------------------
 
 
@@ -128,35 +109,38 @@ def as_json(report: Report) -> dict[str, Any]:
                 "options": method.options,
                 "trainings": [training.name for training in method.trainings],
                 "seeds": [training.seed for training in method.trainings],
-                "training_episodes": [last_episodes(t) for t in method.trainings],
+                "training_episodes": [t.episodes for t in method.trainings],
             }
             for method in report.methods
         ],
         "comparisons": [
             {
                 "method": row.method.label,
-                "suite": row.setting.suite,
-                "tasks": list(row.setting.tasks),
-                "guidance": row.setting.guidance,
+                **row.setting.as_json(),
                 "cfg_scale": row.cfg_scale,
                 "before": row.before and row.before.as_json(),
                 "after": row.after and row.after.as_json(),
                 "after_against_before": row.verdict,
                 "after_against_baseline": against_baseline(row, report.comparisons),
-                "by_training": {t.name: _result_json(result) for t, result in row.by_seed},
+                "by_training": {
+                    training.name: {
+                        "successes": result.rate.successes,
+                        "n_episodes": result.rate.episodes,
+                        "guidance_gap": result.guidance_gap,
+                    }
+                    for training, result in row.by_seed
+                },
             }
             for row in report.comparisons
         ],
         "learning_curves": [
             {
-                "suite": panel.setting.suite,
-                "tasks": list(panel.setting.tasks),
-                "guidance": panel.setting.guidance,
+                **panel.setting.as_json(),
                 "measured": panel.kind,
                 "method": line.method.label,
                 "cfg_scale": line.cfg_scale,
-                "pooled": [_point_json(point) for point in line.pooled],
-                "by_training": [[_point_json(p) for p in curve] for curve in line.by_seed],
+                "pooled": [point.as_json() for point in line.pooled],
+                "by_training": [[point.as_json() for point in seed] for seed in line.by_seed],
             }
             for panel in report.panels
             for line in panel.lines
@@ -164,12 +148,10 @@ def as_json(report: Report) -> dict[str, Any]:
         "guidance_sweeps": [
             {
                 "title": sweep.title,
-                "suite": sweep.setting.suite,
-                "tasks": list(sweep.setting.tasks),
-                "guidance": sweep.setting.guidance,
+                **sweep.best.setting.as_json(),
                 "highest": sweep.best.cfg_scale,
                 "points": [
-                    {"cfg_scale": p.cfg_scale, "guidance_gap": p.gap, **p.pooled.as_json()}
+                    {"cfg_scale": p.cfg_scale, "guidance_gap": p.guidance_gap, **p.as_json()}
                     for p in sweep.points
                 ],
             }
@@ -200,23 +182,4 @@ def as_json(report: Report) -> dict[str, Any]:
             for check in report.checks
         ],
         "notes": list(report.notes),
-    }
-
-
-def _result_json(result: Result) -> dict[str, Any]:
-    return {
-        "successes": result.rate.successes,
-        "n_episodes": result.rate.episodes,
-        "guidance_gap": result.guidance_gap,
-    }
-
-
-def _point_json(point: Point) -> dict[str, Any]:
-    return {
-        "training_episodes": point.episodes,
-        "training_seconds": point.seconds,
-        "runs": point.runs,
-        "successes": point.rate.successes,
-        "n_episodes": point.rate.episodes,
-        "interval_95": list(point.rate.interval),
     }

@@ -3,11 +3,12 @@
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from cfgrl_gym.cli.reporting.comparison import Measured, distinct
+from cfgrl_gym.cli.reporting.comparison import distinct
 from cfgrl_gym.cli.reporting.methods import Method
 from cfgrl_gym.cli.reporting.rates import Rate, total
-from cfgrl_gym.cli.reporting.runs import Checkup, Result, Setting, Training
+from cfgrl_gym.cli.reporting.runs import Evaluation, Result, Setting, Training
 
 EVALUATED, TRAINING = "evaluated", "while training"
 BINS = 12  # points of a curve that is made of training episodes
@@ -19,10 +20,14 @@ LAST = math.inf  # stands for the last evaluation, whichever iteration that was
 class Point:
     """Success at one time. `runs`: the trainings it is pooled over."""
 
-    episodes: float | None
+    episodes: float
     seconds: float
     rate: Rate
-    runs: int
+    runs: int = 1
+
+    def as_json(self) -> dict[str, Any]:
+        times = {"training_episodes": self.episodes, "training_seconds": self.seconds}
+        return times | {"runs": self.runs} | self.rate.as_json()
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,101 +75,73 @@ def learning_curves(methods: Sequence[Method]) -> list[Panel]:
     return panels
 
 
-# Evaluations ----------------------------------------------------------------------------------
+def _mean(points: Sequence[Point], rates: Iterable[Rate]) -> Point:
+    """The mean time of these points, with these rates pooled."""
+    episodes = sum(point.episodes for point in points) / len(points)
+    seconds = sum(point.seconds for point in points) / len(points)
+    return Point(episodes, seconds, total(rates), len(points))
+
+
+# Evaluations -------------------------------------------------------------------------------------
 
 
 def _evaluated(method: Method) -> list[tuple[Setting, Line]]:
-    keys: dict[tuple[Setting, float], None] = {}
+    """A line for each setting and cfg_scale, all tasks together and one by one."""
+    # Of each key and training: iteration → what was measured.
+    found: dict[tuple[Setting, float], dict[Training, dict[float, tuple[Point, Result]]]] = {}
     for training in method.trainings:
-        for checkup in training.evaluations:
-            for result in checkup.results:
-                tasks = tuple(result.tasks)
-                parts = [tasks] if len(tasks) == 1 else [tasks, *((task,) for task in tasks)]
-                for part in parts:
-                    keys[training.setting(part), result.cfg_scale] = None
-    return [(setting, _evaluated_line(method, setting, w)) for setting, w in keys]
-
-
-def _evaluated_line(method: Method, setting: Setting, scale: float) -> Line:
-    curves = []  # of each training: evaluation number → what was measured
-    for training in method.trainings:
-        if training.setting(setting.tasks) != setting:
-            continue
-        curve: dict[float, tuple[Checkup, Measured]] = {}
-        for checkup in training.evaluations:
-            for result in checkup.results:
-                part = _part(result, setting)
-                if result.cfg_scale == scale and part is not None:
-                    measured = Measured(setting, part, (training.name,))
-                    curve[checkup.iteration] = checkup, measured
-        if curve:
+        for evaluation in training.evaluations:
+            for part in (part for result in evaluation.results for part in result.parts):
+                curve = found.setdefault(part.key, {}).setdefault(training, {})
+                curve[evaluation.iteration] = _point(evaluation, part), part
+    lines = []
+    for (setting, scale), by_training in found.items():
+        curves = list(by_training.values())
+        for curve in curves:
             last = max(curve)
             if last > 0:
                 # Trainings stop at a number of steps, and so after different iterations.
                 curve[LAST] = curve.pop(last)
-            curves.append(curve)
-    shared = set.intersection(*(set(curve) for curve in curves))
-    pooled = [_pool_checkups([curve[key] for curve in curves], key == 0) for key in shared]
-    by_seed = tuple(
-        tuple(_point([c.episodes], [c.seconds], [m.result.rate]) for c, m in curve.values())
-        for curve in curves
-    )
-    return Line(method, scale, _sorted(pooled), tuple(map(_sorted, by_seed)))
+        pooled = []
+        for iteration in set.intersection(*map(set, curves)):
+            points, results = zip(*(curve[iteration] for curve in curves), strict=True)
+            # Before training, seeds may be equal.
+            counted = distinct(results) if iteration == 0 else results
+            pooled.append(_mean(points, [result.rate for result in counted]))
+        by_seed = tuple(_sorted(point for point, _ in curve.values()) for curve in curves)
+        lines.append((setting, Line(method, scale, _sorted(pooled), by_seed)))
+    return lines
 
 
-def _part(result: Result, setting: Setting) -> Result | None:
-    """What a result says of these tasks: all of its own, or one of them."""
-    if tuple(result.tasks) == setting.tasks:
-        return result
-    if len(setting.tasks) > 1 or setting.tasks[0] not in result.tasks:
-        return None
-    (task,) = setting.tasks
-    episodes = tuple(episode for episode in result.episodes if episode.task_id == task)
-    return Result(result.cfg_scale, result.tasks[task], {}, None, episodes)
-
-
-def _pool_checkups(members: list[tuple[Checkup, Measured]], first: bool) -> Point:
-    measured = [m for _, m in members]
-    counted = distinct(measured) if first else measured  # before training, seeds may be equal
-    return _point(
-        [checkup.episodes for checkup, _ in members],
-        [checkup.seconds for checkup, _ in members],
-        [m.result.rate for m in counted],
-    )
-
-
-def _point(episodes: Sequence[float], seconds: Sequence[float], rates: Sequence[Rate]) -> Point:
-    at = sum(episodes) / len(episodes) if episodes else None
-    return Point(at, sum(seconds) / len(seconds), total(rates), len(seconds))
+def _point(evaluation: Evaluation, result: Result) -> Point:
+    return Point(float(evaluation.episodes), evaluation.seconds, result.rate)
 
 
 def _sorted(points: Iterable[Point]) -> tuple[Point, ...]:
-    return tuple(sorted(points, key=lambda point: (point.seconds, point.episodes or 0)))
+    return tuple(sorted(points, key=lambda point: (point.seconds, point.episodes)))
 
 
-# Training episodes ----------------------------------------------------------------------------
+# Training episodes -------------------------------------------------------------------------------
 
 
 def _trained(method: Method) -> list[tuple[Setting, Line]]:
     """Each iteration's own episodes, several iterations together where there are many."""
-    counted = [rows for rows in map(_iterations, method.trainings) if rows]
+    counted = [points for points in map(_iterations, method.trainings) if points]
     if not counted:
         return []
     width = math.ceil(max(map(len, counted)) / BINS)
     by_seed = []
-    for rows in counted:
-        parts = [rows[i : i + width] for i in range(0, len(rows), width)]
-        by_seed.append([_together(part) for part in parts])
-    pooled = []
-    for members in zip(*by_seed, strict=False):  # as far as all of them came
-        xs = [point.episodes for point in members if point.episodes is not None]
-        pooled.append(_point(xs, [p.seconds for p in members], [p.rate for p in members]))
-    line = Line(method, None, tuple(pooled), tuple(map(tuple, by_seed)))
-    return [(_trained_on(method.trainings[0]), line)]
+    for points in counted:
+        parts = [points[i : i + width] for i in range(0, len(points), width)]
+        curve = [Point(p[-1].episodes, p[-1].seconds, total(x.rate for x in p)) for p in parts]
+        by_seed.append(tuple(curve))
+    members = zip(*by_seed, strict=False)  # as far as all of them came
+    pooled = tuple(_mean(points, [point.rate for point in points]) for points in members)
+    return [(_trained_on(method.trainings[0]), Line(method, None, pooled, tuple(by_seed)))]
 
 
-def _iterations(training: Training) -> list[tuple[float, float, Rate]]:
-    """Episodes and seconds so far, successes of the iteration; nothing for logs without counts."""
+def _iterations(training: Training) -> list[Point]:
+    """The success of each iteration's episodes; nothing for logs without counts."""
     found = []
     before = 0.0
     for row in training.rows:
@@ -176,13 +153,8 @@ def _iterations(training: Training) -> list[tuple[float, float, Rate]]:
         before = episodes
         if count > 0:
             rate = Rate(round(share * count), count)
-            found.append((episodes, row.get("time/time_elapsed", 0.0), rate))
+            found.append(Point(episodes, row.get("time/time_elapsed", 0.0), rate))
     return found
-
-
-def _together(part: list[tuple[float, float, Rate]]) -> Point:
-    episodes, seconds, _ = part[-1]
-    return Point(episodes, seconds, total(rate for *_, rate in part), 1)
 
 
 def _trained_on(training: Training) -> Setting:

@@ -1,9 +1,12 @@
-"""Matplotlib figures as SVG inside a page, in the page's own colours, light or dark."""
+"""The style of all figures, and figures as SVG inside a page or as a picture.
+
+Inside a page they have the page's own colours, light or dark.
+"""
 
 import io
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
@@ -18,7 +21,7 @@ PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", INK
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
 WIDTH = 10.0  # inches, at 72 points
-_STYLE: Any = {
+STYLE: Any = {
     "svg.fonttype": "none",
     "text.parse_math": False,  # a name may have dollar signs
     "font.size": 9.5,
@@ -45,21 +48,20 @@ _STYLE: Any = {
 }
 
 
-@contextmanager
-def drawing(name: str) -> Iterator[None]:
-    """Settings for a figure and its `inline_svg`; `name` keeps its ids the same every time."""
-    with mpl.rc_context({**_STYLE, "svg.hashsalt": name}):
-        yield
+def save_picture(figure: Figure, path: Path) -> None:
+    """Write a figure as a picture of its own, on white."""
+    with mpl.rc_context(STYLE):
+        figure.savefig(path, dpi=110, facecolor="white")
 
 
-def inline_svg(figure: Figure, name: str, description: str) -> Markup:
-    """The figure as an <svg> element.
+def inline_svg(figure: Figure, name: str) -> Markup:
+    """The figure as an <svg> element; its label is what a screen reader says instead.
 
-    :param name: unique in the page
-    :param description: what a screen reader says instead
+    :param name: unique in the page; keeps the figure's ids the same every time
     """
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    with mpl.rc_context(STYLE | {"svg.hashsalt": name}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>\s*", "", text, flags=re.DOTALL)
@@ -72,7 +74,7 @@ def inline_svg(figure: Figure, name: str, description: str) -> Markup:
     rest = re.sub(r'(?:xlink:)?href="#', f'href="#{name}-', rest)
     rest = rest.replace(INK, "currentColor").replace(PAPER, "var(--paper)")
     rest = re.sub(r"('[^';\"]*'|[\w -]+)(, *('[^']*'|[\w-]+))*, *sans-serif", "sans-serif", rest)
-    label = Markup.escape(description)
+    label = Markup.escape(figure.get_label())
     return Markup(f'<svg viewBox="{box[1]}" role="img" aria-label="{label}">') + Markup(rest)
 
 

@@ -1,24 +1,46 @@
-"""The videos of runs, with what is known of the recorded episodes."""
+"""Filmstrips: evenly spaced frames of the runs' videos, and what is known of their episodes."""
 
+import base64
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import imageio.v3
+import numpy as np
+from PIL import Image
+
 from cfgrl_gym.cli.reporting.comparison import Links
 from cfgrl_gym.cli.reporting.methods import Method
-from cfgrl_gym.cli.reporting.runs import EvaluationRun, Run, Runs
-from cfgrl_gym.cli.reporting.strips import Strip, read_strip
+from cfgrl_gym.cli.reporting.runs import EvaluationRun, Run, Runs, refuse
 
+FRAMES = 8
+HEIGHT = 128  # pixels of a frame at the most
+QUALITY = 82
+FPS = 20  # control steps a second
 # What `cfgrl eval` records: the first such episode at the first cfg_scale.
 _OUTCOMES = {"success": True, "failure": False}
 
 
 @dataclass(frozen=True)
+class Frame:
+    """A frame as a data URI, and its time in the video."""
+
+    uri: str
+    seconds: float
+
+
+@dataclass(frozen=True)
 class Clip:
-    """One video. `caption`: outcome, task, cfg_scale."""
+    """Frames of one video from the first to the last.
+
+    :param caption: outcome, task, cfg_scale
+    :param video: the whole file as a data URI, where it was asked for
+    """
 
     caption: str
-    strip: Strip
+    frames: tuple[Frame, ...]
+    video: str | None
 
 
 @dataclass(frozen=True)
@@ -48,7 +70,7 @@ def films(
             roles[evaluation] = "before training", evaluation.name
     for method in methods:
         for training in method.trainings:
-            after: list[Run] = [run for run in links.after[training.name] if run.videos]
+            after: list[Run] = [run for run in links.after[training] if run.videos]
             for run in after or [training]:
                 roles.setdefault(run, ("after training", method.label))
     for evaluation in runs.evaluations:
@@ -58,7 +80,7 @@ def films(
     for run, (role, group) in roles.items():
         if run.videos:
             files = sorted(run.videos, key=lambda file: [*_OUTCOMES, file.stem].index(file.stem))
-            clips = tuple(Clip(_caption(run, f), read_strip(f, embed_videos)) for f in files)
+            clips = tuple(read_clip(file, _caption(run, file), embed_videos) for file in files)
             found.append(Film(run, role, clips, group in shown))
             shown.add(group)
     return tuple(found)
@@ -72,6 +94,39 @@ def _caption(run: Run, video: Path) -> str:
     outcome = _OUTCOMES.get(video.stem)
     episode = next((e for e in first.episodes if e.success == outcome), None)
     if outcome is None or episode is None:
-        return f"{name}, {run.setting(first.tasks)}, w = {first.cfg_scale:g}"
+        return f"{name}, {first.setting}, w = {first.cfg_scale:g}"
     where = f"{run.suite} task {episode.task_id}, initial state {episode.init_state_id}"
     return f"{name}: {where}, w = {first.cfg_scale:g}"
+
+
+def read_clip(file: Path, caption: str, embed_video: bool) -> Clip:
+    """Evenly spaced frames of a video.
+
+    :raises ValueError: it can't be read
+    """
+    try:
+        # Twice from the start, since the whole video may not fit in memory.
+        count = sum(1 for _ in imageio.v3.imiter(file, plugin="FFMPEG"))
+        chosen = sorted({round(i) for i in np.linspace(0, count - 1, min(FRAMES, count))})
+        frames = enumerate(imageio.v3.imiter(file, plugin="FFMPEG"))
+        images = [image for i, image in frames if i in chosen]
+    except (OSError, ValueError, RuntimeError, IndexError) as error:
+        raise refuse(file, f"not a video: {' '.join(str(error).split())[:120]}") from error
+    if not images:
+        raise refuse(file, "a video without frames")
+    strip = tuple(Frame(_jpeg(image), i / FPS) for i, image in zip(chosen, images, strict=True))
+    return Clip(caption, strip, _uri("video/mp4", file.read_bytes()) if embed_video else None)
+
+
+def _jpeg(frame: np.ndarray) -> str:
+    image = Image.fromarray(frame)
+    if image.height > HEIGHT:
+        width = round(image.width * HEIGHT / image.height)
+        image = image.resize((width, HEIGHT), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=QUALITY, optimize=True)
+    return _uri("image/jpeg", buffer.getvalue())
+
+
+def _uri(kind: str, content: bytes) -> str:
+    return f"data:{kind};base64,{base64.b64encode(content).decode('ascii')}"

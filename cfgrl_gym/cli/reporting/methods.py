@@ -8,6 +8,7 @@ from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
 from cfgrl_gym.cli.configs import TrainConfig
+from cfgrl_gym.cli.reporting.rates import count
 from cfgrl_gym.cli.reporting.runs import Training
 from cfgrl_gym.cli.run_folder import POLICY_FOLDER
 
@@ -42,6 +43,17 @@ class Method:
     @property
     def seeds(self) -> tuple[str, ...]:
         return tuple(value_text(training.seed) for training in self.trainings)
+
+    @property
+    def training_episodes(self) -> str:
+        """How many episodes its trainings had, as far as their logs say."""
+        known = [t.episodes for t in self.trainings if t.episodes is not None]
+        if not known:
+            return "not logged"
+        low, high = min(known), max(known)
+        text = f"{low:,}" if low == high else f"{low:,} to {high:,}"
+        every = len(known) == len(self.trainings)
+        return text if every else f"{text} ({count(len(known), 'run')})"
 
     @property
     def change(self) -> str:

@@ -1,7 +1,6 @@
-"""The report as one HTML page that needs no other file."""
+"""The report as one HTML page that needs no other file; page.html.j2 has its text and tables."""
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -10,23 +9,19 @@ import yaml
 from markupsafe import Markup
 
 from cfgrl_gym._version import __version__
-from cfgrl_gym.cli.reporting.comparison import Comparison
-from cfgrl_gym.cli.reporting.content import Report, as_json, training_episodes
-from cfgrl_gym.cli.reporting.curve_plots import curve_plot
-from cfgrl_gym.cli.reporting.figures import INK
-from cfgrl_gym.cli.reporting.log_plots import log_plot, time_plot
+from cfgrl_gym.cli.reporting.comparison import against_baseline, best_scales, highlights
+from cfgrl_gym.cli.reporting.content import Report, as_json
+from cfgrl_gym.cli.reporting.figures import inline_svg
 from cfgrl_gym.cli.reporting.methods import value_text, varied_options
-from cfgrl_gym.cli.reporting.plots import Palette, comparison_plot, sweep_plot
-from cfgrl_gym.cli.reporting.runs import Setting
-from cfgrl_gym.cli.reporting.summary import (
-    against_baseline,
-    best_scales,
-    count,
-    counts_text,
-    highlights,
-    percent,
-    rate_text,
+from cfgrl_gym.cli.reporting.plots import (
+    Palette,
+    comparison_plot,
+    curve_plot,
+    log_plot,
+    sweep_plot,
+    time_plot,
 )
+from cfgrl_gym.cli.reporting.rates import count, percent
 
 GENERATOR = "cfgrl report"
 MARK = f'<meta name="generator" content="{GENERATOR}">'  # by which a report is known again
@@ -42,15 +37,7 @@ def render(report: Report) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(
-        percent=percent,
-        count=count,
-        rate=rate_text,
-        counts=counts_text,
-        value=value_text,
-        episodes=training_episodes,
-    )
-    palette = Palette(report.methods)
+    environment.filters.update(percent=percent, count=count, value=value_text)
     comparisons = report.comparisons
     return environment.get_template("page.html.j2").render(
         report=report,
@@ -61,45 +48,41 @@ def render(report: Report) -> str:
         scales=best_scales(comparisons),
         options=[n for n in varied_options(report.methods) if n != "algorithm"],
         rows={m.label: [r for r in comparisons if r.method is m] for m in report.methods},
-        settings=list(dict.fromkeys(row.setting for row in comparisons)),
+        settings={row.setting for row in comparisons},
         against_baseline=lambda row: against_baseline(row, comparisons),
-        plots=_plots(report, palette),
+        plots=_plots(report),
         every_run=[*report.runs.trainings, *report.runs.evaluations],
         as_yaml=lambda content: yaml.safe_dump(content, sort_keys=False, allow_unicode=True),
         data=_embedded(as_json(report)),
     )
 
 
-def _plots(report: Report, palette: Palette) -> dict[str, Any]:
-    by_setting: dict[Setting, list[Comparison]] = {}
-    for row in report.comparisons:
-        by_setting.setdefault(row.setting, []).append(row)
-    colours = {f"{m.label} (after training)": palette.colour(m) for m in report.methods}
+def _plots(report: Report) -> dict[str, Any]:
+    palette = Palette(report.methods)
+    settings = dict.fromkeys(row.setting for row in report.comparisons)
+    by_setting = [[r for r in report.comparisons if r.setting == setting] for setting in settings]
+    log = log_plot(report.methods, palette)
     return {
         "comparisons": [
-            (setting, comparison_plot(members, palette, f"c{number}", str(setting)))
-            for number, (setting, members) in enumerate(by_setting.items())
+            (rows[0].setting, inline_svg(comparison_plot(rows, palette), f"c{number}"))
+            for number, rows in enumerate(by_setting)
         ],
-        "curves": curve_plot(report.panels, palette, "l") if report.panels else [],
+        "curves": [
+            inline_svg(figure, f"l{number}")
+            for number, figure in enumerate(curve_plot(report.panels, palette))
+        ],
         "sweeps": [
-            (sweep, sweep_plot(sweep, colours.get(sweep.title, INK), f"w{i}"))
-            for i, sweep in enumerate(report.sweeps)
+            (sweep, inline_svg(sweep_plot(sweep, palette), f"w{number}"))
+            for number, sweep in enumerate(report.sweeps)
         ],
-        "time": time_plot(report.times, "t") if report.times else None,
-        "log": log_plot(report.methods, palette, "g"),
+        "time": inline_svg(time_plot(report.times), "t") if report.times else None,
+        "log": inline_svg(log, "g") if log else None,
     }
 
 
 def _embedded(content: Any) -> Markup:
     """JSON inside a script element, which only `</` and `<!--` could end."""
-    text = json.dumps(_finite(content), ensure_ascii=False, default=str, allow_nan=False)
-    return Markup(text.replace("<", "\\u003c"))
-
-
-def _finite(content: Any) -> Any:
-    """JSON has no word for the loss of a training that diverged: null."""
-    if isinstance(content, dict):
-        return {key: _finite(value) for key, value in content.items()}
-    if isinstance(content, list | tuple):
-        return [_finite(value) for value in content]
-    return None if isinstance(content, float) and not math.isfinite(content) else content
+    text = json.dumps(content, default=str)
+    # JSON has no word for the loss of a training that diverged: null.
+    content = json.loads(text, parse_constant=lambda name: None)
+    return Markup(json.dumps(content, ensure_ascii=False).replace("<", "\\u003c"))

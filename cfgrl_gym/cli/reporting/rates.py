@@ -6,8 +6,6 @@ from typing import Any
 
 from cfgrl_gym.algorithms.evaluation import wilson_interval
 
-HIGHER, LOWER, UNDECIDED = "higher", "lower", "not distinguishable at 95%"
-
 
 @dataclass(frozen=True)
 class Rate:
@@ -33,6 +31,23 @@ class Rate:
         low, high = self.interval
         return low - 1e-9 <= probability <= high + 1e-9
 
+    @property
+    def counts(self) -> str:
+        """93 of 150, 95% interval 54% to 69%."""
+        low, high = (percent(end, self.episodes) for end in self.interval)
+        return f"{self.successes} of {self.episodes}, 95% interval {low} to {high}"
+
+    def __str__(self) -> str:
+        return f"{percent(self.share, self.episodes)} ({self.counts})"
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "success_rate": self.share,
+            "interval_95": list(self.interval),
+            "successes": self.successes,
+            "n_episodes": self.episodes,
+        }
+
 
 def total(rates: Iterable[Rate]) -> Rate:
     """All episodes taken together."""
@@ -40,29 +55,13 @@ def total(rates: Iterable[Rate]) -> Rate:
     return Rate(sum(r.successes for r in rates), sum(r.episodes for r in rates))
 
 
-@dataclass(frozen=True)
-class Pooled:
-    """A rate over several policies, and the run folders that it was measured in."""
-
-    rate: Rate
-    policies: int
-    sources: tuple[str, ...]
-
-    def as_json(self) -> dict[str, Any]:
-        return {
-            "success_rate": self.rate.share,
-            "interval_95": list(self.rate.interval),
-            "successes": self.rate.successes,
-            "n_episodes": self.rate.episodes,
-            "policies": self.policies,
-            "sources": list(self.sources),
-        }
+def percent(share: float, episodes: int) -> str:
+    """Without decimals that the number of episodes doesn't support."""
+    return f"{share:.1%}" if episodes > 200 else f"{share:.0%}"
 
 
-def verdict(reference: Rate, other: Rate) -> str:
-    """How `other` compares: distinguishable only where the 95% intervals don't overlap."""
-    if other.interval[0] > reference.interval[1]:
-        return HIGHER
-    if other.interval[1] < reference.interval[0]:
-        return LOWER
-    return UNDECIDED
+def count(number: int, noun: str) -> str:
+    """1 seed, 2 seeds."""
+    if number == 1:
+        return f"1 {noun}"
+    return f"{number} {noun[:-1]}ies" if noun.endswith("y") else f"{number} {noun}s"

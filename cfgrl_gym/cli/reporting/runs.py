@@ -1,18 +1,25 @@
-"""Run folders as typed values: trainings and evaluations, found below the folders given."""
+"""Run folders as typed values: trainings and evaluations, found below the folders given.
 
+A damaged file is refused by its name.
+"""
+
+import csv
+import json
 import os
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from cfgrl_gym.cli.reporting.rates import Rate
-from cfgrl_gym.cli.reporting.reading import read_json, read_table, read_yaml
-from cfgrl_gym.cli.run_folder import CONFIG_FILE
+import yaml
+
+from cfgrl_gym.cli.reporting.rates import Rate, total
+from cfgrl_gym.cli.run_folder import CONFIG_FILE, VERSIONS_FILE
 
 RESULT_FILE, EVALUATIONS_FILE, TABLE_FILE = "eval.json", "evaluations.json", "progress.csv"
-VERSIONS_FILE = "versions.json"
-VELOCITY = "velocity"  # the guidance of a run that says nothing of it
+VELOCITY = "velocity"  # the guidance of a run that doesn't name one
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -31,6 +38,9 @@ class Setting:
             return f"{self.suite} tasks {', '.join(map(str, self.tasks))}{how}"
         return f"{self.suite}, {len(self.tasks)} tasks{how}"
 
+    def as_json(self) -> dict[str, Any]:
+        return {"suite": self.suite, "tasks": list(self.tasks), "guidance": self.guidance}
+
 
 @dataclass(frozen=True)
 class Episode:
@@ -44,18 +54,74 @@ class Episode:
 
 @dataclass(frozen=True)
 class Result:
-    """Success of one policy at one cfg_scale."""
+    """Success in one setting at one cfg_scale: of one policy, or pooled over several.
 
+    :param guidance_gap: None: not measured
+    :param sources: the runs that it was measured in
+    """
+
+    setting: Setting
     cfg_scale: float
     rate: Rate
     tasks: dict[int, Rate]
     guidance_gap: float | None
     episodes: tuple[Episode, ...]
+    sources: tuple[str, ...]
+    policies: int = 1
+
+    @property
+    def key(self) -> tuple[Setting, float]:
+        """Results with the same key may be pooled and compared."""
+        return self.setting, self.cfg_scale
+
+    @property
+    def rank(self) -> tuple[float, float]:
+        """The order of results: by success; of equals, the lowest cfg_scale is the best."""
+        return self.rate.share, -self.cfg_scale
+
+    @property
+    def parts(self) -> list["Result"]:
+        """Itself, and where it has several tasks the result on each of them."""
+        single = [
+            replace(
+                self,
+                setting=replace(self.setting, tasks=(task,)),
+                rate=rate,
+                tasks={task: rate},
+                guidance_gap=None,
+                episodes=tuple(e for e in self.episodes if e.task_id == task),
+            )
+            for task, rate in self.tasks.items()
+        ]
+        return [self, *(single if len(single) > 1 else [])]
+
+    def as_json(self) -> dict[str, Any]:
+        """The rate and where it comes from."""
+        about = {"policies": self.policies, "sources": list(self.sources)}
+        return self.rate.as_json() | about
+
+
+def pool(results: Sequence[Result], policies: int = 1) -> Result:
+    """Results with the same key as one; the guidance gap is the mean of those that are known."""
+    gaps = [result.guidance_gap for result in results if result.guidance_gap is not None]
+    return replace(
+        results[0],
+        rate=total(result.rate for result in results),
+        tasks={task: total(r.tasks[task] for r in results) for task in results[0].tasks},
+        guidance_gap=sum(gaps) / len(gaps) if gaps else None,
+        episodes=tuple(episode for result in results for episode in result.episodes),
+        sources=tuple(dict.fromkeys(source for r in results for source in r.sources)),
+        policies=policies,
+    )
 
 
 @dataclass(frozen=True)
-class Checkup:
-    """An evaluation in the course of a training; iteration 0 is before it."""
+class Evaluation:
+    """An evaluation in the course of a training; iteration 0 is before it.
+
+    :param episodes: of training so far
+    :param seconds: of training so far
+    """
 
     iteration: int
     episodes: int
@@ -87,20 +153,23 @@ class Training(Run):
     """A folder of `cfgrl train`. `rows`: the log, an iteration each."""
 
     rows: tuple[dict[str, float], ...]
-    evaluated_suite: str
-    evaluations: tuple[Checkup, ...]
+    evaluations: tuple[Evaluation, ...]
 
     @property
     def algorithm(self) -> str:
         return str(self.versions.get("algorithm", "CFGRL"))
 
-    def setting(self, tasks: Iterable[int]) -> Setting:
-        """Of its evaluations, on these tasks."""
-        return Setting(self.evaluated_suite, tuple(tasks), self.guidance)
-
     def column(self, name: str) -> list[float]:
         """The values of a column, in the rows that have one."""
         return [row[name] for row in self.rows if name in row]
+
+    @property
+    def episodes(self) -> int | None:
+        """Training episodes that were finished; None: not logged."""
+        logged = self.column("rollout/episodes")
+        if logged:
+            return round(logged[-1])
+        return self.evaluations[-1].episodes if self.evaluations else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,10 +179,6 @@ class EvaluationRun(Run):
     policy: str
     suite: str
     results: tuple[Result, ...]
-
-    def setting(self, tasks: Iterable[int]) -> Setting:
-        """Of its results, on these tasks."""
-        return Setting(self.suite, tuple(tasks), self.guidance)
 
 
 @dataclass(frozen=True)
@@ -139,21 +204,17 @@ def find_runs(folders: Sequence[str]) -> Runs:
         if not root.is_dir():
             raise ValueError(f"'{root}' is a file; --runs takes folders of runs")
         found.update(dict.fromkeys(_run_folders(root)))
+    common = os.path.commonpath([folder.parent for folder in found]) if found else ""
     trainings, evaluations, left_out = [], [], []
-    for folder, name in _names(list(found)).items():
+    for folder in found:
+        name = folder.relative_to(common).as_posix()
         config = read_yaml(folder / CONFIG_FILE)
-        common = (folder, name, config, _versions(folder), tuple(sorted(folder.glob("*.mp4"))))
         if (folder / RESULT_FILE).is_file():
-            evaluations.append(EvaluationRun(*common, *read_json(folder / RESULT_FILE, _evaluated)))
+            evaluations.append(read_evaluation(folder, name))
         elif "total_timesteps" in config:
-            table, checkups = folder / TABLE_FILE, folder / EVALUATIONS_FILE
-            rows = read_table(table) if table.is_file() else ()
-            suite = str(config.get("suite", "?"))
-            measured: tuple[Checkup, ...] = ()
-            if checkups.is_file():
-                suite, measured = read_json(checkups, _checkups)
-            if rows or measured:
-                trainings.append(Training(*common, rows, suite, measured))
+            training = read_training(folder, name)
+            if training.rows or training.evaluations:
+                trainings.append(training)
             else:
                 left_out.append(f"{name}: a training without a finished iteration")
         elif "init_states" in config:
@@ -175,16 +236,77 @@ def _run_folders(root: Path) -> Iterable[Path]:
             yield Path(place)
 
 
-def _names(folders: list[Path]) -> dict[Path, str]:
-    if not folders:
-        return {}
-    common = Path(os.path.commonpath([folder.parent for folder in folders]))
-    return {folder: folder.relative_to(common).as_posix() for folder in folders}
+def read_training(folder: Path, name: str) -> Training:
+    """A folder of `cfgrl train`, as far as it came.
+
+    :raises ValueError: a file is damaged
+    """
+    run = _read_run(folder, name)
+    table, file = folder / TABLE_FILE, folder / EVALUATIONS_FILE
+
+    def evaluation(content: Any, suite: str) -> Evaluation:
+        source = f"{name}, iteration {content['iteration']}"
+        results = _results(content, suite, run.guidance, source)
+        iteration, episodes = int(content["iteration"]), int(content["episodes"])
+        return Evaluation(iteration, episodes, float(content["seconds"]), results)
+
+    def evaluations(content: Any) -> list[Evaluation]:
+        suite = str(content["suite"])
+        return [evaluation(part, suite) for part in content["evaluations"]]
+
+    measured = read_json(file, evaluations) if file.is_file() else []
+    return Training(
+        **vars(run),
+        rows=read_table(table) if table.is_file() else (),
+        evaluations=tuple(sorted(measured, key=lambda evaluation: evaluation.iteration)),
+    )
 
 
-def _versions(folder: Path) -> dict[str, Any]:
+def read_evaluation(folder: Path, name: str) -> EvaluationRun:
+    """A folder of `cfgrl eval`.
+
+    :raises ValueError: a file is damaged
+    """
+    run = _read_run(folder, name)
+
+    def build(content: Any) -> EvaluationRun:
+        policy, suite = str(content["policy"]), str(content["suite"])
+        results = _results(content, suite, run.guidance, name)
+        return EvaluationRun(**vars(run), policy=policy, suite=suite, results=results)
+
+    return read_json(folder / RESULT_FILE, build)
+
+
+def _read_run(folder: Path, name: str) -> Run:
     file = folder / VERSIONS_FILE
-    return read_json(file, lambda content: dict(content.items())) if file.is_file() else {}
+    versions = read_json(file, lambda content: dict(content.items())) if file.is_file() else {}
+    videos = tuple(sorted(folder.glob("*.mp4")))
+    return Run(folder, name, read_yaml(folder / CONFIG_FILE), versions, videos)
+
+
+def _results(content: Any, suite: str, guidance: str, source: str) -> tuple[Result, ...]:
+    if not content["results"]:
+        raise ValueError("there are no results in it")
+    results = []
+    for part in content["results"]:
+        tasks = {int(task): _rate(counts) for task, counts in sorted(part["tasks"].items())}
+        gap = part.get("guidance_gap")
+        episodes = tuple(
+            Episode(e["task_id"], e["init_state_id"], bool(e["success"]), e["control_steps"])
+            for e in part["episodes"]
+        )
+        results.append(
+            Result(
+                setting=Setting(suite, tuple(tasks), guidance),
+                cfg_scale=float(part["cfg_scale"]),
+                rate=_rate(part),
+                tasks=tasks,
+                guidance_gap=None if gap is None else float(gap),
+                episodes=episodes,
+                sources=(source,),
+            )
+        )
+    return tuple(results)
 
 
 def _rate(content: Any) -> Rate:
@@ -194,34 +316,64 @@ def _rate(content: Any) -> Rate:
     return Rate(successes, episodes)
 
 
-def _result(content: Any) -> Result:
-    gap = content.get("guidance_gap")
-    return Result(
-        cfg_scale=float(content["cfg_scale"]),
-        rate=_rate(content),
-        tasks={int(task): _rate(part) for task, part in sorted(content["tasks"].items())},
-        guidance_gap=None if gap is None else float(gap),
-        episodes=tuple(
-            Episode(e["task_id"], e["init_state_id"], bool(e["success"]), e["control_steps"])
-            for e in content["episodes"]
-        ),
+# Files -------------------------------------------------------------------------------------------
+
+
+def refuse(file: Path, reason: str) -> ValueError:
+    """The error for a file that can't be read."""
+    return ValueError(
+        f"'{file}' is damaged ({reason}); copy it again from where it was made, or leave this run "
+        "out of the report"
     )
 
 
-def _results(content: Any) -> tuple[Result, ...]:
-    results = tuple(map(_result, content["results"]))
-    if not results:
-        raise ValueError("there are no results in it")
-    return results
+def read_yaml(file: Path) -> dict[str, Any]:
+    """A YAML file with options."""
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise refuse(file, f"not YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise refuse(file, "expected options with their values")
+    return content
 
 
-def _evaluated(content: Any) -> tuple[str, str, tuple[Result, ...]]:
-    return str(content["policy"]), str(content["suite"]), _results(content)
+def read_json(file: Path, build: Callable[[Any], T]) -> T:
+    """A JSON file, turned into what the caller needs.
+
+    :param build: raises KeyError, TypeError, ValueError or AttributeError for other content
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise refuse(file, f"not JSON: {error}") from error
+    try:
+        return build(content)
+    except KeyError as error:
+        raise refuse(file, f"{error} is missing") from error
+    except (TypeError, ValueError, AttributeError) as error:
+        raise refuse(file, str(error)) from error
 
 
-def _checkups(content: Any) -> tuple[str, tuple[Checkup, ...]]:
-    checkups = [
-        Checkup(int(e["iteration"]), int(e["episodes"]), float(e["seconds"]), _results(e))
-        for e in content["evaluations"]
-    ]
-    return str(content["suite"]), tuple(sorted(checkups, key=lambda c: c.iteration))
+def read_table(file: Path) -> tuple[dict[str, float], ...]:
+    """SB3's CSV log: the numbers of each row, without empty cells."""
+    rows = []
+    try:
+        with file.open(encoding="utf-8", newline="") as lines:
+            reader = csv.reader(lines)
+            names = next(reader, [])
+            for cells in reader:
+                line = f"line {reader.line_num}"
+                if len(cells) != len(names):
+                    reason = f"{len(cells)} cells where there are {len(names)} columns"
+                    raise refuse(file, f"{line}: {reason}")
+                row: dict[str, float] = {}
+                for name, cell in zip(names, cells, strict=True):
+                    try:
+                        row |= {name: float(cell)} if cell else {}
+                    except ValueError as error:
+                        raise refuse(file, f"{line}, {name}: '{cell}' is no number") from error
+                rows.append(row)
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise refuse(file, f"not CSV: {error}") from error
+    return tuple(rows)

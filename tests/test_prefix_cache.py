@@ -1,5 +1,6 @@
 """Prefixes kept from acting to the update: exact, within the budget, given back."""
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 
 from cfgrl_gym.algorithms import CFGRL
 from cfgrl_gym.algorithms.flow import NULL
-from cfgrl_gym.algorithms.memory.prefix_cache import PrefixMemory
+from cfgrl_gym.algorithms.memory.prefix_cache import PrefixCache
 from cfgrl_gym.algorithms.pi0 import Pi0Policy
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -45,10 +46,10 @@ def gradients(policy: Pi0Policy, prefix: Any) -> list[torch.Tensor]:
 @pytest.mark.parametrize("prefix_dropout", [False, True])
 def test_loss_and_gradients_from_a_kept_prefix_are_those_of_a_new_one(prefix_dropout: bool) -> None:
     policy = make_policy(trainable="expert", use_prefix_dropout=prefix_dropout)
-    memory = PrefixMemory(policy, 0, PLENTY)
-    slots = memory.keep(policy.act(make_observation()).prefix, 3)
+    memory = PrefixCache(policy, 0, PLENTY)
+    keys = memory.keep(policy.act(make_observation()).prefix, 3)
     passes = count_vlm_passes(policy)
-    kept = memory.recall(make_observation(), slots)
+    kept = memory.recall(make_observation(), keys)
     assert passes == []
     first, again, fresh = (gradients(policy, prefix) for prefix in (kept, kept, None))
     for a, b, c in zip(first, again, fresh, strict=True):
@@ -64,11 +65,11 @@ def test_what_finds_no_room_is_computed_and_the_rest_is_not() -> None:
     prefix = policy.act(make_observation()).prefix
     row = policy.split_prefix(prefix)[0]
     size = sum(tensor.nbytes for tensor in row.values())
-    memory = PrefixMemory(policy, PLENTY, 2 * size + 1)  # no GPU: the host's budget counts
-    slots = memory.keep(prefix, 3)
-    assert [slot.row is not None for slot in slots] == [True, True, False]
+    memory = PrefixCache(policy, PLENTY, 2 * size + 1)  # no GPU: the host's budget counts
+    keys = memory.keep(prefix, 3)
+    assert [key in memory for key in keys] == [True, True, False]
     passes = count_vlm_passes(policy)
-    recalled = memory.recall(make_observation(), slots)
+    recalled = memory.recall(make_observation(), keys)
     assert passes == [1]
     mask = prefix[0].attention_mask
     assert torch.equal(recalled[0].attention_mask, mask)
@@ -76,35 +77,37 @@ def test_what_finds_no_room_is_computed_and_the_rest_is_not() -> None:
     torch.testing.assert_close(
         recalled[0].keys_values * real, prefix[0].keys_values * real, atol=1e-6, rtol=0
     )
-    slots[0].clear()
-    memory.recall(make_observation(), slots)  # the first is computed again and finds room again
+    memory.keep_only(keys[1:])
+    memory.recall(make_observation(), keys)  # the first is computed again and finds room again
     assert passes == [1, 2]
-    assert [slot.row is not None for slot in slots] == [True, True, False]
-    del slots[1]
+    assert [key in memory for key in keys] == [True, True, False]
+    memory.keep_only([keys[0], keys[2]])
     assert memory.free["host"] == size + 1
+    memory.recall(make_observation(), [keys[1]] * 3)  # one sample, however often in the batch
+    assert memory.free["host"] == 1
 
 
 def test_prompts_of_different_lengths_share_a_batch() -> None:
     policy = make_policy(trainable="expert")
-    memory = PrefixMemory(policy, 0, PLENTY)
-    obs, slots = make_observation(), []
+    memory = PrefixCache(policy, 0, PLENTY)
+    obs, keys, room = make_observation(), [], [PLENTY]
     for i in range(3):
         one = {key: value[i : i + 1] for key, value in obs.items()}
-        slots += memory.keep(policy.act(one).prefix, 1)
-    lengths = {slot.row["labelled_mask"].shape[1] for slot in slots if slot.row}
-    assert len(lengths) > 1
+        keys += memory.keep(policy.act(one).prefix, 1)
+        room.append(memory.free["host"])
+    assert len({before - after for before, after in pairwise(room)}) > 1
     for a, b in zip(
-        gradients(policy, memory.recall(obs, slots)), gradients(policy, None), strict=True
+        gradients(policy, memory.recall(obs, keys)), gradients(policy, None), strict=True
     ):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
 
 
 def test_nothing_is_kept_of_a_vlm_that_trains() -> None:
     policy = make_policy(trainable="all")
-    memory = PrefixMemory(policy, 0, PLENTY)
-    slots = memory.keep(policy.act(make_observation()).prefix, 3)
+    memory = PrefixCache(policy, 0, PLENTY)
+    keys = memory.keep(policy.act(make_observation()).prefix, 3)
     assert memory.free["host"] == PLENTY
-    assert memory.recall(make_observation(), slots) is None
+    assert memory.recall(make_observation(), keys) is None
 
 
 def learn(**kwargs: Any) -> tuple[CFGRL, list[int]]:
@@ -160,9 +163,10 @@ def test_windows_inside_chunks_are_computed_once() -> None:
 def test_discarded_groups_and_old_windows_give_their_room_back() -> None:
     algorithm, _ = learn(prefix_memory=1.0)
     assert algorithm.windows is not None
-    used = 2**30 - algorithm._prefixes.free["host"]
-    rows = [slot.row for slot in algorithm.windows.prefixes]
-    assert used == sum(t.nbytes for row in rows if row for t in row.values())
-    memory = algorithm._prefixes
+    memory, keys = algorithm._prefixes, algorithm.windows.prefix_keys.tolist()
+    assert all(key in memory for key in keys)
+    assert memory.free["host"] < 2**30
     algorithm.learn(1, reset_num_timesteps=False)
+    assert not any(key in memory for key in keys)
+    memory.keep_only(())
     assert memory.free["host"] == 2**30
