@@ -182,14 +182,11 @@ class Pi0Policy(FlowPolicy):
     @property
     def norm_stats(self) -> NormStats:
         """The statistics in use (float32; without quantiles, which PI0 doesn't need)."""
-        moments = [
-            Moments(
-                tuple(getattr(self, f"{part}_mean").tolist()),
-                tuple(getattr(self, f"{part}_std").tolist()),
-            )
+        state, actions = (
+            Moments(*(tuple(self.get_buffer(f"{part}_{of}").tolist()) for of in ("mean", "std")))
             for part in ("state", "actions")
-        ]
-        return NormStats(*moments)
+        )
+        return NormStats(state, actions)
 
     def set_norm_stats(self, stats: NormStats) -> None:
         """Use these statistics from now on; they are saved with the weights."""
@@ -224,27 +221,15 @@ class Pi0Policy(FlowPolicy):
         parts = to_tensors(obs, needed, self.device)
         raw_state = parts["state"].float()
         state = Normalize(self.state_mean, self.state_std)(raw_state)
-        inputs = {
-            "state": pad_last(state, self.model.config.max_state_dim),
-            "raw_state": raw_state,
-        }
+        padded = pad_last(state, self.model.config.max_state_dim)
+        inputs = {"state": padded, "raw_state": raw_state}
         if skip_prefix:
             return inputs
+        text = encode_text(parts["prompt"], self.tokenizer, self.image_token_id, self.image_tokens)
         pixels = encode_cameras(parts, self.cameras, self.image_size)
-        return {
-            **inputs,
-            **encode_text(
-                parts["prompt"],
-                self.tokenizer,
-                self.image_token_id,
-                self.image_tokens,
-            ),
-            # A missing camera's slot is dropped, which equals masking it.
-            "pixel_values": pixels,
-            "pixel_attention_mask": torch.ones(
-                pixels.shape[:2], dtype=torch.bool, device=pixels.device
-            ),
-        }
+        # A missing camera's slot is dropped, which equals masking it.
+        there = torch.ones(pixels.shape[:2], dtype=torch.bool, device=pixels.device)
+        return {**inputs, **text, "pixel_values": pixels, "pixel_attention_mask": there}
 
     def autocast(self) -> AbstractContextManager[Any]:
         """bfloat16 on a GPU that has it; the trained weights themselves stay float32."""

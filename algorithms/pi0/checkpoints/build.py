@@ -41,14 +41,8 @@ VlmDtype = Literal["float32", "bfloat16"]
 class Pi0PolicyConfig:
     """What makes a PI0 policy what it is, beside its weights and statistics.
 
-    :param preset: "tiny" or "pi0"
-    :param condition_mode: "token", "bias" or "concat"
-    :param use_prefix_dropout: ∅ doesn't see the instruction either
-    :param delta_actions: the model's actions are relative to the state in the first 6 dimensions
-    :param trainable: "expert", "all" or "lora"
-    :param vlm_dtype: "float32" or "bfloat16", of the VLM's weights
-    :param tokenizer: folder or hub name of preset "pi0"'s tokenizer; None for bytes
-    :param cameras: PI0's names of the images that the policy looks at; older files don't say
+    The fields are `Pi0Policy`'s parameters of these names, decided. `tokenizer` is None where the
+    tokens are bytes; `cameras` is None in files of the first version.
     """
 
     preset: Preset

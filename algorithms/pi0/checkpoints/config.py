@@ -93,31 +93,20 @@ def config_from_shapes(
                 )
     content = PI0Config().to_dict()
     vlm = content["vlm_config"]
+    vision, text, expert = vlm["vision_config"], vlm["text_config"], content["dit_config"]
+    parts = {"vision": vision, "text": text, "expert": expert, "vlm": vlm, "model": content}
+    for (part, size), shown in sizes.items():
+        if size in parts[part]:
+            parts[part][size] = shown
     vocab_size = sizes["text", "vocab_size"]
-    for part, gemma in (("text", vlm["text_config"]), ("expert", content["dit_config"])):
+    for part in ("text", "expert"):
         head_dim = sizes[part, "num_key_value_heads * head_dim"]  # PI0 has one key-value head
-        gemma |= {
-            "hidden_size": sizes[part, "hidden_size"],
-            "num_hidden_layers": sizes[part, "num_hidden_layers"],
-            "intermediate_size": sizes[part, "intermediate_size"],
-            "num_attention_heads": sizes[part, "num_attention_heads * head_dim"] // head_dim,
-            "num_key_value_heads": 1,
-            "head_dim": head_dim,
-            "vocab_size": vocab_size,
-        }
-    hidden, patch = sizes["vision", "hidden_size"], sizes["vision", "patch_size"]
-    vlm["vision_config"] |= {
-        "hidden_size": hidden,
-        "num_hidden_layers": sizes["vision", "num_hidden_layers"],
-        "intermediate_size": sizes["vision", "intermediate_size"],
-        "num_attention_heads": max(1, hidden // VISION_HEAD_DIM),
-        "patch_size": patch,
-        "image_size": patch * math.isqrt(sizes["vision", "patches"]),
-    }
-    vlm["projection_dim"] = sizes["vlm", "projection_dim"]
+        heads = sizes[part, "num_attention_heads * head_dim"] // head_dim
+        parts[part] |= {"num_attention_heads": heads, "num_key_value_heads": 1}
+        parts[part] |= {"head_dim": head_dim, "vocab_size": vocab_size}
+    vision["num_attention_heads"] = max(1, sizes["vision", "hidden_size"] // VISION_HEAD_DIM)
+    vision["image_size"] = vision["patch_size"] * math.isqrt(sizes["vision", "patches"])
     vlm["image_token_index"] = vocab_size  # beyond the vocabulary: no word is taken for an image
-    for name in ("max_state_dim", "max_action_dim"):
-        content[name] = sizes["model", name]
     return _checked(folder, {**content, **(fields or {})}, shapes)
 
 
