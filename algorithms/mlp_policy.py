@@ -108,15 +108,4 @@ class MlpPolicy(FlowPolicy):
         return self.output(hidden).unflatten(-1, (self.horizon, self.action_width))
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
-        return {
-            "observation_space": self.observation_space,
-            "action_space": self.action_space,
-            "lr_schedule": self._dummy_schedule,
-            "net_arch": self.net_arch,
-            "cfg_scale": self.cfg_scale,
-            "num_inference_steps": self.num_inference_steps,
-            "guidance": self.guidance,
-            "ema_decay": self.ema_decay,
-            "optimizer_class": self.optimizer_class,
-            "optimizer_kwargs": self.optimizer_kwargs,
-        }
+        return {**super()._get_constructor_parameters(), "net_arch": self.net_arch}

@@ -83,7 +83,8 @@ class FlowPolicy(BasePolicy):
 
     :param horizon: H, action steps that the model predicts
     :param action_width: width of a model-space action (padded)
-    :param cfg_scale: w; may be changed at any time. None: `default_cfg_scale()`
+    :param cfg_scale: w of guidance; `policy.cfg_scale` may be changed at any time. None: 1.0, or
+        the environment variable PI0_CFG_SCALE
     :param num_inference_steps: Euler steps of the sampler
     :param guidance: "velocity" guides every denoising step; "action" combines two finished chunks
     :param ema_decay: act with an exponential moving average of the trained weights, of this decay
@@ -370,6 +371,18 @@ class FlowPolicy(BasePolicy):
     def complete_state(self, state: dict[str, Any]) -> dict[str, Any]:
         """What `state_to_save` gave, with what it left out, as this policy has it."""
         return state
+
+    def _get_constructor_parameters(self) -> dict[str, Any]:
+        return {
+            **super()._get_constructor_parameters(),
+            "lr_schedule": self._dummy_schedule,  # as SB3's policies do: schedules may not pickle
+            "cfg_scale": self.cfg_scale,
+            "num_inference_steps": self.num_inference_steps,
+            "guidance": self.guidance,
+            "ema_decay": self.ema_decay,
+            "optimizer_class": self.optimizer_class,
+            "optimizer_kwargs": self.optimizer_kwargs,
+        }
 
     def constructor_arguments(self) -> dict[str, Any]:
         """What rebuilds this policy, beside spaces and learning rate, to load its state into."""

@@ -1,7 +1,7 @@
 """JSON files that may be anything: damaged, or somebody else's."""
 
 import json
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 
@@ -18,3 +18,23 @@ def read_json_object(path: Path, remedy: str = "download it again") -> dict[str,
     if not isinstance(content, dict):
         raise ValueError(f"'{path}' holds a {type(content).__name__}, not an object; {remedy}")
     return content
+
+
+def named_file(folder: Path, name: Any, named_in: str) -> Path:
+    """The file in a folder that another file there names.
+
+    Only the name is judged: links in the folder itself, as the hub's cache is made of, are
+    followed wherever they lead.
+
+    :param named_in: the file that names it, for the error message
+    :raises ValueError: the name leads out of the folder, or is none
+    """
+    if not isinstance(name, str) or not name.strip("./") or not name.isprintable():
+        raise ValueError(f"'{folder / named_in}' names {name!r:.100}, which is no file's name")
+    parts = name.replace("\\", "/").split("/")
+    if parts[0] in ("", "~") or ".." in parts or PureWindowsPath(name).anchor:
+        raise ValueError(
+            f"'{folder / named_in}' names {name!r:.100}, which leads out of its folder: nothing "
+            "there is read. Get the checkpoint again from somebody whom you trust"
+        )
+    return folder / name

@@ -17,7 +17,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 
 from cfgrl_gym.algorithms import CFGRL
 from cfgrl_gym.algorithms.pi0 import Pi0Policy
-from cfgrl_gym.algorithms.pi0.checkpoints.base import Base, sha256
+from cfgrl_gym.algorithms.pi0.checkpoints.base import BaseCheckpoint, sha256
 from cfgrl_gym.algorithms.pi0.presets import new_model
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -84,7 +84,7 @@ def test_a_zip_says_where_its_base_was_and_what_it_was(base: Path, tmp_path: Pat
     with zipfile.ZipFile(tmp_path / "trained.zip") as archive:
         arguments = json.loads(archive.read("model.json"))["policy_kwargs"]
     assert arguments["checkpoint"] == str(base.resolve())
-    assert arguments["base"]["sha256"] == {"model.safetensors": sha256(base / "model.safetensors")}
+    assert arguments["base"] == {"model.safetensors": sha256(base / "model.safetensors")}
 
 
 def test_a_base_that_moved_is_missed_and_can_be_given(base: Path, tmp_path: Path) -> None:
@@ -146,9 +146,9 @@ def test_the_policy_alone_is_saved_whole(base: Path, tmp_path: Path) -> None:
 
 
 def test_hashes_are_computed_once(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    read = Base(str(base), (base / "model.safetensors",))
-    first = read.reference()
+    read = BaseCheckpoint(str(base), (base / "model.safetensors",))
+    first = read.hashes()
     monkeypatch.setattr(
         "cfgrl_gym.algorithms.pi0.checkpoints.base.sha256", lambda _: "computed again"
     )
-    assert read.reference() == first
+    assert read.hashes() == first

@@ -33,8 +33,8 @@ from torch import Tensor
 from transformers import PI0Config, PI0ForConditionalGeneration
 
 from cfgrl_gym.algorithms.pi0 import NormStats, Pi0ForCFGRL, Pi0Policy
+from cfgrl_gym.algorithms.pi0.checkpoints.config import config_from_shapes
 from cfgrl_gym.algorithms.pi0.checkpoints.formats import read_source
-from cfgrl_gym.algorithms.pi0.checkpoints.sizes import config_from_shapes
 from cfgrl_gym.algorithms.pi0.condition import Pi0CFGRLConfig
 from cfgrl_gym.algorithms.pi0.presets import new_model
 from cfgrl_gym.cli.policies import find_checkpoint

@@ -21,11 +21,11 @@ from test_trust import Calls
 import cfgrl_gym.envs.suites as suites
 from cfgrl_gym.algorithms.pi0 import Pi0ForCFGRL, Pi0Policy
 from cfgrl_gym.algorithms.pi0.checkpoints import shipped
-from cfgrl_gym.algorithms.pi0.checkpoints.members import member
 from cfgrl_gym.algorithms.pi0.presets import new_model
 from cfgrl_gym.cli import main
 from cfgrl_gym.cli.policies import find_checkpoint
 from cfgrl_gym.demos.files import DemonstrationFileError, read_demonstrations
+from cfgrl_gym.json_files import named_file
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -103,7 +103,7 @@ def test_names_that_lead_out_of_the_folder_are_refused(
     folder = lerobot(tmp_path / "checkpoint", model)
     (tmp_path / "x").write_bytes((folder / "model.safetensors").read_bytes())
     with pytest.raises(ValueError, match=r"index\.json' names .*(leads out|no file's name)"):
-        member(folder, name, "index.json")
+        named_file(folder, name, "index.json")
     if name:  # a step without a file has none
         steps = {"steps": [{"state_file": name}]}
         (folder / "policy_preprocessor.json").write_text(json.dumps(steps))

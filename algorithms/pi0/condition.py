@@ -65,6 +65,14 @@ class Pi0CFGRLConfig(PI0Config):
         super().__post_init__(**kwargs)
         check_condition_mode(self.condition_mode)
 
+    def set_float32(self) -> None:
+        """Write float32 as the dtype of every part: what trains has it, and `from_pretrained` and
+        configurations of loaded models may say otherwise."""
+        vlm: Any = self.vlm_config
+        parts: tuple[Any, ...] = (self, self.dit_config)
+        for part in (*parts, vlm, vlm.text_config, vlm.vision_config):
+            part.dtype = torch.float32
+
 
 class OptimalityCondition(nn.Module):
     """The parameters of the condition: an embedding of o ∈ {0, 1}, and in "concat" mode the

@@ -61,36 +61,27 @@ def check_spaces(observation_space: spaces.Space, action_space: spaces.Space) ->
     return cameras
 
 
-def decode_prompts(prompts: Tensor) -> list[str]:
-    """UTF-8 bytes, uint8 (batch, N), zero-padded, to text."""
-    rows = prompts.cpu().numpy().astype(np.uint8)
-    return [row.tobytes().rstrip(b"\0").decode("utf-8", errors="replace") for row in rows]
-
-
-def encode_images(images: Tensor, name: str, size: int) -> Tensor:
-    """Camera images to pixels in [-1, 1].
-
-    :param images: uint8 (batch, H, W, 3), or (batch, 3, H, W) as SB3's VecTransposeImage makes it
-    :return: float32 (batch, 3, size, size)
-    """
-    if (
-        images.ndim != 4
-        or images.dtype != torch.uint8
-        or 3 not in (images.shape[-1], images.shape[1])
-    ):
-        raise ValueError(
-            f"{name} has shape {tuple(images.shape)} and dtype {images.dtype}; expected uint8 "
-            "(batch, height, width, 3). A single observation needs a batch dimension"
-        )
-    if images.shape[-1] != 3:
-        images = images.permute(0, 2, 3, 1)
-    resized = resize_with_pad(images, size, size)
-    return image_to_model(resized.permute(0, 3, 1, 2).float())
-
-
 def encode_cameras(obs: dict[str, Tensor], cameras: tuple[str, ...], size: int) -> Tensor:
-    """Pixels of the cameras there are, (batch, cameras, 3, size, size)."""
-    return torch.stack([encode_images(obs[name], name, size) for name in cameras], dim=1)
+    """Images of the cameras there are, to pixels in [-1, 1].
+
+    :param obs: uint8 (batch, H, W, 3) of each camera, or (batch, 3, H, W) as SB3's
+        VecTransposeImage makes it
+    :return: float32 (batch, cameras, 3, size, size)
+    """
+    pixels = []
+    for name in cameras:
+        images = obs[name]
+        rgb = images.ndim == 4 and 3 in (images.shape[-1], images.shape[1])
+        if not rgb or images.dtype != torch.uint8:
+            raise ValueError(
+                f"{name} has shape {tuple(images.shape)} and dtype {images.dtype}; expected uint8 "
+                "(batch, height, width, 3). A single observation needs a batch dimension"
+            )
+        if images.shape[-1] != 3:
+            images = images.permute(0, 2, 3, 1)
+        resized = resize_with_pad(images, size, size)
+        pixels.append(image_to_model(resized.permute(0, 3, 1, 2).float()))
+    return torch.stack(pixels, dim=1)
 
 
 def encode_text(
@@ -101,10 +92,12 @@ def encode_text(
 ) -> dict[str, Tensor]:
     """Token ids of the whole prefix and its masks, int64 (batch, image tokens + prompt tokens).
 
-    :param prompts: uint8 (batch, N)
+    :param prompts: UTF-8 bytes, uint8 (batch, N), zero-padded
     :param image_tokens: tokens of all the cameras there are; they come first
     """
-    ids, mask, instruction = tokenize(decode_prompts(prompts), tokenizer, prompts.device)
+    rows = prompts.cpu().numpy().astype(np.uint8)
+    texts = [row.tobytes().rstrip(b"\0").decode("utf-8", errors="replace") for row in rows]
+    ids, mask, instruction = tokenize(texts, tokenizer, prompts.device)
     images = torch.full(
         (ids.shape[0], image_tokens), image_token_id, dtype=torch.int64, device=ids.device
     )

@@ -38,6 +38,19 @@ def check_lora(rank: int) -> None:
         ) from error
 
 
+def set_trainable(
+    model: Pi0ForCFGRL, trainable: str, lora_rank: int = LORA_RANK, seed: int | None = None
+) -> None:
+    """Choose what trains, in a model of which everything does.
+
+    :param trainable: "all"; "expert", with the VLM frozen; or "lora", see `add_lora`
+    """
+    if trainable == "expert":
+        model.model.vlm.requires_grad_(False)
+    elif trainable == "lora":
+        add_lora(model, lora_rank, seed)
+
+
 def add_lora(model: Pi0ForCFGRL, rank: int = LORA_RANK, seed: int | None = None) -> None:
     """Add adapters to the model in place, and leave only these trained: the adapters, the
     condition, and what stands around the expert (`embed_action_time`, `action_out_proj`).

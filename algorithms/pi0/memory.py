@@ -5,25 +5,30 @@ tensors without storage and counting what is alive: about a second for each batc
 size.
 """
 
+import copy
+import weakref
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from cfgrl_gym.algorithms.flow import POSITIVE, interpolate, masked_mse
 from cfgrl_gym.algorithms.memory.device import GIB
-from cfgrl_gym.algorithms.pi0.live_bytes import LiveBytes, fake_copy
 from cfgrl_gym.algorithms.pi0.model import Pi0ForCFGRL
 from cfgrl_gym.algorithms.pi0.prefix import Prefix
 from cfgrl_gym.algorithms.pi0.tokenizer import PALIGEMMA_PROMPT_TOKENS
+from cfgrl_gym.algorithms.policies import UpdatePlan
 from cfgrl_gym.wrappers.norm_stats import ACTION_DIM
 
 # What an allocator loses between blocks, workspaces of matrix products, and the estimate's error.
 HEADROOM = 0.05
 ADAM_STATES = 2  # copies of every trained parameter: exp_avg and exp_avg_sq
+_ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
 
 @dataclass(frozen=True)
@@ -53,27 +58,7 @@ class MemoryEstimate:
 
     def parts(self) -> dict[str, int]:
         """Bytes of each part, by name."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
-
-    def __str__(self) -> str:
-        rows = [*self.parts().items(), ("total", self.total)]
-        return "\n".join(f"{name:<12}{size / GIB:9.3f} GiB" for name, size in rows)
-
-
-@dataclass(frozen=True)
-class MemoryPlan:
-    """How an update fits.
-
-    :param batch_size: windows of one forward pass: as asked for, or halved until it fits
-    :param estimate: of that micro-batch
-    :param free: bytes there are for all of the estimate's parts
-    :param prefix_room: bytes left for keeping prefixes on the device from acting to the update
-    """
-
-    batch_size: int
-    estimate: MemoryEstimate
-    free: int
-    prefix_room: int
+        return asdict(self)
 
 
 def estimate_update(
@@ -109,7 +94,7 @@ def estimate_update(
     # The fake tensors claim to be on the CPU, whose autocast differs little from CUDA's.
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=cuda)
     with mode:
-        fake = fake_copy(model, mode)
+        fake = _without_storage(model)
         for parameter in fake.parameters():
             if accumulate and parameter.requires_grad:
                 parameter.grad = torch.empty_like(parameter)
@@ -139,26 +124,24 @@ def estimate_update(
 
 def plan_update(
     model: Pi0ForCFGRL, batch_size: int, *, free: int, device: str = "the device", **how: Any
-) -> MemoryPlan:
+) -> UpdatePlan:
     """The largest micro-batch, halving from `batch_size`, whose update fits.
 
     :param free: bytes for everything that the estimate counts, see `available_bytes`
     :param device: its name, for the message
-    :param how: `estimate_update`'s keywords, but for `accumulate`, which follows: a smaller
-        micro-batch accumulates
+    :param how: `estimate_update`'s keywords, but for `accumulate`: a smaller micro-batch does
     :raises MemoryError: not even one window at a time fits. Says what is needed, and what helps
     """
     usable = int(free / (1 + HEADROOM))
-    accumulate = how.pop("accumulate", False)
     size = batch_size
     while True:
-        estimate = estimate_update(model, size, accumulate=accumulate, **how)
+        estimate = estimate_update(model, size, accumulate=size < batch_size, **how)
         if estimate.total <= usable:
-            return MemoryPlan(size, estimate, free, usable - estimate.total)
+            return UpdatePlan(size, estimate.total, usable - estimate.total)
         if size == 1:
             raise MemoryError(_refusal(model, estimate, free, device))
         fixed = estimate.total - estimate.prefix - estimate.activations
-        size, accumulate = (size + 1) // 2 if fixed <= usable else 1, True
+        size = (size + 1) // 2 if fixed <= usable else 1
 
 
 def _size(tensors: Iterable[Tensor]) -> int:
@@ -237,3 +220,66 @@ def _refusal(model: Pi0ForCFGRL, estimate: MemoryEstimate, free: int, device: st
         f"of memory (GiB: {parts}; and {HEADROOM:.0%} for the allocator), but {device} has "
         f"{free / GIB:.2f} GiB for it. What helps: {'; '.join(helps)}"
     )
+
+
+def _without_storage(model: Pi0ForCFGRL) -> Pi0ForCFGRL:
+    """A copy whose tensors claim to lie on the CPU; to be called in a `FakeTensorMode`."""
+    memo: dict[int, Any] = {}
+    for parameter in model.parameters():
+        empty = torch.empty(parameter.shape, dtype=parameter.dtype)
+        memo[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+    for buffer in model.buffers():
+        memo[id(buffer)] = torch.empty(buffer.shape, dtype=buffer.dtype)
+    return copy.deepcopy(model, memo)
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of all tensors that operations inside it make, for as long as they live.
+
+    Memory that an operation takes and gives back before it returns isn't seen, except, where
+    `cuda`, the largest of it: PyTorch's memory-efficient attention, which is what a mask of blocks
+    gets on CUDA, adds up the gradients of keys and values in float32
+    (ATen/native/transformers/cuda/mem_eff_attention/kernel_backward.h, kNeedsAccumGradK).
+
+    :ivar now: bytes alive
+    :ivar peak: the most bytes that were alive at once
+
+    >>> with FakeTensorMode(), LiveBytes() as live:
+    ...     total = (torch.ones(1000) * 2).sum()
+    >>> live.peak, live.now
+    (8000, 4)
+    """
+
+    def __init__(self, cuda: bool = False) -> None:
+        super().__init__()
+        self.now = 0
+        self.peak = 0
+        self._cuda = cuda
+        self._known: set[int] = set()  # storages alive
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self._add((args, kwargs), new=False)
+        output = func(*args, **(kwargs or {}))
+        self._add(output, new=True)
+        if self._cuda and func is _ATTENTION_BACKWARD:
+            _, _, keys, values, *_ = args
+            self.peak = max(self.peak, self.now + 4 * (keys.numel() + values.numel()))
+        return output
+
+    def _add(self, tree: Any, new: bool) -> None:
+        """Take note of new storages; what was there before costs nothing."""
+        for leaf in tree_leaves(tree):
+            if not isinstance(leaf, Tensor):
+                continue
+            storage = leaf.untyped_storage()
+            if storage._cdata in self._known:
+                continue
+            size = storage.nbytes() if new else 0
+            self._known.add(storage._cdata)
+            self.now += size
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self._forget, storage._cdata, size)
+
+    def _forget(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.now -= size

@@ -10,10 +10,10 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PI0ForConditionalGeneration
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.models.gemma.modeling_gemma import apply_rotary_pos_emb
 
 from cfgrl_gym.algorithms.flow import NULL, interpolate, sample_noise, sample_time
 from cfgrl_gym.algorithms.pi0.condition import OptimalityCondition, Pi0CFGRLConfig, as_labels
-from cfgrl_gym.algorithms.pi0.expert_layer import attention_bias, run_layer
 from cfgrl_gym.algorithms.pi0.prefix import Prefix, run_prefix
 
 
@@ -72,6 +72,12 @@ class Pi0ForCFGRL(PI0ForConditionalGeneration):
         super()._init_weights(module)
         if isinstance(module, OptimalityCondition):
             module.reset_parameters()
+
+    def cast_vlm(self, dtype: torch.dtype) -> None:
+        """Convert the VLM's parameters, and not the rotary embeddings' buffers, which must stay
+        float32."""
+        for parameter in self.model.vlm.parameters():
+            parameter.data = parameter.data.to(dtype)
 
     def drop_unused_embeddings(self) -> None:
         """Free the expert's token embeddings: 263 M parameters at full size that nothing reads."""
@@ -271,13 +277,13 @@ class Pi0ForCFGRL(PI0ForConditionalGeneration):
         rotary = dit.rotary_emb(hidden, position_ids=torch.cat(positions, dim=1))
 
         allowed = _suffix_mask(prefix.attention_mask, blocks)
-        bias = attention_bias(allowed, dit.config, hidden.dtype)
+        bias = _attention_bias(allowed, dit.config, hidden.dtype)
         for index, layer in enumerate(dit.layers):
             arguments = (layer, hidden, rotary, bias, prefix.keys_values[:, index])
             if self.checkpointing and torch.is_grad_enabled():
-                hidden = checkpoint(run_layer, *arguments, use_reentrant=False)
+                hidden = checkpoint(_run_layer, *arguments, use_reentrant=False)
             else:
-                hidden = run_layer(*arguments)
+                hidden = _run_layer(*arguments)
         hidden = dit.norm(hidden)[:, 1:]
         ends = [tokens.shape[1] for tokens, _ in blocks]
         return [
@@ -300,3 +306,49 @@ def _suffix_mask(prefix_mask: Tensor, blocks: list[tuple[Tensor, Tensor]]) -> Te
     suffix = sees & exists[:, None]  # (batch, suffix, suffix)
     prefix = prefix_mask.bool()[:, None].expand(-1, block.shape[0], -1)
     return torch.cat([prefix, suffix], dim=2)
+
+
+def _attention_bias(allowed: Tensor, config: Any, dtype: torch.dtype) -> Tensor:
+    """What `_run_layer` adds to the attention's logits, (batch, 1, heads_per_key · tokens, keys).
+
+    :param allowed: which key each token sees, bool (batch, tokens, keys)
+    """
+    groups = config.num_attention_heads // config.num_key_value_heads
+    bias = torch.zeros_like(allowed, dtype=dtype).masked_fill(~allowed, float("-inf"))
+    return bias.repeat(1, groups, 1)[:, None]
+
+
+def _run_layer(
+    layer: Any, hidden: Tensor, rotary: tuple[Tensor, Tensor], bias: Tensor, prefix: Tensor
+) -> Tensor:
+    """transformers' GemmaDecoderLayer.forward over a prefix, as one attention for all heads.
+
+    transformers' attention hands PI0's one key-value head to the kernel eight times, which in the
+    backward pass means eight gradients of the prefix to be added up; here the query heads that
+    share a key-value head are queries of it, one after the other.
+
+    :param hidden: (batch, tokens, width)
+    :param rotary: cosine and sine, (batch, tokens, head_dim)
+    :param bias: see `_attention_bias`
+    :param prefix: (batch, 2, kv_heads, prefix tokens, head_dim), keys and values
+    """
+    attention = layer.self_attn
+    normed = layer.input_layernorm(hidden)
+    shape = (*hidden.shape[:2], -1, attention.head_dim)
+    queries, keys, values = (
+        projection(normed).view(shape).transpose(1, 2)  # (batch, heads, tokens, head_dim)
+        for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
+    )
+    queries, keys = apply_rotary_pos_emb(queries, keys, *rotary)
+    before = prefix.to(values.dtype)
+    keys = torch.cat([before[:, 0], keys.to(values.dtype)], dim=2)
+    values = torch.cat([before[:, 1], values], dim=2)
+    kv_heads, tokens = keys.shape[1], hidden.shape[1]
+    grouped = queries.to(values.dtype).unflatten(1, (kv_heads, -1)).flatten(2, 3)
+    attended = F.scaled_dot_product_attention(
+        grouped, keys, values, attn_mask=bias.to(values.dtype), scale=attention.scaling
+    )
+    attended = attended.unflatten(2, (-1, tokens)).flatten(1, 2).transpose(1, 2).flatten(2)
+    hidden = hidden + attention.o_proj(attended)
+    output: Tensor = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+    return output

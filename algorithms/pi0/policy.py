@@ -1,10 +1,12 @@
 """The PI0 policy: `CFGRL("Pi0Policy", env)`."""
 
 import json
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from gymnasium import spaces
@@ -12,35 +14,22 @@ from stable_baselines3.common.type_aliases import Schedule
 from torch import Tensor
 
 from cfgrl_gym.algorithms.flow import NULL
-from cfgrl_gym.algorithms.pi0.checkpoints.base import BaseReference
-from cfgrl_gym.algorithms.pi0.checkpoints.build import Trainable, build, save_checkpoint
-from cfgrl_gym.algorithms.pi0.checkpoints.on_base import OnBase
-from cfgrl_gym.algorithms.pi0.compiled import compiled
+from cfgrl_gym.algorithms.pi0.checkpoints.build import Trainable, VlmDtype, build, save_checkpoint
 from cfgrl_gym.algorithms.pi0.condition import ConditionMode
-from cfgrl_gym.algorithms.pi0.inputs import (
-    check_spaces,
-    encode_cameras,
-    encode_text,
-    to_tensors,
-)
-from cfgrl_gym.algorithms.pi0.lora import LORA_RANK, add_lora, check_lora, merged_state_dict
+from cfgrl_gym.algorithms.pi0.inputs import check_spaces, encode_cameras, encode_text, to_tensors
+from cfgrl_gym.algorithms.pi0.lora import LORA_RANK, check_lora, merged_state_dict, set_trainable
 from cfgrl_gym.algorithms.pi0.memory import plan_update
 from cfgrl_gym.algorithms.pi0.prefix import Prefix, join, select_rows
 from cfgrl_gym.algorithms.pi0.presets import Preset, TinySizes
-from cfgrl_gym.algorithms.policies import Guidance, Inputs, Observation, PrefixRow, UpdatePlan
+from cfgrl_gym.algorithms.policies import FlowPolicy, Inputs, Observation, PrefixRow, UpdatePlan
 from cfgrl_gym.wrappers.norm_stats import Moments, NormStats
-from cfgrl_gym.wrappers.transforms import (
-    ActionsFromModel,
-    ActionsToModel,
-    Normalize,
-    pad_last,
-)
+from cfgrl_gym.wrappers.transforms import ActionsFromModel, ActionsToModel, Normalize, pad_last
 
 # openpi, training/optimizer.py
 OPENPI_ADAMW = {"betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 1e-10}
 
 
-class Pi0Policy(OnBase):
+class Pi0Policy(FlowPolicy):
     """PI0 with an optimality condition, for LIBERO's observations.
 
     :param observation_space: Dict of uint8 images (H, W, 3) under PI0's camera names (base_0_rgb;
@@ -56,8 +45,6 @@ class Pi0Policy(OnBase):
         and actions reach the model as they are)
     :param condition_mode: how the optimality condition enters: "token", "bias" or "concat". None:
         the checkpoint's, else "token"
-    :param cfg_scale: w of guidance; `policy.cfg_scale` may be changed at any time. None: 1.0, or
-        the environment variable PI0_CFG_SCALE
     :param use_prefix_dropout: the ∅ branch doesn't see the instruction either. The prefix then
         differs between the branches and is computed once for each
     :param delta_actions: the model's actions are the environment's minus the state in the first
@@ -80,24 +67,22 @@ class Pi0Policy(OnBase):
         own, else PaliGemma's on the hub
     :param model_config: configuration of a new model as transformers writes it; overrides
         `sizes`. What `save` keeps, to rebuild the network before its weights are loaded
-    :param base: what `CFGRL.save` keeps of the checkpoint, to know whether it has changed
+    :param base: SHA-256 of the checkpoint's weight files, by name, that it must have. What `save`
+        keeps of a checkpoint whose frozen weights it doesn't repeat
     :param cameras: of the observations' images, those that the policy looks at. None: the
         checkpoint's, else all
-    :param num_inference_steps: Euler steps of the sampler
-    :param guidance: "velocity" guides every denoising step; "action" combines two finished chunks
-    :param ema_decay: act with an exponential moving average of the trained weights, of this decay
-        an optimizer step; None: with the weights themselves
     :param compile_denoising: run the denoising steps through torch.compile (on a GPU with CUDA
         graphs). The first chunk of each batch size then takes minutes at full size, and after
         eight different shapes new ones run as without it
     :param optimizer_class: of `policy.optimizer`
     :param optimizer_kwargs: None: openpi's AdamW settings where the class is AdamW
+    :param kwargs: of `FlowPolicy` (cfg_scale, num_inference_steps, guidance, ema_decay)
 
     >>> policy = Pi0Policy(env.observation_space, env.action_space, lambda _: 1e-3)
     ... # doctest: +SKIP
     """
 
-    saved_types = (NormStats, Moments, BaseReference)
+    saved_types = (NormStats, Moments)
 
     def __init__(
         self,
@@ -109,7 +94,6 @@ class Pi0Policy(OnBase):
         checkpoint: str | Path | None = None,
         norm_stats: NormStats | str | Path | None = None,
         condition_mode: ConditionMode | None = None,
-        cfg_scale: float | None = None,
         use_prefix_dropout: bool | None = None,
         delta_actions: bool | None = None,
         trainable: Trainable | None = None,
@@ -118,43 +102,41 @@ class Pi0Policy(OnBase):
         horizon: int | None = None,
         sizes: TinySizes | None = None,
         seed: int | None = 0,
-        vlm_dtype: Literal["float32", "bfloat16"] | None = None,
+        vlm_dtype: VlmDtype | None = None,
         tokenizer: str | None = None,
         model_config: dict[str, Any] | None = None,
-        base: BaseReference | None = None,
+        base: dict[str, str] | None = None,
         cameras: Sequence[str] | None = None,
-        num_inference_steps: int = 10,
-        guidance: Guidance = "velocity",
-        ema_decay: float | None = None,
         compile_denoising: bool = False,
         optimizer_class: type[torch.optim.Optimizer] = torch.optim.AdamW,
         optimizer_kwargs: dict[str, Any] | None = None,
-        normalize_images: bool = True,
+        **kwargs: Any,
     ) -> None:
         available = check_spaces(observation_space, action_space)
         if trainable == "lora":
             check_lora(lora_rank)  # before a checkpoint is loaded, which takes minutes
-        shape = action_space.shape
-        built = build(
-            preset=preset,
+        parts = build(
+            {
+                "preset": preset,
+                "condition_mode": condition_mode,
+                "use_prefix_dropout": use_prefix_dropout,
+                "delta_actions": delta_actions,
+                "trainable": trainable,
+                "vlm_dtype": vlm_dtype,
+                "tokenizer": tokenizer,
+                "cameras": cameras,
+            },
             checkpoint=checkpoint,
-            norm_stats=norm_stats,
-            condition_mode=condition_mode,
-            use_prefix_dropout=use_prefix_dropout,
-            delta_actions=delta_actions,
-            trainable=trainable,
-            horizon=horizon,
-            chunk_size=shape[0] if len(shape) == 2 else 1,
-            sizes=sizes,
-            seed=seed,
-            vlm_dtype=vlm_dtype,
-            tokenizer=tokenizer,
-            model_config=model_config,
             base=base,
-            cameras=cameras,
+            norm_stats=norm_stats,
+            model_config=model_config,
+            sizes=sizes,
+            horizon=horizon,
+            chunk_size=action_space.shape[0] if len(action_space.shape) == 2 else 1,
+            seed=seed,
             available=available,
         )
-        config = built.model.config
+        config: Any = parts.model.config
         if optimizer_kwargs is None and optimizer_class is torch.optim.AdamW:
             optimizer_kwargs = dict(OPENPI_ADAMW)
         super().__init__(
@@ -163,41 +145,33 @@ class Pi0Policy(OnBase):
             lr_schedule,
             horizon=config.chunk_size,
             action_width=config.max_action_dim,
-            cfg_scale=cfg_scale,
-            num_inference_steps=num_inference_steps,
-            guidance=guidance,
-            ema_decay=ema_decay,
             optimizer_class=optimizer_class,
             optimizer_kwargs=optimizer_kwargs,
-            normalize_images=normalize_images,
+            **kwargs,
         )
-        self.config = built.config
-        self.base = built.base
-        self.cameras = built.config.cameras or available
-        self.tokenizer = built.tokenizer
-        self.model = built.model
-        vlm: Any = config.vlm_config
-        vision = vlm.vision_config
-        self.image_size = vision.image_size
-        self.image_token_id: int = vlm.image_token_id
+        self.config = parts.config
+        self.base = parts.base
+        self.cameras = parts.config.cameras or available
+        self.tokenizer = parts.tokenizer
+        self.model = parts.model
+        vision = config.vlm_config.vision_config
+        self.image_size: int = vision.image_size
+        self.image_token_id: int = config.vlm_config.image_token_id
         self.image_tokens = len(self.cameras) * (vision.image_size // vision.patch_size) ** 2
         for part in ("state", "actions"):
             for name in ("mean", "std"):
                 self.register_buffer(f"{part}_{name}", torch.empty(0))
-        self.set_norm_stats(built.norm_stats)
+        self.set_norm_stats(parts.norm_stats)
         self.gradient_checkpointing = gradient_checkpointing
         if gradient_checkpointing:
             self.model.checkpoint_layers()
         self.compile_denoising = compile_denoising
-        self._branch_velocities = self.model.branch_velocities
+        self._branch_velocities: Any = self.model.branch_velocities
         if compile_denoising:
-            self._branch_velocities = compiled(self.model.branch_velocities)
-        self.frozen_prefix = self.config.trainable == "expert"
-        if self.frozen_prefix:
-            self.model.model.vlm.requires_grad_(False)
-        elif self.config.trainable == "lora":
-            add_lora(self.model, lora_rank, seed)
+            self._branch_velocities = _compiled(self.model.branch_velocities)
         self.lora_rank = lora_rank
+        set_trainable(self.model, self.config.trainable, lora_rank, seed)
+        self.frozen_prefix = self.config.trainable == "expert"
         trained = [p for p in self.parameters() if p.requires_grad]
         self.optimizer = optimizer_class(
             trained,
@@ -211,14 +185,11 @@ class Pi0Policy(OnBase):
     @property
     def norm_stats(self) -> NormStats:
         """The statistics in use (float32; without quantiles, which PI0 doesn't need)."""
-        moments = [
-            Moments(
-                tuple(getattr(self, f"{part}_mean").tolist()),
-                tuple(getattr(self, f"{part}_std").tolist()),
-            )
+        state, actions = (
+            Moments(*(tuple(self.get_buffer(f"{part}_{of}").tolist()) for of in ("mean", "std")))
             for part in ("state", "actions")
-        ]
-        return NormStats(*moments)
+        )
+        return NormStats(state, actions)
 
     def set_norm_stats(self, stats: NormStats) -> None:
         """Use these statistics from now on; they are saved with the weights."""
@@ -253,27 +224,15 @@ class Pi0Policy(OnBase):
         parts = to_tensors(obs, needed, self.device)
         raw_state = parts["state"].float()
         state = Normalize(self.state_mean, self.state_std)(raw_state)
-        inputs = {
-            "state": pad_last(state, self.model.config.max_state_dim),
-            "raw_state": raw_state,
-        }
+        padded = pad_last(state, self.model.config.max_state_dim)
+        inputs = {"state": padded, "raw_state": raw_state}
         if skip_prefix:
             return inputs
+        text = encode_text(parts["prompt"], self.tokenizer, self.image_token_id, self.image_tokens)
         pixels = encode_cameras(parts, self.cameras, self.image_size)
-        return {
-            **inputs,
-            **encode_text(
-                parts["prompt"],
-                self.tokenizer,
-                self.image_token_id,
-                self.image_tokens,
-            ),
-            # A missing camera's slot is dropped, which equals masking it.
-            "pixel_values": pixels,
-            "pixel_attention_mask": torch.ones(
-                pixels.shape[:2], dtype=torch.bool, device=pixels.device
-            ),
-        }
+        # A missing camera's slot is dropped, which equals masking it.
+        there = torch.ones(pixels.shape[:2], dtype=torch.bool, device=pixels.device)
+        return {**inputs, **text, "pixel_values": pixels, "pixel_attention_mask": there}
 
     def autocast(self) -> AbstractContextManager[Any]:
         """bfloat16 on a GPU that has it; the trained weights themselves stay float32."""
@@ -340,7 +299,7 @@ class Pi0Policy(OnBase):
 
     def plan_update(self, batch_size: int, free: int) -> UpdatePlan:
         """See `FlowPolicy`; from an estimate that allocates nothing, in a second."""
-        plan = plan_update(
+        return plan_update(
             self.model,
             batch_size,
             free=free,
@@ -351,7 +310,6 @@ class Pi0Policy(OnBase):
             average=self.average is not None,
             two_prefixes=self.config.use_prefix_dropout,
         )
-        return UpdatePlan(plan.batch_size, plan.estimate.total, plan.prefix_room)
 
     # Saving -----------------------------------------------------------------------------------
 
@@ -375,33 +333,84 @@ class Pi0Policy(OnBase):
         self.set_training_mode(training)
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
-        data = super()._get_constructor_parameters()
-        data.update(
-            lr_schedule=self._dummy_schedule,  # as SB3's policies do: schedules may not pickle
-            preset=self.config.preset,
-            norm_stats=self.norm_stats,
-            condition_mode=self.config.condition_mode,
-            cfg_scale=self.cfg_scale,
-            use_prefix_dropout=self.config.use_prefix_dropout,
-            delta_actions=self.config.delta_actions,
-            trainable=self.config.trainable,
-            lora_rank=self.lora_rank,
-            gradient_checkpointing=self.gradient_checkpointing,
-            horizon=self.horizon,
-            vlm_dtype=self.config.vlm_dtype,
-            tokenizer=self.config.tokenizer,
-            cameras=self.cameras,
-            model_config=json.loads(self.model.config.to_json_string(use_diff=False)),
-            num_inference_steps=self.num_inference_steps,
-            guidance=self.guidance,
-            ema_decay=self.ema_decay,
-            compile_denoising=self.compile_denoising,
-            optimizer_class=self.optimizer_class,
-            optimizer_kwargs=self.optimizer_kwargs,
-        )
-        return data
+        return {
+            **super()._get_constructor_parameters(),
+            **asdict(self.config),
+            "norm_stats": self.norm_stats,
+            "lora_rank": self.lora_rank,
+            "gradient_checkpointing": self.gradient_checkpointing,
+            "horizon": self.horizon,
+            "model_config": json.loads(self.model.config.to_json_string(use_diff=False)),
+            "compile_denoising": self.compile_denoising,
+        }
+
+    def constructor_arguments(self) -> dict[str, Any]:
+        arguments = super().constructor_arguments()
+        hashes = self._base_hashes()
+        if hashes is not None:
+            assert self.base is not None
+            arguments |= {"checkpoint": self.base.name, "base": hashes, "model_config": None}
+            tokenizer = self.config.tokenizer
+            if tokenizer and Path(tokenizer).resolve() == self.base.folder:
+                arguments["tokenizer"] = None  # it comes, and moves, with the checkpoint
+        return arguments
+
+    def _base_hashes(self) -> dict[str, str] | None:
+        """Of the checkpoint that has the frozen weights; None where they must be saved."""
+        if self.base is None or not self._frozen():
+            return None
+        hashes = self.base.hashes()
+        if hashes is None:
+            warnings.warn(
+                f"the base checkpoint '{self.base.name}' has changed since it was loaded: all of "
+                "the weights are saved, not only what was trained",
+                stacklevel=4,
+            )
+        return hashes
+
+    def _frozen(self) -> dict[str, Tensor]:
+        return {name: p.detach() for name, p in self.named_parameters() if not p.requires_grad}
+
+    def state_to_save(self) -> dict[str, Any]:
+        """The state dict, without frozen weights that the base checkpoint has."""
+        state = self.state_dict()
+        if self._base_hashes() is None:
+            return state
+        frozen = self._frozen()
+        return {name: value for name, value in state.items() if name not in frozen}
+
+    def complete_state(self, state: dict[str, Any]) -> dict[str, Any]:
+        return {**self._frozen(), **state}
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """As in torch; frozen weights that aren't the base's are then saved with the rest."""
+        if self.base is not None and any(
+            name in state_dict and not torch.equal(own, state_dict[name].to(own))
+            for name, own in self._frozen().items()
+        ):
+            self.base = None
+        return super().load_state_dict(state_dict, strict, assign)
 
 
 def _without_instruction(inputs: Inputs) -> Tensor:
     """The attention mask with the instruction's tokens hidden: what an empty prompt would give."""
     return inputs["attention_mask"] * (1 - inputs["instruction_mask"])
+
+
+def _compiled(branch_velocities: Callable[..., tuple[Tensor, ...]]) -> Callable[..., Any]:
+    """`Pi0ForCFGRL.branch_velocities`, compiled for each shape it is called with; on a GPU as CUDA
+    graphs.
+
+    Not as one obligatory graph (`fullgraph`): that makes the ninth shape an error (torch's
+    recompile_limit), and a collection has a batch size for each number of environments that are
+    still busy. Without it the shapes after the eighth run as they are.
+    """
+    graph = torch.compile(branch_velocities, dynamic=False, mode="reduce-overhead")
+
+    def call(*args: Any) -> tuple[Tensor, ...]:
+        # A CUDA graph writes the outputs of every call to the same memory.
+        return tuple(velocity.clone() for velocity in graph(*args))
+
+    return call

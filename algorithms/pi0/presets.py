@@ -1,7 +1,7 @@
 """The two sizes of PI0: `tiny`, for a CPU, and `pi0`, the full 3.3 B model."""
 
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 
@@ -100,19 +100,11 @@ def new_model(
         the global generator
     :param vlm_dtype: of the VLM's weights; the others are float32
     """
-    # The configuration of a model that was loaded says in which dtype: that is not how to make one.
-    vlm: Any = config.vlm_config
-    parts: tuple[Any, ...] = (config, config.dit_config, vlm, vlm.text_config, vlm.vision_config)
-    for part in parts:
-        part.dtype = torch.float32
-    if seed is None:
-        model = Pi0ForCFGRL(config)
-    else:
-        with torch.random.fork_rng():
+    config.set_float32()
+    with torch.random.fork_rng(enabled=seed is not None):
+        if seed is not None:
             torch.manual_seed(seed)
-            model = Pi0ForCFGRL(config)
+        model = Pi0ForCFGRL(config)
     model.drop_unused_embeddings()
-    # Parameters only: the rotary embeddings' buffers must stay float32.
-    for parameter in model.model.vlm.parameters():
-        parameter.data = parameter.data.to(vlm_dtype)
+    model.cast_vlm(vlm_dtype)
     return model

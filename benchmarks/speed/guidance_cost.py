@@ -33,21 +33,6 @@ W = 1.5
 UNGUIDED, GUIDED = "w=1", "w=1.5, both branches in one pass"
 TWO_PASSES, NOTHING_SHARED = "w=1.5, two passes on one prefix", "w=1.5, two passes, two prefixes"
 VARIANTS = (UNGUIDED, GUIDED, TWO_PASSES, NOTHING_SHARED)
-TRITON = "arXiv 2510.26742 and github.com/dexmal/realtime-vla"
-FUSED = "github.com/flashrt-project/FlashRT, docs/rl_inference.md"
-PUBLISHED = (
-    {"ms": 73, "what": "PI0, 3 cameras, RTX 4090", "source": "openpi"},
-    {
-        "ms": [40, 50],
-        "what": "PI0, CUDA graphs, 2 cameras, RTX 4090",
-        "source": TRITON,
-    },
-    {"ms": 27.3, "what": "the same in Triton, 63 actions, no prompt", "source": TRITON},
-    {"ms": 32.9, "what": "the same in Triton, 50 actions, 20 prompt tokens", "source": TRITON},
-    {"ms": 19.0, "what": "pi0.5, RTX 5090, unguided", "source": FUSED},
-    {"ms": 37.1, "what": "pi0.5, RTX 5090, w = 1.5, two passes", "source": FUSED},
-    {"ms": 25.9, "what": "pi0.5, RTX 5090, w = 1.5, one pass", "source": FUSED},
-)
 
 
 @torch.no_grad()
@@ -131,7 +116,6 @@ def main() -> int:
         },
         "machine": machine(args.device),
         "batches": [measure(policy, args, batch) for batch in args.batch],
-        "published": PUBLISHED,
     }
     name = f"{args.size}, {args.device}" + (", compiled" if args.compile else "")
     keep(args.out, name, report)

@@ -27,19 +27,16 @@ PROMPT = "pick up the soup and place it in a basket now!"
 def make_policy(size: str, device: str, seed: int, **kwargs: Any) -> Pi0Policy:
     """A policy in training mode "expert" as a run would have it: VLM frozen, at full size in
     bfloat16; the rest float32. Full size takes 13 GB of host memory while it is made."""
-    config = Pi0CFGRLConfig().to_dict() if size == "full" else None
-    image_size = 224 if size == "full" else TinySizes().image_size
+    full = size == "full"
     policy = Pi0Policy(
-        *libero_spaces(image_size, CHUNK),
+        *libero_spaces(224 if full else TinySizes().image_size, CHUNK),
         lambda _: 1e-4,
-        model_config=config,
+        model_config=Pi0CFGRLConfig().to_dict() if full else None,
+        vlm_dtype="bfloat16" if full else "float32",
         trainable="expert",
         seed=seed,
         **kwargs,
     )
-    if size == "full":
-        for parameter in policy.model.model.vlm.parameters():
-            parameter.data = parameter.data.to(torch.bfloat16)
     return policy.to(device)
 
 

@@ -49,7 +49,6 @@ class Update:
 
     def __init__(self, policy: Pi0Policy, args: Any, kept: bool) -> None:
         self.policy, self.args = policy, args
-        self.kept = kept
         self.memory = PrefixCache(policy, PLENTY, PLENTY if kept else 0)
         self.micro_batches = MicroBatches(args.micro_batch)
         self.generator = torch.Generator().manual_seed(args.seed)
@@ -196,11 +195,12 @@ def main() -> int:
     args = parser.parse_args()
     policy = make_policy(args.size, args.device, args.seed)
     policy.set_training_mode(True)
+    flops = full_size_flops()
     report = {
         "command": " ".join(["python", *sys.argv]),
         "settings": {**vars(args), "out": str(args.out), "actions": CHUNK},
         "machine": machine(args.device),
-        "flops_of_a_window_at_full_size": full_size_flops(),
+        "flops_of_a_window_at_full_size": flops,
         "gradients": compare_gradients(policy, args),
         "epoch": compare_epochs(policy, args),
     }
@@ -208,7 +208,7 @@ def main() -> int:
         report["loss_curves"] = compare_curves(policy, args)
     keep(args.out, f"{args.size}, {args.device}", report)
     print(f"an epoch recomputed takes {report['epoch']['ratio']:.1f} times one from kept prefixes")
-    print(f"by operations at full size: {full_size_flops()['recomputed_to_kept']:.1f} times")
+    print(f"by operations at full size: {flops['recomputed_to_kept']:.1f} times")
     print(f"gradients: {report['gradients']}")
     return 0
 

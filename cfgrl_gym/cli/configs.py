@@ -32,6 +32,7 @@ AT_LEAST_1 = {
 LEAST = {"seed": 0, "image_size": 8} | dict.fromkeys(AT_LEAST_1, 1)
 MORE_THAN_0 = ("learning_rate", "max_grad_norm")
 Class = TypeVar("Class", bound=type)
+_STARRED = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
 class Parameters:
@@ -45,10 +46,29 @@ class Parameters:
 
     def __init__(self, owner: type, title: str, *, only: str = "", skip: str = "") -> None:
         self.owner, self.title = owner, title
-        self.all = dict(inspect.signature(owner).parameters)
+        self.all, self.hints = _constructor_parameters(owner)
         assert {*only.split(), *skip.split()} <= set(self.all)
         chosen = set(only.split() or self.all) - set(skip.split())
         self.names = [name for name in self.all if name in chosen]
+
+
+def _constructor_parameters(
+    owner: type,
+) -> tuple[dict[str, inspect.Parameter], dict[str, Any]]:
+    """A constructor's parameters and their types, and the base class's where `**kwargs` go there:
+    those that jsonargparse finds."""
+    named: dict[str, inspect.Parameter] = {}
+    hints: dict[str, Any] = {}
+    for kind in owner.__mro__:
+        if "__init__" not in vars(kind):
+            continue
+        init = vars(kind)["__init__"]
+        _, *parameters = inspect.signature(init).parameters.values()  # without self
+        named = {p.name: p for p in parameters if p.kind not in _STARRED} | named
+        hints = get_type_hints(init) | hints
+        if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
+            break
+    return named, hints
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +115,7 @@ def taking(*taken: Parameters) -> Callable[[Class], Class]:
     def extend(own: Class) -> Class:
         new: list[tuple[str, Any, Any]] = []
         for parameters in taken:
-            hints = get_type_hints(vars(parameters.owner)["__init__"])
+            hints = parameters.hints
             new += [(n, hints[n], parameters.all[n].default) for n in parameters.names]
         namespace = {"__doc__": own.__doc__, "__module__": own.__module__, "taken": taken}
         extended: Any = make_dataclass(
@@ -122,7 +142,9 @@ class DemosConfig(Options):
 # Parameters of Pi0Policy that commands set themselves, or have an option of their own for.
 _NOT_FROM_PI0 = (
     "observation_space action_space lr_schedule preset checkpoint norm_stats cfg_scale horizon "
-    "sizes seed model_config base cameras optimizer_class optimizer_kwargs normalize_images"
+    "sizes seed model_config base cameras optimizer_class optimizer_kwargs normalize_images "
+    "action_width features_extractor_class features_extractor_kwargs features_extractor "
+    "squash_output"
 )
 
 

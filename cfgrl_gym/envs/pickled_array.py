@@ -52,6 +52,7 @@ def read_pickled_array(content: bytes) -> np.ndarray:
 
 def _array(made: Any) -> np.ndarray:
     """What NumPy's pickles call and set, as in its `ndarray.__reduce__`."""
+    order: Any
     if made.name == "numpy._core.multiarray._reconstruct":
         _, shape, dtype, fortran, numbers = made.state
         order = "F" if fortran else "C"
@@ -70,4 +71,4 @@ def _array(made: Any) -> np.ndarray:
         kind = kind.newbyteorder(dtype.state[1])
     if len(numbers) != math.prod(shape) * kind.itemsize:
         raise ValueError(f"{len(numbers)} bytes for the shape {shape!r:.50}")
-    return np.frombuffer(numbers, kind).reshape(shape, order=order).copy()
+    return np.frombuffer(numbers, kind).reshape(tuple(shape), order=order).copy()

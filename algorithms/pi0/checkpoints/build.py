@@ -1,21 +1,26 @@
 """Building a PI0 policy's parts: new, or from a checkpoint; and writing a checkpoint."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from torch import Tensor
 
-from cfgrl_gym.algorithms.pi0.checkpoints.base import Base, BaseReference, missing_base
+from cfgrl_gym.algorithms.pi0.checkpoints.base import BaseCheckpoint, shortened
 from cfgrl_gym.algorithms.pi0.checkpoints.formats import Source, is_hub_name, read_source
 from cfgrl_gym.algorithms.pi0.checkpoints.shipped import SHIPPED, find_shipped
 from cfgrl_gym.algorithms.pi0.checkpoints.stats import STATS_FILE
 from cfgrl_gym.algorithms.pi0.checkpoints.weights import DTYPES, is_conditional, load_model
-from cfgrl_gym.algorithms.pi0.condition import Pi0CFGRLConfig, check_condition_mode
+from cfgrl_gym.algorithms.pi0.condition import (
+    CONDITION_MODES,
+    ConditionMode,
+    Pi0CFGRLConfig,
+    check_condition_mode,
+)
 from cfgrl_gym.algorithms.pi0.model import Pi0ForCFGRL
-from cfgrl_gym.algorithms.pi0.presets import PRESETS, TinySizes, new_model, tiny_config
+from cfgrl_gym.algorithms.pi0.presets import PRESETS, Preset, TinySizes, new_model, tiny_config
 from cfgrl_gym.algorithms.pi0.tokenizer import (
     PALIGEMMA_TOKENIZER,
     ByteTokenizer,
@@ -29,32 +34,35 @@ from cfgrl_gym.wrappers.norm_stats import NormStats
 POLICY_FILE = "pi0_policy.json"
 Trainable = Literal["expert", "all", "lora"]
 TRAINABLE = get_args(Trainable)
+VlmDtype = Literal["float32", "bfloat16"]
 
 
 @dataclass(frozen=True)
 class Pi0PolicyConfig:
     """What makes a PI0 policy what it is, beside its weights and statistics.
 
-    :param preset: "tiny" or "pi0"
-    :param condition_mode: "token", "bias" or "concat"
-    :param use_prefix_dropout: ∅ doesn't see the instruction either
-    :param delta_actions: the model's actions are relative to the state in the first 6 dimensions
-    :param trainable: "expert", "all" or "lora"
-    :param vlm_dtype: "float32" or "bfloat16", of the VLM's weights
-    :param tokenizer: folder or hub name of preset "pi0"'s tokenizer; None for bytes
-    :param cameras: PI0's names of the images it looks at; None in files of before there was this
+    The fields are `Pi0Policy`'s parameters of these names, decided. `tokenizer` is None where the
+    tokens are bytes; `cameras` is None in files of the first version.
     """
 
-    preset: str
-    condition_mode: str
+    preset: Preset
+    condition_mode: ConditionMode
     use_prefix_dropout: bool
     delta_actions: bool
-    trainable: str
-    vlm_dtype: str
+    trainable: Trainable
+    vlm_dtype: VlmDtype
     tokenizer: str | None
     cameras: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
+        for name, choices in (
+            ("preset", PRESETS),
+            ("condition_mode", CONDITION_MODES),
+            ("trainable", TRAINABLE),
+            ("vlm_dtype", tuple(DTYPES)),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {choices}; got {getattr(self, name)!r}")
         for name in ("use_prefix_dropout", "delta_actions"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be true or false; got {getattr(self, name)!r}")
@@ -63,13 +71,6 @@ class Pi0PolicyConfig:
         cameras = () if self.cameras is None else self.cameras
         if isinstance(cameras, str) or not all(isinstance(name, str) for name in cameras):
             raise ValueError(f"cameras must be names of images; got {self.cameras!r}")
-        if self.preset not in PRESETS:
-            raise ValueError(f"preset must be one of {PRESETS}; got {self.preset!r}")
-        check_condition_mode(self.condition_mode)
-        if self.trainable not in TRAINABLE:
-            raise ValueError(f"trainable must be one of {TRAINABLE}; got {self.trainable!r}")
-        if self.vlm_dtype not in DTYPES:
-            raise ValueError(f"vlm_dtype must be one of {(*DTYPES,)}; got {self.vlm_dtype!r}")
         if self.vlm_dtype != "float32" and self.trainable == "all":
             raise ValueError(
                 "trainable='all' trains the vision-language model too, which needs "
@@ -78,43 +79,39 @@ class Pi0PolicyConfig:
 
 
 @dataclass(frozen=True)
-class Built:
-    """A policy's parts."""
+class Parts:
+    """What a policy is made of."""
 
     model: Pi0ForCFGRL
     tokenizer: PromptTokenizer
     norm_stats: NormStats
     config: Pi0PolicyConfig
-    base: Base | None  # the checkpoint, where it is preset "pi0"'s
+    base: BaseCheckpoint | None  # the checkpoint, where it is preset "pi0"'s
 
 
 def build(
+    given: Mapping[str, Any],
     *,
-    preset: str,
     checkpoint: str | Path | None,
+    base: Mapping[str, str] | None,
     norm_stats: NormStats | str | Path | None,
-    condition_mode: str | None,
-    use_prefix_dropout: bool | None,
-    delta_actions: bool | None,
-    trainable: str | None,
+    model_config: dict[str, Any] | None,
+    sizes: TinySizes | None,
     horizon: int | None,
     chunk_size: int,
-    sizes: TinySizes | None,
     seed: int | None,
-    vlm_dtype: str | None,
-    tokenizer: str | None,
-    model_config: dict[str, Any] | None,
-    base: BaseReference | None,
-    cameras: Sequence[str] | None,
     available: tuple[str, ...],
-) -> Built:
+) -> Parts:
     """The parts of a policy, from the constructor's arguments (see `Pi0Policy`).
 
+    :param given: fields of `Pi0PolicyConfig`; one that is None takes the checkpoint's value, or the
+        preset's
+    :param chunk_size: of the action space
     :param available: the cameras that the observation space has
 
-    An argument that is None takes the checkpoint's value, or the preset's. Weights are read last:
-    whatever else is wrong is said before.
+    Weights are read last: whatever else is wrong is said before.
     """
+    preset = given["preset"]
     if preset not in PRESETS:
         raise ValueError(f"preset must be one of {PRESETS}; got {preset!r}")
     if checkpoint is not None and sizes is not None:
@@ -122,44 +119,50 @@ def build(
     source = None if checkpoint is None else _find_source(find_shipped(checkpoint), preset, base)
     saved = {} if source is None else _saved_policy(source.folder, preset)
     if source is not None:
-        config = _checkpoint_config(source, condition_mode, horizon)
+        config = _checkpoint_config(source, given["condition_mode"], horizon)
     elif model_config is not None:
         config = Pi0CFGRLConfig.from_dict(model_config)
     elif preset == "tiny":
-        config = tiny_config(sizes or TinySizes(), horizon or chunk_size, condition_mode or "token")
+        mode = given["condition_mode"] or "token"
+        config = tiny_config(sizes or TinySizes(), horizon or chunk_size, mode)
     else:
         raise ValueError(
             "preset 'pi0' needs a checkpoint: pass checkpoint= a PI0 checkpoint folder or hub "
             "name, such as lerobot/pi0_base (13 GB); for random weights take preset 'tiny'"
         )
     pretrained = preset == "pi0" and source is not None
-    delta = None if source is None else source.delta_actions
-    trainable = trainable or ("expert" if pretrained else "all")
-    frozen_dtype = "bfloat16" if preset == "pi0" and trainable != "all" else "float32"
-    policy_config = Pi0PolicyConfig(
-        preset=preset,
-        condition_mode=config.condition_mode,
-        use_prefix_dropout=_first(use_prefix_dropout, saved.get("use_prefix_dropout"), False),
-        delta_actions=_first(delta_actions, saved.get("delta_actions"), delta, preset == "pi0"),
-        trainable=trainable,
-        vlm_dtype=vlm_dtype or frozen_dtype,
-        tokenizer=_tokenizer_source(tokenizer, source, saved) if preset == "pi0" else None,
-        cameras=_choose_cameras(cameras or saved.get("cameras"), available),
-    )
+    settings: dict[str, Any] = {
+        "use_prefix_dropout": False,
+        "delta_actions": preset == "pi0",
+        "trainable": "expert" if pretrained else "all",
+        "cameras": None,
+    }
+    names = ("use_prefix_dropout", "delta_actions", "cameras")
+    for values in (
+        {"delta_actions": source and source.delta_actions},
+        {name: saved.get(name) for name in names},
+        given,
+    ):
+        settings |= {name: value for name, value in values.items() if value is not None}
+    frozen_dtype = "bfloat16" if preset == "pi0" and settings["trainable"] != "all" else "float32"
+    settings.setdefault("vlm_dtype", frozen_dtype)
+    tokenizer, places = _find_tokenizer(given["tokenizer"], source, saved)
+    settings |= {
+        "condition_mode": config.condition_mode,
+        "tokenizer": tokenizer if preset == "pi0" else None,
+        "cameras": _choose_cameras(settings["cameras"] or available, available),
+    }
+    policy_config = Pi0PolicyConfig(**settings)
     stats = _find_stats(norm_stats, source, preset)
-    prompts: PromptTokenizer = (
-        ByteTokenizer()
-        if policy_config.tokenizer is None
-        else PaliGemmaTokenizer(policy_config.tokenizer, _tokenizer_places(tokenizer, source))
-    )
+    prompts = PaliGemmaTokenizer(tokenizer, places) if preset == "pi0" else ByteTokenizer()
     if source is None:
         model = new_model(config, seed, DTYPES[policy_config.vlm_dtype])
-        return Built(model, prompts, stats, policy_config, base=None)
-    found = Base(source.name, source.files)
+        return Parts(model, prompts, stats, policy_config, base=None)
+    found = BaseCheckpoint(source.name, source.files)
     if base is not None:
         found.verify(base)
     model = load_model(source, config, policy_config.vlm_dtype)
-    return Built(model, prompts, stats, policy_config, found if pretrained else None)
+    return Parts(model, prompts, stats, policy_config, found if pretrained else None)
 
 
 def save_checkpoint(
@@ -181,10 +184,6 @@ def save_checkpoint(
         tokenizer.save_pretrained(folder)
     text = json.dumps(asdict(config), indent=2) + "\n"
     (folder / POLICY_FILE).write_text(text, encoding="utf-8")
-
-
-def _first(*values: Any) -> Any:
-    return next(value for value in values if value is not None)
 
 
 def read_policy_file(folder: Path) -> dict[str, Any]:
@@ -221,9 +220,7 @@ def _saved_policy(folder: Path, preset: str) -> dict[str, Any]:
     return saved
 
 
-def _choose_cameras(wanted: Sequence[str] | None, available: tuple[str, ...]) -> tuple[str, ...]:
-    if wanted is None:
-        return available
+def _choose_cameras(wanted: Sequence[str], available: tuple[str, ...]) -> tuple[str, ...]:
     missing = [name for name in wanted if name not in available]
     if missing:
         raise ValueError(
@@ -233,7 +230,7 @@ def _choose_cameras(wanted: Sequence[str] | None, available: tuple[str, ...]) ->
     return tuple(name for name in available if name in wanted)
 
 
-def _find_source(checkpoint: str, preset: str, base: BaseReference | None) -> Source:
+def _find_source(checkpoint: str, preset: str, base: Mapping[str, str] | None) -> Source:
     if preset == "tiny" and not Path(checkpoint).is_dir():
         raise FileNotFoundError(
             f"checkpoint folder '{checkpoint}' does not exist; give a folder that "
@@ -244,7 +241,11 @@ def _find_source(checkpoint: str, preset: str, base: BaseReference | None) -> So
     except FileNotFoundError as error:
         if base is None:
             raise
-        raise missing_base(base, checkpoint, error) from error
+        raise FileNotFoundError(
+            "this was saved without the frozen weights of its base checkpoint, which was expected "
+            f"at '{checkpoint}' ({error}). If it is elsewhere now: CFGRL.load(path, "
+            f"checkpoint=NEW_FOLDER); its weights have sha256 {shortened(base)}"
+        ) from error
 
 
 def _checkpoint_config(
@@ -264,18 +265,18 @@ def _checkpoint_config(
     return config
 
 
-def _tokenizer_source(given: str | None, source: Source | None, saved: dict[str, Any]) -> str:
-    own = None if source is None else source.tokenizer
+def _find_tokenizer(
+    given: str | None, source: Source | None, saved: dict[str, Any]
+) -> tuple[str, Places]:
+    """Preset "pi0"'s tokenizer, and where it is looked for: what only a file names leads to no
+    folder of this machine, and for a local checkpoint to no network."""
+    if given or source is None:
+        return given or PALIGEMMA_TOKENIZER, "anywhere"
+    if source.tokenizer == str(source.folder):
+        return source.tokenizer, "anywhere"
     hub = saved.get("tokenizer")  # its files lie beside it, so that a folder's path isn't needed
-    return given or own or (hub if hub and is_hub_name(hub) else None) or PALIGEMMA_TOKENIZER
-
-
-def _tokenizer_places(given: str | None, source: Source | None) -> Places:
-    """Where a tokenizer is looked for: what only a file names leads to no folder of this machine,
-    and for a local checkpoint to no network."""
-    if given or source is None or source.tokenizer == str(source.folder):
-        return "anywhere"
-    return "cache" if Path(source.name).is_dir() else "hub"
+    name = source.tokenizer or (hub if hub and is_hub_name(hub) else PALIGEMMA_TOKENIZER)
+    return name, "cache" if Path(source.name).is_dir() else "hub"
 
 
 def _find_stats(

@@ -12,19 +12,22 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-from cfgrl_gym.algorithms.pi0.checkpoints.config_checks import check_sizes, config_from_file
-from cfgrl_gym.algorithms.pi0.checkpoints.members import member
-from cfgrl_gym.algorithms.pi0.checkpoints.sizes import Shapes, config_from_shapes, read_shapes
+from cfgrl_gym.algorithms.pi0.checkpoints.config import (
+    Shapes,
+    config_from_file,
+    config_from_shapes,
+    read_shapes,
+)
 from cfgrl_gym.algorithms.pi0.checkpoints.stats import (
     PREPROCESSOR,
+    STATS_FILE,
     lerobot_stats,
     openpi_stats,
-    own_stats,
     processor_steps,
 )
 from cfgrl_gym.algorithms.pi0.condition import Pi0CFGRLConfig
 from cfgrl_gym.algorithms.pi0.tokenizer import has_tokenizer
-from cfgrl_gym.json_files import read_json_object
+from cfgrl_gym.json_files import named_file, read_json_object
 from cfgrl_gym.wrappers.norm_stats import NormStats
 from cfgrl_gym.wrappers.transforms import POSE_DIM
 
@@ -92,12 +95,12 @@ class Source:
 
         :raises ValueError: the wrong length, or damaged
         """
-        stats = own_stats(self.folder)
-        if stats is None and self.format == "lerobot":
-            stats = lerobot_stats(self.folder, self.files)
-        if stats is None and self.format == "openpi":
-            stats = openpi_stats(self.folder)
-        return stats
+        own = self.folder / STATS_FILE
+        if own.is_file():
+            return NormStats.load(own)
+        if self.format == "lerobot":
+            return lerobot_stats(self.folder, self.files)
+        return openpi_stats(self.folder) if self.format == "openpi" else None
 
 
 def locate(checkpoint: str | Path) -> Path:
@@ -174,7 +177,6 @@ def _read_source(checkpoint: str | Path, folder: Path, raw: dict[str, Any]) -> S
         delta = True  # its LIBERO configuration has extra_delta_transform (training/config.py)
         horizon = raw.get("action_horizon", OPENPI_HORIZON)
         config = config_from_shapes(folder, shapes, {"chunk_size": horizon})
-    check_sizes(folder, config, shapes)
     name = str(checkpoint) if not Path(checkpoint).is_dir() else str(folder.resolve())
     return Source(name, folder, form, files, shapes, config, delta, tokenizer)
 
@@ -216,7 +218,7 @@ def _shards(folder: Path, index: Path) -> tuple[Path, ...]:
     weight_map = read_json_object(index).get("weight_map")
     if not isinstance(weight_map, dict):
         raise ValueError(f"'{index}' has no weight_map of files; download it again")
-    return tuple(sorted({member(folder, name, index.name) for name in weight_map.values()}))
+    return tuple(sorted({named_file(folder, name, index.name) for name in weight_map.values()}))
 
 
 def _check_is_pi0(name: str, shapes: Shapes) -> None:

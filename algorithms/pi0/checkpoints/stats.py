@@ -1,14 +1,14 @@
 """Normalisation statistics as LeRobot and openpi keep them with their checkpoints."""
 
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from cfgrl_gym.algorithms.pi0.checkpoints.members import member
-from cfgrl_gym.json_files import read_json_object
+from cfgrl_gym.json_files import named_file, read_json_object
 from cfgrl_gym.wrappers.norm_stats import ACTION_DIM, STATE_DIM, NormStats, moments_of
 
 STATS_FILE = "norm_stats.json"
@@ -23,11 +23,6 @@ _OLD_BUFFERS = {
 }
 OLD_BUFFER_PREFIXES = ("normalize_inputs.", "normalize_targets.", "unnormalize_outputs.")
 Vectors = dict[str, list[float]]
-
-
-def own_stats(folder: Path) -> NormStats | None:
-    """norm_stats.json in the folder itself."""
-    return NormStats.load(folder / STATS_FILE) if (folder / STATS_FILE).is_file() else None
 
 
 def openpi_stats(folder: Path) -> NormStats | None:
@@ -50,16 +45,14 @@ def lerobot_stats(folder: Path, weights: Sequence[Path]) -> NormStats | None:
 
     :raises ValueError: the wrong length, or damaged
     """
-    vectors: dict[str, Vectors] = {}
+    vectors: dict[str, Vectors] = {part: {} for part in _FEATURES}
     for file in _state_files(folder):
         for part, (feature, _) in _FEATURES.items():
-            vectors.setdefault(part, {}).update(_read(file, feature))
+            vectors[part] |= _read(file, feature)
     if not any(vectors.values()):
-        for file in weights:
-            for part, buffers in _OLD_BUFFERS.items():
-                for buffer in buffers:
-                    for prefix in (buffer, f"model.{buffer}"):
-                        vectors.setdefault(part, {}).update(_read(file, prefix))
+        for file, (part, buffers) in product(weights, _OLD_BUFFERS.items()):
+            for buffer, prefix in product(buffers, ("", "model.")):
+                vectors[part] |= _read(file, f"{prefix}{buffer}")
     if not any(vectors.values()):
         return None
     where = f"statistics of checkpoint '{folder}'"
@@ -91,7 +84,7 @@ def _state_files(folder: Path) -> list[Path]:
             state = step.get("state_file")
             if not state:
                 continue
-            file = member(folder, state, name)
+            file = named_file(folder, state, name)
             if not file.is_file():
                 raise FileNotFoundError(
                     f"'{folder / name}' names {state}, which isn't there; download it, or pass "

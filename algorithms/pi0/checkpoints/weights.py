@@ -69,11 +69,7 @@ def load_model(source: Source, config: Pi0CFGRLConfig, vlm_dtype: str) -> Pi0For
     model.condition.float()  # where it is new, it was made in the VLM's dtype
     _own_memory(model, state)
     model.drop_unused_embeddings()
-    # from_pretrained notes its dtype; who rebuilds or reloads the model means the expert's.
-    whole: Any = model.config
-    vlm = whole.vlm_config
-    for part in (whole, vlm, vlm.text_config, vlm.vision_config, whole.dit_config):
-        part.dtype = torch.float32
+    model.config.set_float32()  # from_pretrained wrote the VLM's dtype
     return model
 
 
