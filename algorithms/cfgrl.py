@@ -1,6 +1,5 @@
 """CFGRL, reinforcement learning by guidance, as an SB3 algorithm."""
 
-from collections import deque
 from dataclasses import replace
 from time import perf_counter
 from typing import Any, ClassVar, TypeVar
@@ -52,7 +51,6 @@ SelfCFGRL = TypeVar("SelfCFGRL", bound="CFGRL")
 _UNUSED: dict[str, Any] = dict(
     n_steps=0, gamma=1, gae_lambda=1, ent_coef=0, vf_coef=0, use_sde=False, sde_sample_freq=-1
 )
-_COUNTERS = ("iteration", "num_timesteps", "num_episodes", "num_control_steps", "_n_updates")
 
 
 class CFGRL(PickleFreeSaving, OnPolicyAlgorithm):
@@ -181,7 +179,7 @@ class CFGRL(PickleFreeSaving, OnPolicyAlgorithm):
         self.num_control_steps = 0
         self.num_episodes = 0  # of the groups kept and discarded, of all iterations
         self.task_successes = TaskSuccesses(stats_window_size)
-        self._skipped_in_a_row = 0  # optimizer steps that weren't finite
+        self.skipped_in_a_row = 0  # optimizer steps that weren't finite
         self.windows: WindowBatch | None = None  # what the next update learns from
         if _init_setup_model:
             self._setup_model()
@@ -209,29 +207,6 @@ class CFGRL(PickleFreeSaving, OnPolicyAlgorithm):
         self.replay = Replay(self.replay_iterations)
         self._prefixes = PrefixCache(self.policy)  # without room until `learn` has a plan
         self._micro_batches = MicroBatches(self.batch_size)
-
-    def training_state(self) -> dict[str, Any]:
-        """What a training goes on from beside weights, optimizer and replayed windows, as JSON can
-        hold it; between two iterations only."""
-        return {
-            "counters": {name.lstrip("_"): getattr(self, name) for name in _COUNTERS}
-            | {"entropy": self.randomness.seed, "skipped_in_a_row": self._skipped_in_a_row},
-            "ep_info": list(self.ep_info_buffer or ()),
-            "ep_success": list(self.ep_success_buffer or ()),
-            "task_successes": self.task_successes.to_json(),
-        }
-
-    def set_training_state(self, state: dict[str, Any]) -> None:
-        """Go on from what `training_state` gave."""
-        counters = state["counters"]
-        for name in _COUNTERS:
-            setattr(self, name, counters[name.lstrip("_")])
-        self.randomness = Randomness(counters["entropy"])
-        self._skipped_in_a_row = counters["skipped_in_a_row"]
-        window = self._stats_window_size
-        self.ep_info_buffer = deque(state["ep_info"], maxlen=window)
-        self.ep_success_buffer = deque(state["ep_success"], maxlen=window)
-        self.task_successes = TaskSuccesses(window, state["task_successes"])
 
     # Collect ----------------------------------------------------------------------------------
 
@@ -321,7 +296,7 @@ class CFGRL(PickleFreeSaving, OnPolicyAlgorithm):
         policy.set_training_mode(True)
         self._update_learning_rate(policy.optimizer)
         generator = self.randomness.generator(UPDATE, self.iteration)
-        metrics = UpdateMetrics(self._skipped_in_a_row)
+        metrics = UpdateMetrics(self.skipped_in_a_row)
 
         def loss(batch: WindowBatch, t: Tensor, noise: Tensor) -> Tensor:
             """Mean square of v(x_t, t, o) - (noise - actions) for each window, (n,)."""
@@ -350,7 +325,7 @@ class CFGRL(PickleFreeSaving, OnPolicyAlgorithm):
                     metrics.add(losses, norm, batch.labels, labels)
                     self._n_updates += 1
 
-        self._skipped_in_a_row = metrics.skipped_in_a_row
+        self.skipped_in_a_row = metrics.skipped_in_a_row
         for name, value in metrics.summary().items():
             self.logger.record(name, value)
         probe = windows[order[: self._micro_batches.size]]

@@ -11,6 +11,7 @@ import json
 import os
 import warnings
 import zipfile
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +26,8 @@ from stable_baselines3.common.utils import check_for_correct_spaces, get_system_
 from torch import Tensor
 
 from cfgrl_gym._version import __version__
+from cfgrl_gym.algorithms.groups import Randomness
+from cfgrl_gym.algorithms.metrics import TaskSuccesses
 from cfgrl_gym.algorithms.policies import FlowPolicy
 from cfgrl_gym.algorithms.saving.json_values import from_json, to_json
 from cfgrl_gym.whole_files import whole_file
@@ -35,6 +38,10 @@ MODEL_PART, POLICY_PART, OPTIMIZER_PART, SYSTEM_PART = PARTS = (
     "system_info.txt",  # as in SB3's .zip
 )
 SB3_PART = "data"  # in a .zip of SB3's own form
+_COUNTERS = (
+    *("iteration", "num_timesteps", "num_episodes", "num_control_steps", "_n_updates"),
+    "skipped_in_a_row",
+)
 _BEFORE_ARGUMENTS = ("policy_class", "observation_space", "action_space")
 SelfModel = TypeVar("SelfModel", bound="PickleFreeSaving")
 
@@ -49,14 +56,31 @@ class PickleFreeSaving(BaseAlgorithm):
     """
 
     policy: FlowPolicy  # type: ignore[assignment]
+    randomness: Randomness
+    task_successes: TaskSuccesses
+    skipped_in_a_row: int  # optimizer steps that weren't finite
 
     def training_state(self) -> dict[str, Any]:
-        """Counters and statistics that a training goes on from, as JSON can hold them."""
-        raise NotImplementedError
+        """What a training goes on from beside weights, optimizer and replayed windows, as JSON can
+        hold it; between two iterations only."""
+        return {
+            "counters": {name.lstrip("_"): getattr(self, name) for name in _COUNTERS}
+            | {"entropy": self.randomness.seed},
+            "ep_info": list(self.ep_info_buffer or ()),
+            "ep_success": list(self.ep_success_buffer or ()),
+            "task_successes": self.task_successes.to_json(),
+        }
 
     def set_training_state(self, state: dict[str, Any]) -> None:
         """Go on from what `training_state` gave."""
-        raise NotImplementedError
+        counters = state["counters"]
+        for name in _COUNTERS:
+            setattr(self, name, counters[name.lstrip("_")])
+        self.randomness = Randomness(counters["entropy"])
+        window = self._stats_window_size
+        self.ep_info_buffer = deque(state["ep_info"], maxlen=window)
+        self.ep_success_buffer = deque(state["ep_success"], maxlen=window)
+        self.task_successes = TaskSuccesses(window, state["task_successes"])
 
     @classmethod
     def _arguments(cls) -> dict[str, Any]:
