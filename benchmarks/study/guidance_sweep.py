@@ -19,7 +19,7 @@ from cfgrl_gym.algorithms import CFGRL
 from cfgrl_gym.cli.reporting.comparison import Sweep
 from cfgrl_gym.cli.reporting.figures import save_picture
 from cfgrl_gym.cli.reporting.plots import Palette, sweep_plot
-from cfgrl_gym.cli.reporting.runs import Result, pool
+from cfgrl_gym.cli.reporting.rates import Result, pool
 
 PART = "guidance_sweep"
 SCALES = (0.0, 1.0, 1.25, 1.5, 2.0, 3.0, 5.0, 10.0, 20.0)

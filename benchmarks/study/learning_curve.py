@@ -21,7 +21,8 @@ from cfgrl_gym.cli.reporting.curves import learning_curves
 from cfgrl_gym.cli.reporting.figures import save_picture
 from cfgrl_gym.cli.reporting.methods import Method
 from cfgrl_gym.cli.reporting.plots import Palette, curve_plot
-from cfgrl_gym.cli.reporting.runs import Result, Training, pool, read_training
+from cfgrl_gym.cli.reporting.rates import Result, pool
+from cfgrl_gym.cli.reporting.runs import Training, read_training
 
 PART = "learning_curve"
 ALGORITHMS = (CFGRL, FilteredBC, AdvantageWeighted)

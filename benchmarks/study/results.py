@@ -8,8 +8,8 @@ from typing import Any
 
 from jobs import Job
 
-from cfgrl_gym.cli.reporting.rates import Rate
-from cfgrl_gym.cli.reporting.runs import Result, Training, read_evaluation
+from cfgrl_gym.cli.reporting.rates import Rate, Result
+from cfgrl_gym.cli.reporting.runs import Training, read_evaluation
 from cfgrl_gym.cli.run_folder import versions
 
 

@@ -5,15 +5,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cfgrl_gym.cli.reporting.methods import Method, plain_policy, value_text
-from cfgrl_gym.cli.reporting.runs import (
-    VELOCITY,
-    EvaluationRun,
-    Result,
-    Runs,
-    Setting,
-    Training,
-    pool,
-)
+from cfgrl_gym.cli.reporting.rates import VELOCITY, Result, Setting, pool
+from cfgrl_gym.cli.reporting.runs import EvaluationRun, Runs, Training
 from cfgrl_gym.cli.run_folder import MODEL_FILE
 
 HIGHER, LOWER, UNDECIDED = "higher", "lower", "not distinguishable at 95%"

@@ -7,8 +7,8 @@ from typing import Any
 
 from cfgrl_gym.cli.reporting.comparison import distinct
 from cfgrl_gym.cli.reporting.methods import Method
-from cfgrl_gym.cli.reporting.rates import Rate, total
-from cfgrl_gym.cli.reporting.runs import Evaluation, Result, Setting, Training
+from cfgrl_gym.cli.reporting.rates import Rate, Result, Setting, total
+from cfgrl_gym.cli.reporting.runs import Evaluation, Training
 
 EVALUATED, TRAINING = "evaluated", "while training"
 BINS = 12  # points of a curve that is made of training episodes

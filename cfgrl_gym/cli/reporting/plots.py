@@ -171,6 +171,9 @@ def sweep_plot(sweep: Sweep, palette: Palette) -> Figure:
     figure, every = grid(len(ratios), 1, 1.0, sharex=True, height_ratios=ratios)
     figure.set_size_inches(5.4, 4.3 if gaps else 2.9)
     top, bottom = every[0], every[-1]
+    wide = max(scales) > WIDEST_SWEEP
+    if wide:  # small scales need room; of them only whole ones have a tick
+        top.set_xscale("symlog", linthresh=1)
     for results in sweep.by_run if len(sweep.by_run) > 1 else ():
         xs = [result.cfg_scale for result in results]
         top.plot(xs, [r.rate.share for r in results], color=colour, lw=0.8, alpha=0.45)
@@ -194,10 +197,8 @@ def sweep_plot(sweep: Sweep, palette: Palette) -> Figure:
         bottom.set_ylim(0, 1.2 * max(gap for _, gap in gaps) or 1)
         bottom.set_ylabel("guidance gap")
     bottom.set_xlabel("cfg_scale w")
-    if max(scales) > WIDEST_SWEEP:  # small scales need room; of them only whole ones have a tick
-        bottom.set_xscale("symlog", linthresh=1)
-        scales = [w for w in scales if w.is_integer()]
-    bottom.set_xticks(scales, [f"{w:g}" for w in scales])
+    ticks = [w for w in scales if w.is_integer()] if wide else scales
+    bottom.set_xticks(ticks, [f"{w:g}" for w in ticks])
     bottom.minorticks_off()
     figure.set_label(f"{sweep.title}: success and guidance gap over cfg_scale")
     return figure

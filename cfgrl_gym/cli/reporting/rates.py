@@ -1,10 +1,12 @@
-"""Success rates as counts, so that they can be pooled and always carry their interval."""
+"""Success as counts, so that it can be pooled and always carries its interval."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from cfgrl_gym.algorithms.evaluation import wilson_interval
+
+VELOCITY = "velocity"  # the guidance of a run that doesn't name one
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,99 @@ def total(rates: Iterable[Rate]) -> Rate:
     """All episodes taken together."""
     rates = list(rates)
     return Rate(sum(r.successes for r in rates), sum(r.episodes for r in rates))
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What success was measured on; rates of different settings aren't compared."""
+
+    suite: str
+    tasks: tuple[int, ...]
+    guidance: str = VELOCITY
+
+    def __str__(self) -> str:
+        how = "" if self.guidance == VELOCITY else f", guidance {self.guidance}"
+        if len(self.tasks) == 1:
+            return f"{self.suite} task {self.tasks[0]}{how}"
+        if len(self.tasks) <= 4:
+            return f"{self.suite} tasks {', '.join(map(str, self.tasks))}{how}"
+        return f"{self.suite}, {len(self.tasks)} tasks{how}"
+
+    def as_json(self) -> dict[str, Any]:
+        return {"suite": self.suite, "tasks": list(self.tasks), "guidance": self.guidance}
+
+
+@dataclass(frozen=True)
+class Episode:
+    """How one evaluated episode went."""
+
+    task_id: int
+    init_state_id: int
+    success: bool
+    control_steps: int
+
+
+@dataclass(frozen=True)
+class Result:
+    """Success in one setting at one cfg_scale: of one policy, or pooled over several.
+
+    :param guidance_gap: None: not measured
+    :param sources: the runs that it was measured in
+    """
+
+    setting: Setting
+    cfg_scale: float
+    rate: Rate
+    tasks: dict[int, Rate]
+    guidance_gap: float | None
+    episodes: tuple[Episode, ...]
+    sources: tuple[str, ...]
+    policies: int = 1
+
+    @property
+    def key(self) -> tuple[Setting, float]:
+        """Results with the same key may be pooled and compared."""
+        return self.setting, self.cfg_scale
+
+    @property
+    def rank(self) -> tuple[float, float]:
+        """The order of results: by success; of equals, the lowest cfg_scale is the best."""
+        return self.rate.share, -self.cfg_scale
+
+    @property
+    def parts(self) -> list["Result"]:
+        """Itself, and where it has several tasks the result on each of them."""
+        single = [
+            replace(
+                self,
+                setting=replace(self.setting, tasks=(task,)),
+                rate=rate,
+                tasks={task: rate},
+                guidance_gap=None,
+                episodes=tuple(e for e in self.episodes if e.task_id == task),
+            )
+            for task, rate in self.tasks.items()
+        ]
+        return [self, *(single if len(single) > 1 else [])]
+
+    def as_json(self) -> dict[str, Any]:
+        """The rate and where it comes from."""
+        about = {"policies": self.policies, "sources": list(self.sources)}
+        return self.rate.as_json() | about
+
+
+def pool(results: Sequence[Result], policies: int = 1) -> Result:
+    """Results with the same key as one; the guidance gap is the mean of those that are known."""
+    gaps = [result.guidance_gap for result in results if result.guidance_gap is not None]
+    return replace(
+        results[0],
+        rate=total(result.rate for result in results),
+        tasks={task: total(r.tasks[task] for r in results) for task in results[0].tasks},
+        guidance_gap=sum(gaps) / len(gaps) if gaps else None,
+        episodes=tuple(episode for result in results for episode in result.episodes),
+        sources=tuple(dict.fromkeys(source for r in results for source in r.sources)),
+        policies=policies,
+    )
 
 
 def percent(share: float, episodes: int) -> str:

@@ -7,13 +7,13 @@ import csv
 import json
 import os
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 
-from cfgrl_gym.cli.reporting.rates import Rate, total
+from cfgrl_gym.cli.reporting.rates import VELOCITY, Episode, Rate, Result, Setting
 from cfgrl_gym.cli.run_folder import (
     CONFIG_FILE,
     CSV_FILE,
@@ -22,102 +22,7 @@ from cfgrl_gym.cli.run_folder import (
     VERSIONS_FILE,
 )
 
-VELOCITY = "velocity"  # the guidance of a run that doesn't name one
-
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What success was measured on; rates of different settings aren't compared."""
-
-    suite: str
-    tasks: tuple[int, ...]
-    guidance: str = VELOCITY
-
-    def __str__(self) -> str:
-        how = "" if self.guidance == VELOCITY else f", guidance {self.guidance}"
-        if len(self.tasks) == 1:
-            return f"{self.suite} task {self.tasks[0]}{how}"
-        if len(self.tasks) <= 4:
-            return f"{self.suite} tasks {', '.join(map(str, self.tasks))}{how}"
-        return f"{self.suite}, {len(self.tasks)} tasks{how}"
-
-    def as_json(self) -> dict[str, Any]:
-        return {"suite": self.suite, "tasks": list(self.tasks), "guidance": self.guidance}
-
-
-@dataclass(frozen=True)
-class Episode:
-    """How one evaluated episode went."""
-
-    task_id: int
-    init_state_id: int
-    success: bool
-    control_steps: int
-
-
-@dataclass(frozen=True)
-class Result:
-    """Success in one setting at one cfg_scale: of one policy, or pooled over several.
-
-    :param guidance_gap: None: not measured
-    :param sources: the runs that it was measured in
-    """
-
-    setting: Setting
-    cfg_scale: float
-    rate: Rate
-    tasks: dict[int, Rate]
-    guidance_gap: float | None
-    episodes: tuple[Episode, ...]
-    sources: tuple[str, ...]
-    policies: int = 1
-
-    @property
-    def key(self) -> tuple[Setting, float]:
-        """Results with the same key may be pooled and compared."""
-        return self.setting, self.cfg_scale
-
-    @property
-    def rank(self) -> tuple[float, float]:
-        """The order of results: by success; of equals, the lowest cfg_scale is the best."""
-        return self.rate.share, -self.cfg_scale
-
-    @property
-    def parts(self) -> list["Result"]:
-        """Itself, and where it has several tasks the result on each of them."""
-        single = [
-            replace(
-                self,
-                setting=replace(self.setting, tasks=(task,)),
-                rate=rate,
-                tasks={task: rate},
-                guidance_gap=None,
-                episodes=tuple(e for e in self.episodes if e.task_id == task),
-            )
-            for task, rate in self.tasks.items()
-        ]
-        return [self, *(single if len(single) > 1 else [])]
-
-    def as_json(self) -> dict[str, Any]:
-        """The rate and where it comes from."""
-        about = {"policies": self.policies, "sources": list(self.sources)}
-        return self.rate.as_json() | about
-
-
-def pool(results: Sequence[Result], policies: int = 1) -> Result:
-    """Results with the same key as one; the guidance gap is the mean of those that are known."""
-    gaps = [result.guidance_gap for result in results if result.guidance_gap is not None]
-    return replace(
-        results[0],
-        rate=total(result.rate for result in results),
-        tasks={task: total(r.tasks[task] for r in results) for task in results[0].tasks},
-        guidance_gap=sum(gaps) / len(gaps) if gaps else None,
-        episodes=tuple(episode for result in results for episode in result.episodes),
-        sources=tuple(dict.fromkeys(source for r in results for source in r.sources)),
-        policies=policies,
-    )
 
 
 @dataclass(frozen=True)
