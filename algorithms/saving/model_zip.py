@@ -14,7 +14,8 @@ import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin
+from types import UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin
 
 import safetensors.torch
 import torch
@@ -341,7 +342,8 @@ def _check_types(values: Mapping[str, Any], annotations: Mapping[str, Any]) -> N
     """:raises ValueError: a value that its annotation, where it consists of classes, excludes"""
     for name in values.keys() & annotations.keys():
         annotation, kind = annotations[name], type(values[name])
-        options = get_args(annotation) if get_origin(annotation) is not None else (annotation,)
+        union = get_origin(annotation) in (Union, UnionType)
+        options = get_args(annotation) if union else (annotation,)
         plain = all(type(option) is type for option in options)
         if plain and kind not in options and not (kind is int and float in options):
             raise ValueError(f"its {name} is {values[name]!r:.100}")

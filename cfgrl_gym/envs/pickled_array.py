@@ -70,4 +70,5 @@ def _array(made: Any) -> np.ndarray:
         kind = kind.newbyteorder(dtype.state[1])
     if len(numbers) != math.prod(shape) * kind.itemsize:
         raise ValueError(f"{len(numbers)} bytes for the shape {shape!r:.50}")
-    return np.frombuffer(numbers, kind).reshape(shape, order=order).copy()
+    array: np.ndarray = np.frombuffer(numbers, kind).reshape(shape, order=order).copy()  # type: ignore[call-overload]
+    return array
