@@ -55,7 +55,7 @@ def to_json(value: Any, more: Iterable[type] = ()) -> Any:
         return {TYPE: _ARRAY, **about, "numbers": numbers}
     if isinstance(value, type) and value in vars(torch.optim).values():
         return {TYPE: _OPTIMIZER, "name": value.__name__}
-    kind = type(value)
+    kind: type = type(value)
     if kind in more:
         names: Iterable[str] = (field.name for field in dataclasses.fields(value) if field.init)
     elif kind in _ARGUMENTS:
