@@ -17,9 +17,29 @@ from cfgrl_gym.envs.installation import import_libero
 from cfgrl_gym.envs.libero import LiberoEnv
 from cfgrl_gym.envs.simulator import IMAGE_KEYS
 
+# Files whose tests run LIBERO's simulator, and others that take more than a few seconds.
+LIBERO = (
+    *("test_env_", "test_demos", "test_cli_chain", "test_cli_doctor", "test_concurrency"),
+    *("test_faults_in_collection", "test_malformed_inputs", "test_shipped_policy"),
+    *("test_train_resume", "test_wrappers"),
+)
+SLOW = (
+    *("test_cli_", "test_cfgrl_known_answer", "test_malformed_files", "test_out_of_memory"),
+    *("test_pi0_", "test_report_page", "test_resume", "test_study", "test_thread_vec_env"),
+    *("test_trust", "test_warm_start", "test_worker_vec_env", "test_package"),
+)
+
 SETTLE = np.array([0, 0, 0, 0, 0, 0, -1.0])
 # The recorded episode: benchmark state, settle steps, actions.
 INIT_STATE, SETTLE_STEPS, STEPS = 3, 3, 40
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.name.startswith(LIBERO):
+            item.add_marker(pytest.mark.libero)
+        elif item.path.name.startswith(SLOW):
+            item.add_marker(pytest.mark.slow)
 
 
 @dataclass(frozen=True)
