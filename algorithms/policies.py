@@ -30,6 +30,7 @@ from cfgrl_gym.algorithms.flow import (
     sample_time,
 )
 from cfgrl_gym.algorithms.weight_average import WeightAverage
+from cfgrl_gym.envs.arguments import LONGEST, check_int
 
 Observation = np.ndarray | dict[str, np.ndarray] | Tensor | dict[str, Tensor]
 Inputs = dict[str, Tensor]
@@ -85,7 +86,7 @@ class FlowPolicy(BasePolicy):
     :param action_width: width of a model-space action (padded)
     :param cfg_scale: w of guidance; `policy.cfg_scale` may be changed at any time. None: 1.0, or
         the environment variable PI0_CFG_SCALE
-    :param num_inference_steps: Euler steps of the sampler
+    :param num_inference_steps: Euler steps of the sampler, 1 to 10,000
     :param guidance: "velocity" guides every denoising step; "action" combines two finished chunks
     :param ema_decay: act with an exponential moving average of the trained weights, of this decay
         an optimizer step; None: with the weights themselves
@@ -124,7 +125,7 @@ class FlowPolicy(BasePolicy):
         self.horizon = horizon
         self.action_width = action_width
         self.cfg_scale = default_cfg_scale() if cfg_scale is None else float(cfg_scale)
-        self.num_inference_steps = num_inference_steps
+        self.num_inference_steps = check_int("num_inference_steps", num_inference_steps, 1, LONGEST)
         self.guidance = guidance
         self.ema_decay = ema_decay
         self.average: WeightAverage | None = None
