@@ -202,11 +202,15 @@ class CFGRL(PickleFreeSaving, OnPolicyAlgorithm):
         )
         check_weights_fit(self.policy, self.device)
         self.policy = self.policy.to(self.device)
-        self.stride = self.policy.chunk_size if self.window_stride is None else self.window_stride
         check_stride(self.stride, self.policy.chunk_size)
-        self.replay = Replay(self.replay_iterations)
+        self.replay = Replay()
         self._prefixes = PrefixCache(self.policy)  # without room until `learn` has a plan
         self._micro_batches = MicroBatches(self.batch_size)
+
+    @property
+    def stride(self) -> int:
+        """Control steps between windows."""
+        return self.policy.chunk_size if self.window_stride is None else self.window_stride
 
     # Collect ----------------------------------------------------------------------------------
 
@@ -231,7 +235,7 @@ class CFGRL(PickleFreeSaving, OnPolicyAlgorithm):
         policy, sampling = self.policy, self.enable_dynamic_sampling
         policy.set_training_mode(False)
         self.windows = None
-        self.replay.drop_old()
+        self.replay.keep_last(self.replay_iterations)
         # Those of replayed windows are computed anew, as after a resumption: a prefix is rounded
         # differently in another batch.
         self._prefixes.keep_only(())
@@ -250,8 +254,10 @@ class CFGRL(PickleFreeSaving, OnPolicyAlgorithm):
                 callback.update_locals(locals())
                 if not callback.on_step():
                     return False
+                before = selection.discarded
                 selection = select_groups(plan, collector.returns, needed, sampling)
-                collector.forget_prefixes(selection.discarded)
+                if selection.discarded != before:  # a look at every chunk there is
+                    collector.forget_prefixes(selection.discarded)
         finally:
             collector.close()
             groups = {group.index for group in plan.groups}

@@ -29,9 +29,9 @@ class Labelling:
     :param negatives: label of the others: "null" is ∅, "zero" is o = 0
     """
 
-    source: LabelSource = "episode_rloo"
-    threshold: float = 0.0
-    negatives: Negatives = "null"
+    source: LabelSource
+    threshold: float
+    negatives: Negatives
 
 
 def rloo_advantages(returns: Any) -> Any:

@@ -87,27 +87,22 @@ def join_windows(batches: Sequence[WindowBatch]) -> WindowBatch:
 
 
 class Replay:
-    """The windows of earlier iterations, which an update learns from beside its own iteration's.
+    """The windows of earlier iterations, which an update learns from beside its own iteration's."""
 
-    :param iterations: how many
-    """
-
-    def __init__(self, iterations: int) -> None:
-        self.iterations = iterations
+    def __init__(self) -> None:
         self.batches: list[WindowBatch] = []  # of each iteration, the newest one last
 
-    @property
-    def kept(self) -> list[WindowBatch]:
-        """Those that the next iteration's update will use."""
-        return self.batches[-self.iterations :] if self.iterations else []
+    def last(self, iterations: int) -> list[WindowBatch]:
+        """The windows of so many iterations, the newest one last."""
+        return self.batches[-iterations:] if iterations else []
 
-    def drop_old(self) -> None:
-        """Free what no update will use any more."""
-        self.batches = self.kept
+    def keep_last(self, iterations: int) -> None:
+        """Free those of all iterations before."""
+        self.batches = self.last(iterations)
 
     def add(self, windows: WindowBatch) -> WindowBatch:
-        """Add an iteration's windows; gives all that its update learns from."""
-        self.batches = [*self.kept, windows]
+        """Add an iteration's windows; gives all that there are."""
+        self.batches.append(windows)
         return join_windows(self.batches)
 
 

@@ -105,7 +105,7 @@ def test_a_uniform_group_is_optimal_if_it_succeeded_and_null_if_it_failed(source
     def labels(reward, success):
         rewards = [np.array([0.0, 0.0, 0.0, reward]), np.array([0.0, reward])]
         return np.concatenate(
-            label_group(rewards, starts, [success] * 2, 2, Labelling(source, negatives=negatives))
+            label_group(rewards, starts, [success] * 2, 2, Labelling(source, 0.0, negatives))
         ).tolist()
 
     assert labels(1.0, True) == [1, 1, 1]

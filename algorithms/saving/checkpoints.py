@@ -149,8 +149,9 @@ def _write(folder: Path, model: CFGRL, about: dict[str, Any]) -> None:
         "generators": _generators(),
     }
     _save(parts, folder / MODEL_FILE)
-    if model.replay.kept:
-        _save([_tensors(batch) for batch in model.replay.kept], folder / REPLAY_FILE)
+    recent = model.replay.last(model.replay_iterations)
+    if recent:
+        _save([_tensors(batch) for batch in recent], folder / REPLAY_FILE)
     state = {
         "format": FORMAT,
         "files": {file.name: sha256(file) for file in sorted(folder.iterdir())},
