@@ -392,10 +392,11 @@ def _check_training(saved: Mapping[str, Any], new: Mapping[str, Any]) -> None:
 def _check_optimizer(saved: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> None:
     """:raises ValueError: a state on which this optimizer would only fail at its next step"""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for index, state in saved["state"].items():
+    # Sorted, because safetensors gives its tensors in any order: the same file, the same message.
+    for index, state in sorted(saved["state"].items()):
         if not 0 <= index < len(parameters):
             raise ValueError(f"the saved optimizer has a parameter {index}, of {len(parameters)}")
-        for name, value in state.items():
+        for name, value in sorted(state.items()):
             one = not isinstance(value, Tensor) or value.numel() == 1  # a number of steps, say
             factored = name in ("row_var", "col_var")  # Adafactor's
             if not one and not factored and value.shape != parameters[index].shape:
