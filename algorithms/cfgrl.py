@@ -2,31 +2,28 @@
 
 from dataclasses import replace
 from time import perf_counter
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
-from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
+from stable_baselines3.common.type_aliases import GymEnv, Schedule
 from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 from cfgrl_gym.algorithms.checks import check_parameters, check_stride
 from cfgrl_gym.algorithms.collector import Collector, Episode
-from cfgrl_gym.algorithms.flow import interpolate
 from cfgrl_gym.algorithms.groups import (
     PLAN,
     UPDATE,
     GroupPlan,
     Randomness,
-    Selection,
-    draw_plan,
+    draw_groups,
     groups_needed,
-    select_groups,
 )
+from cfgrl_gym.algorithms.iteration_loop import IterationLoop
 from cfgrl_gym.algorithms.labels import (
     Labelling,
     LabelSource,
@@ -38,14 +35,11 @@ from cfgrl_gym.algorithms.memory.device import check_weights_fit
 from cfgrl_gym.algorithms.memory.micro_batches import MicroBatches
 from cfgrl_gym.algorithms.memory.plan import plan_memory
 from cfgrl_gym.algorithms.memory.prefix_cache import PrefixCache
-from cfgrl_gym.algorithms.metrics import TaskSuccesses, UpdateMetrics, rollout_metrics
+from cfgrl_gym.algorithms.metrics import EpisodeStatistics, UpdateMetrics, rollout_metrics
 from cfgrl_gym.algorithms.mlp_policy import MlpPolicy
 from cfgrl_gym.algorithms.policies import FlowPolicy
-from cfgrl_gym.algorithms.saving.model_zip import PickleFreeSaving
-from cfgrl_gym.algorithms.vec_envs.supported import as_vec_env, init_states
+from cfgrl_gym.algorithms.vec_envs.supported import init_states
 from cfgrl_gym.algorithms.windows import Replay, WindowBatch, label_windows
-
-SelfCFGRL = TypeVar("SelfCFGRL", bound="CFGRL")
 
 # What SB3 would need for a value function, an entropy bonus and exploration noise.
 _UNUSED: dict[str, Any] = dict(
@@ -53,7 +47,7 @@ _UNUSED: dict[str, Any] = dict(
 )
 
 
-class CFGRL(PickleFreeSaving, OnPolicyAlgorithm):
+class CFGRL(IterationLoop):
     """Classifier-free guidance reinforcement learning (Frans et al. 2025, arXiv 2505.23458).
 
     Groups of K episodes from one start give leave-one-out advantages; the advantage of each
@@ -176,22 +170,11 @@ class CFGRL(PickleFreeSaving, OnPolicyAlgorithm):
         fresh = np.random.SeedSequence().generate_state(1)
         self.randomness = Randomness(int(fresh[0]) if seed is None else seed)
         self.iteration = 0  # how many are finished
-        self.num_control_steps = 0
-        self.num_episodes = 0  # of the groups kept and discarded, of all iterations
-        self.task_successes = TaskSuccesses(stats_window_size)
+        self.statistics = EpisodeStatistics(stats_window_size)
         self.skipped_in_a_row = 0  # optimizer steps that weren't finite
         self.windows: WindowBatch | None = None  # what the next update learns from
         if _init_setup_model:
             self._setup_model()
-
-    _wrap_env = staticmethod(as_vec_env)
-
-    def _get_policy_from_name(self, policy_name: str) -> type[BasePolicy]:
-        if policy_name == "Pi0Policy":
-            from cfgrl_gym.algorithms import Pi0Policy  # imports transformers
-
-            return Pi0Policy
-        return super()._get_policy_from_name(policy_name)
 
     def _setup_model(self) -> None:
         check_parameters(vars(self))
@@ -207,20 +190,28 @@ class CFGRL(PickleFreeSaving, OnPolicyAlgorithm):
         self._prefixes = PrefixCache(self.policy)  # without room until `learn` has a plan
         self._micro_batches = MicroBatches(self.batch_size)
 
+    def _setup_learn(self, *arguments: Any, **kwargs: Any) -> tuple[int, BaseCallback]:
+        self._micro_batches = plan_memory(
+            self._prefixes, self.batch_size, self.device_memory, self.prefix_memory, self.verbose
+        )
+        return super()._setup_learn(*arguments, **kwargs)
+
     @property
     def stride(self) -> int:
         """Control steps between windows."""
         return self.policy.chunk_size if self.window_stride is None else self.window_stride
 
-    # Collect ----------------------------------------------------------------------------------
-
     def plan(self, env: VecEnv) -> GroupPlan:
-        """The groups of this iteration: as many as may be tried."""
-        count = self.groups_per_iteration
-        if self.enable_dynamic_sampling:
-            count = self.max_groups_tried or 3 * count
+        """The groups of this iteration: as many as may be tried, and how many suffice."""
+        asked, sampling = self.groups_per_iteration, self.enable_dynamic_sampling
+        tried = (self.max_groups_tried or 3 * asked) if sampling else asked
         rng = self.randomness.rng(PLAN, self.iteration)
-        return draw_plan(rng, count, self.rloo_batch_size, init_states(env))
+        return GroupPlan(
+            draw_groups(rng, tried, init_states(env)),
+            self.rloo_batch_size,
+            groups_needed(asked, sampling, self.early_stop_percentage),
+            sampling,
+        )
 
     def label(self, groups: list[list[Episode]]) -> WindowBatch | None:
         """The labelled windows of these groups of K episodes: what an update learns from."""
@@ -232,71 +223,42 @@ class CFGRL(PickleFreeSaving, OnPolicyAlgorithm):
 
         :return: False if the callback asked to stop
         """
-        policy, sampling = self.policy, self.enable_dynamic_sampling
+        policy, begun_at = self.policy, self.num_timesteps
         policy.set_training_mode(False)
         self.windows = None
         self.replay.keep_last(self.replay_iterations)
         # Those of replayed windows are computed anew, as after a resumption: a prefix is rounded
         # differently in another batch.
         self._prefixes.keep_only(())
-        plan = self.plan(env)
-        needed = groups_needed(self.groups_per_iteration, sampling, self.early_stop_percentage)
         noise = self.randomness.noise(self.iteration, (policy.horizon, policy.action_width))
-        collector = Collector(env, policy, plan, noise, self.cfg_scale, self._prefixes)
-        selection = Selection([], [], complete=False)
-        begun_at = self.num_timesteps
+        collector = Collector(env, policy, self.plan(env), noise, self.cfg_scale, self._prefixes)
         callback.on_rollout_start()
         try:
             collector.reset()
-            while not selection.complete:
+            while not collector.selection.complete:
                 new_obs, rewards, dones, infos = collector.step()
-                self.num_timesteps = begun_at + collector.num_chunks
+                # Less for a moment where an episode was lost, to be run again.
+                self.num_timesteps = max(self.num_timesteps, begun_at + collector.num_chunks)
                 callback.update_locals(locals())
                 if not callback.on_step():
                     return False
-                before = selection.discarded
-                selection = select_groups(plan, collector.returns, needed, sampling)
-                if selection.discarded != before:  # a look at every chunk there is
-                    collector.forget_prefixes(selection.discarded)
         finally:
             collector.close()
-            groups = {group.index for group in plan.groups}
-            collector.forget_prefixes(groups - set(selection.kept))
 
-        windows = self.label([collector.episodes(group) for group in selection.kept])
-        # Only what was decided on counts: the same whoever ran it, and how often.
-        tried = sorted((*selection.kept, *selection.discarded))
-        decided = [episode for group in tried for episode in collector.episodes(group)]
-        self.num_timesteps = begun_at + sum(len(episode.chunks) for episode in decided)
-        self._count(decided)
-        for name, value in rollout_metrics(collector, decided, selection, windows).items():
-            self.logger.record(name, value)
+        windows = self.label(collector.kept)
         self.windows = None if windows is None else self.replay.add(windows)
+        self.statistics.add(collector.decided)
+        self._record(self.statistics.metrics() | rollout_metrics(collector, windows))
+        infos = [episode.info for episode in collector.decided]
+        self._update_info_buffer(infos, np.ones(len(infos), bool))
         callback.update_locals(locals())
         callback.on_rollout_end()
         return True
 
-    def _count(self, episodes: list[Episode]) -> None:
-        """Add episodes to what is counted, and to the statistics that SB3 averages."""
-        assert self.ep_info_buffer is not None
-        assert self.ep_success_buffer is not None
-        self.ep_info_buffer.extend({"r": e.total_reward, "l": len(e.chunks)} for e in episodes)
-        self.ep_success_buffer.extend(e.success for e in episodes if e.success is not None)
-        self.task_successes.add(episodes)
-        self.num_episodes += len(episodes)
-        self.num_control_steps += sum(len(episode.rewards) for episode in episodes)
-        counts = {"episodes": self.num_episodes, "control_steps": self.num_control_steps}
-        for name, value in (counts | self.task_successes.rates()).items():
-            self.logger.record(f"rollout/{name}", value)
-
-    # Update -----------------------------------------------------------------------------------
-
     def train(self) -> None:
         """Flow matching on the labelled windows, with condition dropout."""
         if self.windows is None:
-            raise RuntimeError(
-                "there are no windows to learn from; call learn, which collects them"
-            )
+            raise RuntimeError("there are no windows to learn from; call learn, which collects")
         began = perf_counter()
         policy, windows, prefixes = self.policy, self.windows, self._prefixes
         policy.set_training_mode(True)
@@ -306,15 +268,8 @@ class CFGRL(PickleFreeSaving, OnPolicyAlgorithm):
 
         def loss(batch: WindowBatch, t: Tensor, noise: Tensor) -> Tensor:
             """Mean square of v(x_t, t, o) - (noise - actions) for each window, (n,)."""
-            return policy.flow_matching_loss(
-                batch.observations,
-                batch.model_actions,
-                batch.action_is_pad,
-                batch.labels,
-                t,
-                noise,
-                prefixes.recall(batch.observations, batch.prefix_keys),
-            )
+            prefix = prefixes.recall(batch.observations, batch.prefix_keys)
+            return policy.flow_matching_loss(*batch.samples, t, noise, prefix)
 
         for _ in range(self.n_epochs):
             order = draw_epoch(windows.labels, self.positive_share, generator)
@@ -332,63 +287,16 @@ class CFGRL(PickleFreeSaving, OnPolicyAlgorithm):
                     self._n_updates += 1
 
         self.skipped_in_a_row = metrics.skipped_in_a_row
-        for name, value in metrics.summary().items():
-            self.logger.record(name, value)
         probe = windows[order[: self._micro_batches.size]]
         t, noise = policy.draw_flow(len(probe), generator)
-        x_t = interpolate(probe.model_actions, noise, t)
         prefix = prefixes.recall(probe.observations, probe.prefix_keys)
-        gap = policy.guidance_gap(probe.observations, x_t, t, prefix)  # v_1 - v_∅
-        self.logger.record("train/guidance_gap", gap.mean().item())
+        gap = policy.guidance_gap(probe.observations, probe.model_actions, t, noise, prefix)
+        self._record(metrics.summary() | {"train/guidance_gap": gap.mean().item()})
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
         self.logger.record("time/seconds_update", perf_counter() - began)
 
+    def _record(self, metrics: dict[str, float]) -> None:
+        for name, value in metrics.items():
+            self.logger.record(name, value)
+
     # Learn ------------------------------------------------------------------------------------
-
-    def learn(
-        self: SelfCFGRL,
-        total_timesteps: int,
-        callback: MaybeCallback = None,
-        log_interval: int = 1,
-        tb_log_name: str = "CFGRL",
-        reset_num_timesteps: bool = True,
-        progress_bar: bool = False,
-        max_iterations: int | None = None,
-    ) -> SelfCFGRL:
-        """Collect, label and update until `total_timesteps` environment steps were made, or after
-        `max_iterations` collections and updates.
-
-        Steps are counted as in SB3, summed over environments; a chunk of actions is one. Those of
-        the groups that an iteration kept or discarded count, not what else was still running when
-        they were complete, or was lost with a worker. Unlike in SB3's `OnPolicyAlgorithm`, an
-        iteration's update is logged with its rollout, and the learning rate is that of the
-        iteration's beginning: an iteration has as many steps as its episodes take, so its end may
-        lie beyond `total_timesteps`.
-        """
-        if reset_num_timesteps:
-            self.num_control_steps = self.num_episodes = 0
-        total_timesteps, callback = self._setup_learn(
-            total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
-        )
-        self._micro_batches = plan_memory(
-            self._prefixes, self.batch_size, self.device_memory, self.prefix_memory, self.verbose
-        )
-        callback.on_training_start(locals(), globals())
-        assert self.env is not None
-        iteration = 0
-        while self.num_timesteps < total_timesteps and iteration != max_iterations:
-            self._update_current_progress_remaining(self.num_timesteps, total_timesteps)
-            if not self.collect_rollouts(self.env, callback):
-                break
-            if self.windows is None:
-                self.logger.warn("no group had different returns; the update is skipped")
-            else:
-                self.train()
-            self.iteration += 1
-            iteration += 1
-            if log_interval is not None and iteration % log_interval == 0:
-                self.dump_logs(self.iteration)
-        if log_interval is not None and iteration % log_interval != 0:
-            self.dump_logs(self.iteration)
-        callback.on_training_end()
-        return self

@@ -1,6 +1,6 @@
 """Running a plan's episodes on a `VecEnv`, every environment kept busy."""
 
-from collections.abc import Callable, Container
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from time import perf_counter
 from typing import Any
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from stable_baselines3.common.vec_env import VecEnv
 
 from cfgrl_gym.algorithms.flow import NonFiniteError
-from cfgrl_gym.algorithms.groups import GroupPlan, Start
+from cfgrl_gym.algorithms.groups import GroupPlan, Selection, Start
 from cfgrl_gym.algorithms.memory.prefix_cache import PrefixCache
 from cfgrl_gym.algorithms.policies import FlowPolicy
 from cfgrl_gym.algorithms.vec_envs.worker import WorkerError
@@ -61,6 +61,12 @@ class Episode:
     def succeeded(self) -> bool:
         """What the environment says, else whether the return is positive."""
         return self.total_reward > 0 if self.success is None else self.success
+
+    @property
+    def info(self) -> dict[str, Any]:
+        """What SB3's `Monitor` would say at its end, with a chunk as one step."""
+        episode = {"r": self.total_reward, "l": len(self.chunks)}
+        return {"episode": episode, "is_success": self.success}
 
 
 def stack(rows: list[Row]) -> NDArray[Any] | dict[str, NDArray[Any]]:
@@ -111,6 +117,7 @@ class Collector:
         prefixes: PrefixCache | None = None,
     ) -> None:
         self.prefixes = PrefixCache(policy) if prefixes is None else prefixes
+        self.plan = plan
         self.env = env
         self.policy = policy
         self.noise = noise
@@ -133,6 +140,7 @@ class Collector:
         self.finished: list[Episode] = []
         self.episodes_lost = 0
         self.returns: dict[int, list[float]] = {}  # of the finished episodes of each group
+        self.selection = Selection([], [], complete=False)  # by what has finished so far
         self.control_steps = 0
         self.seconds_simulation = 0.0
         self.seconds_inference = 0.0
@@ -206,33 +214,55 @@ class Collector:
                 self.returns.setdefault(episode.group, []).append(episode.total_reward)
                 self._begin_episode(i, self.rows[i])
         self.seconds_simulation += perf_counter() - began
+        self._select()
         return observations, rewards, dones, infos
 
     @property
+    def kept(self) -> list[list[Episode]]:
+        """The K episodes of each group that is kept, in the order of the plan."""
+        return [self.episodes(group) for group in self.selection.kept]
+
+    @property
+    def decided(self) -> list[Episode]:
+        """The episodes of all groups that are kept or discarded, in the order of the plan.
+
+        They are the same whatever ran them, and however often one was lost.
+        """
+        groups = sorted((*self.selection.kept, *self.selection.discarded))
+        return [episode for group in groups for episode in self.episodes(group)]
+
+    @property
     def num_chunks(self) -> int:
-        """Executed so far, in episodes that weren't lost."""
+        """Executed so far in the groups that are certain to be decided on, lost episodes left out.
+
+        At the end these are the chunks of `decided`.
+        """
+        certain = self.plan.certain(self.selection)
         episodes = (*self.finished, *self.running)
-        return sum(len(episode.chunks) for episode in episodes if episode is not None)
+        return sum(len(e.chunks) for e in episodes if e is not None and e.group in certain)
+
+    def close(self) -> None:
+        """Leave no planned start behind in an environment, and no prefix that no update uses."""
+        if self.takes_queue:
+            self.env.env_method("clear_queue")
+        self._keep_prefixes([episode for group in self.kept for episode in group])
 
     def episodes(self, group: int) -> list[Episode]:
         """The finished episodes of a group, by member."""
         finished = [episode for episode in self.finished if episode.group == group]
         return sorted(finished, key=lambda episode: episode.member)
 
-    def forget_prefixes(self, groups: Container[int]) -> None:
-        """Free what was kept of groups that no update will use, and of episodes that were lost."""
-        self.prefixes.keep_only(
-            key
-            for episode in (*self.finished, *self.running)
-            if episode is not None and episode.group not in groups
-            for chunk in episode.chunks
-            for key in chunk.prefix_keys.values()
-        )
+    def _select(self) -> None:
+        discarded = self.selection.discarded
+        self.selection = self.plan.select(self.returns)
+        if self.selection.discarded != discarded:  # seldom: it looks at every chunk there is
+            episodes = [e for e in (*self.finished, *self.running) if e is not None]
+            self._keep_prefixes([e for e in episodes if e.group not in self.selection.discarded])
 
-    def close(self) -> None:
-        """Leave no planned start behind in an environment."""
-        if self.takes_queue:
-            self.env.env_method("clear_queue")
+    def _keep_prefixes(self, episodes: list[Episode]) -> None:
+        """Keep the prefixes of these episodes only."""
+        chunks = [chunk for episode in episodes for chunk in episode.chunks]
+        self.prefixes.keep_only(key for chunk in chunks for key in chunk.prefix_keys.values())
 
     def _noise(self, index: int) -> torch.Tensor:
         episode = self.running[index]

@@ -9,7 +9,6 @@ import torch
 from stable_baselines3.common.vec_env import VecEnv
 
 from cfgrl_gym.algorithms.collector import Chunk, Collector, stack
-from cfgrl_gym.algorithms.flow import interpolate
 from cfgrl_gym.algorithms.groups import Group, GroupPlan, Start, torch_generator
 from cfgrl_gym.algorithms.policies import FlowPolicy
 
@@ -138,5 +137,5 @@ def _guidance_gap(policy: FlowPolicy, chunks: list[Chunk], seed: int) -> float:
         t, noise = policy.draw_flow(len(part), generator)
         actions = torch.from_numpy(np.stack([chunk.model_actions for chunk in part]))
         observations = stack([chunk.observation for chunk in part])
-        gaps.append(policy.guidance_gap(observations, interpolate(actions, noise, t), t).cpu())
+        gaps.append(policy.guidance_gap(observations, actions, t, noise).cpu())
     return torch.cat(gaps).mean().item()

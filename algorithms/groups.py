@@ -44,10 +44,51 @@ class Group:
 
 @dataclass(frozen=True)
 class GroupPlan:
-    """The groups of one iteration, in the order in which they are tried."""
+    """The groups of one iteration, in the order in which they are tried.
+
+    :param group_size: K, episodes of a group
+    :param needed: how many valid groups suffice. None: all are run
+    :param dynamic_sampling: a group whose K returns are all equal is discarded
+    """
 
     groups: tuple[Group, ...]
     group_size: int
+    needed: int | None = None
+    dynamic_sampling: bool = False
+
+    def certain(self, selection: "Selection") -> set[int]:
+        """Indices of the groups that will be kept or discarded, whatever their returns will be."""
+        needed = len(self.groups) if self.needed is None else self.needed
+        return {group.index for group in self.groups[: needed + len(selection.discarded)]}
+
+    def select(self, returns: Mapping[int, Sequence[float]]) -> "Selection":
+        """Keep the first valid groups, in the order of the plan.
+
+        Going by the plan's order, not by who finished first, makes the outcome independent of the
+        number of environments and of their speed.
+
+        :param returns: for each group index the returns of its finished episodes
+        """
+        kept: list[int] = []
+        discarded: list[int] = []
+        for group in self.groups:
+            finished = returns.get(group.index, ())
+            if len(finished) < self.group_size:
+                return Selection(kept, discarded, complete=False)
+            discard = self.dynamic_sampling and is_uniform(np.asarray(finished))
+            (discarded if discard else kept).append(group.index)
+            if len(kept) == self.needed:
+                break
+        return Selection(kept, discarded, complete=True)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Indices of the groups kept and discarded so far, and whether collection may end."""
+
+    kept: list[int]
+    discarded: list[int]
+    complete: bool
 
 
 def seed_sequence(seed: int, *key: int) -> np.random.SeedSequence:
@@ -110,12 +151,11 @@ def groups_needed(
     return math.ceil(round(share * groups_per_iteration, 9))
 
 
-def draw_plan(
+def draw_groups(
     rng: np.random.Generator,
     count: int,
-    group_size: int,
     init_states: Mapping[int, Sequence[int] | None] | None,
-) -> GroupPlan:
+) -> tuple[Group, ...]:
     """Draw the starts of `count` groups.
 
     Tasks, and the initial states of each task, are drawn without replacement until all have
@@ -135,38 +175,4 @@ def draw_plan(
         starts = [
             Start(task_id=task, init_state_id=next(states[task])) for task in islice(tasks, count)
         ]
-    groups = tuple(Group(index, start) for index, start in enumerate(starts))
-    return GroupPlan(groups, group_size)
-
-
-@dataclass(frozen=True)
-class Selection:
-    """Indices of the groups kept and discarded so far, and whether collection may end."""
-
-    kept: list[int]
-    discarded: list[int]
-    complete: bool
-
-
-def select_groups(
-    plan: GroupPlan, returns: Mapping[int, Sequence[float]], needed: int, dynamic_sampling: bool
-) -> Selection:
-    """Keep the first `needed` valid groups, in the order of the plan.
-
-    Going by the plan's order, not by who finished first, makes the outcome independent of the
-    number of environments and of their speed.
-
-    :param returns: for each group index the returns of its finished episodes
-    :param dynamic_sampling: a group whose returns are all equal is discarded
-    """
-    kept: list[int] = []
-    discarded: list[int] = []
-    for group in plan.groups:
-        finished = returns.get(group.index, ())
-        if len(finished) < plan.group_size:
-            return Selection(kept, discarded, complete=False)
-        discard = dynamic_sampling and is_uniform(np.asarray(finished))
-        (discarded if discard else kept).append(group.index)
-        if len(kept) == needed:
-            break
-    return Selection(kept, discarded, complete=True)
+    return tuple(Group(index, start) for index, start in enumerate(starts))

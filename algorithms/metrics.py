@@ -9,46 +9,45 @@ from torch import Tensor
 
 from cfgrl_gym.algorithms.collector import Collector, Episode
 from cfgrl_gym.algorithms.flow import NULL, POSITIVE, NonFiniteError
-from cfgrl_gym.algorithms.groups import Selection
 from cfgrl_gym.algorithms.windows import WindowBatch
 
 
-class TaskSuccesses:
-    """Recent successes of each task.
+class EpisodeStatistics:
+    """What is counted of all finished iterations' episodes, and the recent successes of each task.
 
     :param window: how many episodes of a task count
+    :param recent: successes of each task so far, the latest last
     """
 
     def __init__(self, window: int, recent: Mapping[str, Sequence[bool]] | None = None) -> None:
         self.window = window
+        self.num_episodes = 0
+        self.num_control_steps = 0
         self.recent = {int(t): deque(done, window) for t, done in (recent or {}).items()}
 
     def add(self, episodes: Sequence[Episode]) -> None:
-        """Count those that have a task and say whether they succeeded."""
+        """Count the episodes, and the successes of those that have a task and report them."""
+        self.num_episodes += len(episodes)
+        self.num_control_steps += sum(len(episode.rewards) for episode in episodes)
         for episode in episodes:
             task = episode.start.task_id
             if task is not None and episode.success is not None:
                 self.recent.setdefault(task, deque(maxlen=self.window)).append(episode.success)
 
-    def rates(self) -> dict[str, float]:
-        """Success rate of each task, under the name it is logged with."""
-        return {f"success_rate/task_{task}": safe_mean(done) for task, done in self.recent.items()}
+    def metrics(self) -> dict[str, float]:
+        """The counts and the success rate of each task, under the names they are logged with."""
+        counts = {"episodes": self.num_episodes, "control_steps": self.num_control_steps}
+        rates = {f"success_rate/task_{task}": safe_mean(done) for task, done in self.recent.items()}
+        return {f"rollout/{name}": value for name, value in (counts | rates).items()}
 
-    def to_json(self) -> dict[str, list[bool]]:
-        """What the constructor takes as `recent`."""
+    def successes(self) -> dict[str, list[bool]]:
+        """The recent successes as JSON can hold them: what the constructor takes as `recent`."""
         return {str(task): list(done) for task, done in self.recent.items()}
 
 
-def rollout_metrics(
-    collector: Collector,
-    episodes: list[Episode],
-    selection: Selection,
-    windows: WindowBatch | None,
-) -> dict[str, float]:
-    """Groups, labels (before condition dropout) and speed of one collection.
-
-    :param episodes: of the groups that it decided on
-    """
+def rollout_metrics(collector: Collector, windows: WindowBatch | None) -> dict[str, float]:
+    """Groups, labels (before condition dropout) and speed of one collection."""
+    episodes, selection = collector.decided, collector.selection
     metrics: dict[str, float] = {
         "rollout/groups_kept": len(selection.kept),
         "rollout/groups_discarded": len(selection.discarded),

@@ -275,18 +275,25 @@ class FlowPolicy(BasePolicy):
         return self.act(obs, noise=noise, cfg_scale=cfg_scale).actions
 
     @torch.no_grad()
-    def guidance_gap(self, obs: Observation, x_t: Tensor, t: Tensor, prefix: Any = None) -> Tensor:
-        """Root mean square of v_1 - v_∅ for each sample, (batch,): how far the branches differ.
+    def guidance_gap(
+        self,
+        obs: Observation,
+        model_actions: Tensor,
+        t: Tensor,
+        noise: Tensor,
+        prefix: Any = None,
+    ) -> Tensor:
+        """Root mean square of v_1 - v_∅ at x_t for each sample, (batch,): how far they differ.
 
-        :param x_t: (batch, horizon, action_width)
-        :param t: (batch,)
+        :param model_actions: (batch, horizon, action_width)
+        :param t: and `noise`: see `draw_flow`
         :param prefix: of these observations, where it is known
         """
         inputs = self.encode_observation(obs, skip_prefix=prefix is not None)
         with self.autocast():
             if prefix is None:
                 prefix = self.encode_prefix(inputs)
-            x_t, t = x_t.to(self.device), t.to(self.device)
+            x_t, t = interpolate(model_actions, noise, t).to(self.device), t.to(self.device)
             v_null, v_positive = self.velocities(inputs, x_t, t, (NULL, POSITIVE), prefix)
         difference = (v_positive - v_null)[..., : self.action_dim].float()
         return difference.square().mean((-1, -2)).sqrt()

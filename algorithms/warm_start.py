@@ -127,15 +127,8 @@ def warm_start(
     micro_batches = MicroBatches(config.batch_size)
 
     def loss_of(batch: WindowBatch, t: Tensor, noise: Tensor) -> Tensor:
-        return policy.flow_matching_loss(
-            batch.observations,
-            batch.model_actions,
-            batch.action_is_pad,
-            batch.labels,
-            t,
-            noise,
-            prefixes.recall(batch.observations, batch.prefix_keys),
-        )
+        prefix = prefixes.recall(batch.observations, batch.prefix_keys)
+        return policy.flow_matching_loss(*batch.samples, t, noise, prefix)
 
     policy.set_training_mode(True)
     order = torch.empty(0, dtype=torch.int64)

@@ -42,6 +42,11 @@ class WindowBatch:
     labels: Tensor  # int64 (batch,)
     prefix_keys: Tensor  # int64 (batch,), see `PrefixCache`
 
+    @property
+    def samples(self) -> tuple[Any, Tensor, Tensor, Tensor]:
+        """The first four fields, in the order of `FlowPolicy.flow_matching_loss`."""
+        return self.observations, self.model_actions, self.action_is_pad, self.labels
+
     def __len__(self) -> int:
         return len(self.labels)
 

@@ -250,7 +250,7 @@ def test_without_replay_an_update_learns_from_its_own_iteration():
 def test_max_iterations_ends_before_total_timesteps():
     algorithm = make().learn(10**9, max_iterations=2)
     assert algorithm.iteration == 2
-    assert algorithm.num_episodes == 12
+    assert algorithm.statistics.num_episodes == 12
     assert make().learn(1, max_iterations=5).iteration == 1
 
 
@@ -303,6 +303,17 @@ class Spy(BaseCallback):
 
     def _on_training_end(self):
         self.events.append("training_end")
+
+
+def test_timesteps_never_fall_though_what_was_not_decided_on_is_left_out():
+    """With more environments than a group needs, episodes run that no group is decided by."""
+    counts: list[int] = []
+    env = vec(QueueEnv, 5)
+    algorithm = make(env, max_groups_tried=6, groups_per_iteration=2, early_stop_percentage=0.5)
+    algorithm.learn(60, callback=lambda own, _: not counts.append(own["self"].num_timesteps))
+    assert algorithm.iteration > 1
+    assert counts == sorted(counts)
+    assert counts[-1] == algorithm.num_timesteps
 
 
 def test_callbacks_see_every_step_of_the_vector_of_environments():

@@ -16,9 +16,8 @@ from cfgrl_gym.algorithms.groups import (
     Group,
     GroupPlan,
     Start,
-    draw_plan,
+    draw_groups,
     seed_sequence,
-    select_groups,
 )
 
 SEEDS = GroupPlan(tuple(Group(i, Start(seed=10 + i)) for i in range(3)), 4)
@@ -62,7 +61,7 @@ def test_all_episodes_of_a_group_start_from_its_seed():
 
 @pytest.mark.parametrize("n_envs", [1, 3, 5, 11])
 def test_all_episodes_of_a_group_start_from_its_task_and_state(n_envs):
-    plan = draw_plan(np.random.default_rng(0), 6, 4, {0: range(5), 2: None})
+    plan = GroupPlan(draw_groups(np.random.default_rng(0), 6, {0: range(5), 2: None}), 4)
     # Episodes differ in length, so that what is queued has to change while they run.
     collector = collect(vec(QueueEnv, n_envs, chunk=1, goal=1.0), plan)
     for group in plan.groups:
@@ -176,13 +175,13 @@ def test_chunked_actions_need_the_chunks_rewards():
 def test_a_plan_follows_from_its_generator_and_visits_all_before_any_twice():
     def draw(seed):
         rng = np.random.default_rng(seed)
-        return draw_plan(rng, 12, 4, {0: range(3), 5: None, 7: [4, 9]})
+        return draw_groups(rng, 12, {0: range(3), 5: None, 7: [4, 9]})
 
-    plan = draw(1)
-    assert plan == draw(1)
-    assert plan != draw(2)
-    assert [group.index for group in plan.groups] == list(range(12))
-    starts = [group.start for group in plan.groups]
+    groups = draw(1)
+    assert groups == draw(1)
+    assert groups != draw(2)
+    assert [group.index for group in groups] == list(range(12))
+    starts = [group.start for group in groups]
     for i in range(0, 12, 3):
         assert {start.task_id for start in starts[i : i + 3]} == {0, 5, 7}
     assert {s.init_state_id for s in starts if s.task_id == 0} == {0, 1, 2}
@@ -191,9 +190,9 @@ def test_a_plan_follows_from_its_generator_and_visits_all_before_any_twice():
 
 
 def test_a_plan_without_tasks_draws_reset_seeds():
-    plan = draw_plan(np.random.default_rng(0), 5, 2, None)
-    assert len({group.start.seed for group in plan.groups}) == 5
-    assert plan.groups[0].start.reset_arguments() == {"seed": plan.groups[0].start.seed}
+    groups = draw_groups(np.random.default_rng(0), 5, None)
+    assert len({group.start.seed for group in groups}) == 5
+    assert groups[0].start.reset_arguments() == {"seed": groups[0].start.seed}
 
 
 @pytest.mark.parametrize(
@@ -210,6 +209,6 @@ def test_a_plan_without_tasks_draws_reset_seeds():
     ],
 )
 def test_groups_are_kept_in_the_order_of_the_plan(finished, dynamic, expected):
-    plan = GroupPlan(tuple(Group(i, Start(seed=i)) for i in range(4)), 2)
-    selection = select_groups(plan, finished, needed=2, dynamic_sampling=dynamic)
+    groups = tuple(Group(i, Start(seed=i)) for i in range(4))
+    selection = GroupPlan(groups, 2, needed=2, dynamic_sampling=dynamic).select(finished)
     assert (selection.kept, selection.discarded, selection.complete) == expected

@@ -76,9 +76,14 @@ def all_state(model: CFGRL) -> dict[str, Any]:
     return {
         "policy": model.policy.state_dict(),
         "optimizer": model.policy.optimizer.state_dict()["state"],
-        "counters": [model.num_timesteps, model.num_episodes, model._n_updates, model.iteration],
+        "counters": [
+            model.num_timesteps,
+            model.statistics.num_episodes,
+            model._n_updates,
+            model.iteration,
+        ],
         "episodes": list(model.ep_info_buffer or ()),
-        "successes": {task: list(done) for task, done in model.task_successes.recent.items()},
+        "successes": {task: list(done) for task, done in model.statistics.recent.items()},
         "replay": [batch.model_actions for batch in model.replay.batches[-2:]],
     }
 

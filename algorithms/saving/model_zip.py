@@ -27,7 +27,7 @@ from torch import Tensor
 
 from cfgrl_gym._version import __version__
 from cfgrl_gym.algorithms.groups import Randomness
-from cfgrl_gym.algorithms.metrics import TaskSuccesses
+from cfgrl_gym.algorithms.metrics import EpisodeStatistics
 from cfgrl_gym.algorithms.policies import FlowPolicy
 from cfgrl_gym.algorithms.saving.json_values import from_json, to_json
 from cfgrl_gym.whole_files import whole_file
@@ -38,10 +38,8 @@ MODEL_PART, POLICY_PART, OPTIMIZER_PART, SYSTEM_PART = PARTS = (
     "system_info.txt",  # as in SB3's .zip
 )
 SB3_PART = "data"  # in a .zip of SB3's own form
-_COUNTERS = (
-    *("iteration", "num_timesteps", "num_episodes", "num_control_steps", "_n_updates"),
-    "skipped_in_a_row",
-)
+_COUNTERS = ("iteration", "num_timesteps", "_n_updates", "skipped_in_a_row")
+_EPISODE_COUNTERS = ("num_episodes", "num_control_steps")
 _BEFORE_ARGUMENTS = ("policy_class", "observation_space", "action_space")
 SelfModel = TypeVar("SelfModel", bound="PickleFreeSaving")
 
@@ -57,7 +55,7 @@ class PickleFreeSaving(BaseAlgorithm):
 
     policy: FlowPolicy  # type: ignore[assignment]
     randomness: Randomness
-    task_successes: TaskSuccesses
+    statistics: EpisodeStatistics
     skipped_in_a_row: int  # optimizer steps that weren't finite
 
     def training_state(self) -> dict[str, Any]:
@@ -65,10 +63,11 @@ class PickleFreeSaving(BaseAlgorithm):
         hold it; between two iterations only."""
         return {
             "counters": {name.lstrip("_"): getattr(self, name) for name in _COUNTERS}
+            | {name: getattr(self.statistics, name) for name in _EPISODE_COUNTERS}
             | {"entropy": self.randomness.seed},
             "ep_info": list(self.ep_info_buffer or ()),
             "ep_success": list(self.ep_success_buffer or ()),
-            "task_successes": self.task_successes.to_json(),
+            "task_successes": self.statistics.successes(),
         }
 
     def set_training_state(self, state: dict[str, Any]) -> None:
@@ -80,7 +79,9 @@ class PickleFreeSaving(BaseAlgorithm):
         window = self._stats_window_size
         self.ep_info_buffer = deque(state["ep_info"], maxlen=window)
         self.ep_success_buffer = deque(state["ep_success"], maxlen=window)
-        self.task_successes = TaskSuccesses(window, state["task_successes"])
+        self.statistics = EpisodeStatistics(window, state["task_successes"])
+        for name in _EPISODE_COUNTERS:
+            setattr(self.statistics, name, counters[name])
 
     @classmethod
     def _arguments(cls) -> dict[str, Any]:

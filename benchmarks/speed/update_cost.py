@@ -69,15 +69,8 @@ class Update:
 
     def losses(self, batch: WindowBatch, t: Tensor, noise: Tensor) -> Tensor:
         """As in `CFGRL.train`."""
-        return self.policy.flow_matching_loss(
-            batch.observations,
-            batch.model_actions,
-            batch.action_is_pad,
-            batch.labels,
-            t,
-            noise,
-            self.memory.recall(batch.observations, batch.prefix_keys),
-        )
+        prefix = self.memory.recall(batch.observations, batch.prefix_keys)
+        return self.policy.flow_matching_loss(*batch.samples, t, noise, prefix)
 
     def epoch(self, name: str) -> list[float]:
         """One pass over the windows; returns each step's loss."""

@@ -161,9 +161,9 @@ class Evaluations:
         self.done.append(
             {
                 "iteration": iteration,
-                "episodes": model.num_episodes,
+                "episodes": model.statistics.num_episodes,
                 "timesteps": model.num_timesteps,
-                "control_steps": model.num_control_steps,
+                "control_steps": model.statistics.num_control_steps,
                 "seconds": seconds,
                 "results": results,
             }

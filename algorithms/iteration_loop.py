@@ -1,0 +1,88 @@
+"""SB3's side of CFGRL: `learn` as a loop of iterations, environments and policies by name."""
+
+from typing import TypeVar
+
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
+from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.type_aliases import MaybeCallback
+from stable_baselines3.common.vec_env import VecEnv
+
+from cfgrl_gym.algorithms.policies import FlowPolicy
+from cfgrl_gym.algorithms.saving.model_zip import PickleFreeSaving
+from cfgrl_gym.algorithms.vec_envs.supported import as_vec_env
+from cfgrl_gym.algorithms.windows import WindowBatch
+
+SelfLoop = TypeVar("SelfLoop", bound="IterationLoop")
+
+
+class IterationLoop(PickleFreeSaving, OnPolicyAlgorithm):
+    """An algorithm that collects episodes, then updates once with all of them, again and again.
+
+    A subclass brings `collect_rollouts` and `train`.
+    """
+
+    policy: FlowPolicy  # type: ignore[assignment]
+    iteration: int  # how many are finished
+    windows: WindowBatch | None
+
+    _wrap_env = staticmethod(as_vec_env)
+
+    def _get_policy_from_name(self, policy_name: str) -> type[BasePolicy]:
+        if policy_name == "Pi0Policy":
+            from cfgrl_gym.algorithms import Pi0Policy  # imports transformers
+
+            return Pi0Policy
+        return super()._get_policy_from_name(policy_name)
+
+    def collect_rollouts(self, env: VecEnv, callback: BaseCallback) -> bool:  # type: ignore[override]
+        """Run episodes and leave in `windows` what `train` learns from, or None.
+
+        :return: False if the callback asked to stop
+        """
+        raise NotImplementedError
+
+    def learn(
+        self: SelfLoop,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        log_interval: int = 1,
+        tb_log_name: str = "CFGRL",
+        reset_num_timesteps: bool = True,
+        progress_bar: bool = False,
+        max_iterations: int | None = None,
+    ) -> SelfLoop:
+        """Collect, label and update until `total_timesteps` environment steps were made, or after
+        `max_iterations` collections and updates.
+
+        Steps are counted as in SB3, summed over environments; a chunk of actions is one. Those of
+        the groups that an iteration kept or discarded count, not what else was still running when
+        they were complete, or was lost with a worker. Unlike in SB3's `OnPolicyAlgorithm`, an
+        iteration's update is logged with its rollout, and the learning rate is that of the
+        iteration's beginning: an iteration has as many steps as its episodes take, so its end may
+        lie beyond `total_timesteps`.
+        """
+        if reset_num_timesteps:
+            self.statistics.num_episodes = self.statistics.num_control_steps = 0
+        total_timesteps, callback = self._setup_learn(
+            total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
+        )
+        callback.on_training_start(locals(), globals())
+        assert self.env is not None
+        iteration = 0
+        while self.num_timesteps < total_timesteps and iteration != max_iterations:
+            self._update_current_progress_remaining(self.num_timesteps, total_timesteps)
+            if not self.collect_rollouts(self.env, callback):
+                break
+            if self.windows is None:
+                self.logger.warn("no group had different returns; the update is skipped")
+            else:
+                self.train()
+            self.iteration += 1
+            iteration += 1
+            if log_interval is not None and iteration % log_interval == 0:
+                self.dump_logs(self.iteration)
+        if log_interval is not None and iteration % log_interval != 0:
+            self.dump_logs(self.iteration)
+        callback.on_training_end()
+        return self
