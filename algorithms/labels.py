@@ -90,9 +90,13 @@ def window_advantages(
     return [c - baseline for c in collected]
 
 
+# Sums of rewards that are equal on paper differ by rounding: by less than this share of them.
+ROUNDING = 1e-9
+
+
 def is_uniform(returns: FloatArray) -> bool:
-    """Whether all K returns of a group are equal, so that it has nothing to teach."""
-    return bool(np.all(returns == returns[0]))
+    """Whether all K returns of a group are equal up to rounding, so that it has nothing to teach."""
+    return bool(np.ptp(returns) <= ROUNDING * np.abs(returns).max())
 
 
 def label_group(
@@ -104,18 +108,21 @@ def label_group(
 ) -> list[IntArray]:
     """Optimality labels of the windows of one group, int64 (n_i,) for each episode.
 
-    A window is optimal (1) where its advantage reaches the threshold, else ∅ (-1), or 0 with
-    `negatives="zero"`. In a uniform group all advantages are 0 and that rule would call failures
-    optimal: there an all-success group is 1 and an all-failure group ∅.
+    A window is optimal (1) where its advantage reaches the threshold, up to rounding, else ∅ (-1),
+    or 0 with `negatives="zero"`. In a uniform group all advantages are 0, and that rule alone would
+    call failures optimal: there a window's episode has to be a success, too.
     """
-    uniform = is_uniform(np.array([r.sum() for r in rewards]))
-    if uniform and (all(successes) or not any(successes)):
-        label = POSITIVE if all(successes) else NULL
-        return [np.full(len(s), label, dtype=np.int64) for s in starts]
+    if is_uniform(np.array([r.sum() for r in rewards])):
+        advantages = [np.zeros(len(s)) for s in starts]
+        eligible = successes
+    else:
+        advantages = window_advantages(rewards, starts, labelling.source, horizon)
+        eligible = [True] * len(rewards)
+    threshold = labelling.threshold - ROUNDING * max(np.abs(r).sum() for r in rewards)
     otherwise = NULL if labelling.negatives == "null" else NEGATIVE
     return [
-        np.where(advantages >= labelling.threshold, POSITIVE, otherwise).astype(np.int64)
-        for advantages in window_advantages(rewards, starts, labelling.source, horizon)
+        np.where((a >= threshold) & may, POSITIVE, otherwise).astype(np.int64)
+        for a, may in zip(advantages, eligible, strict=True)
     ]
 
 

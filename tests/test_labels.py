@@ -11,6 +11,7 @@ from cfgrl_gym.algorithms.labels import (
     Labelling,
     draw_epoch,
     drop_condition,
+    is_uniform,
     label_group,
     window_advantages,
 )
@@ -99,17 +100,46 @@ def test_windows_below_the_threshold_get_the_other_label(negatives, other):
 
 @pytest.mark.parametrize("source", SOURCES)
 @pytest.mark.parametrize("negatives", ["null", "zero"])
-def test_a_uniform_group_is_optimal_if_it_succeeded_and_null_if_it_failed(source, negatives):
+def test_in_a_uniform_group_successes_are_optimal_and_failures_are_not(source, negatives):
     starts = [np.array([0, 2]), np.array([0])]
+    other = {"null": -1, "zero": 0}[negatives]
 
-    def labels(reward, success):
+    def labels(reward, successes, threshold=0.0):
         rewards = [np.array([0.0, 0.0, 0.0, reward]), np.array([0.0, reward])]
-        return np.concatenate(
-            label_group(rewards, starts, [success] * 2, 2, Labelling(source, 0.0, negatives))
-        ).tolist()
+        labelling = Labelling(source, threshold, negatives)
+        return np.concatenate(label_group(rewards, starts, successes, 2, labelling)).tolist()
 
-    assert labels(1.0, True) == [1, 1, 1]
-    assert labels(0.0, False) == [-1, -1, -1]
+    assert labels(1.0, [True, True]) == [1, 1, 1]
+    assert labels(0.0, [False, False]) == [other] * 3
+    assert labels(1.0, [False, True]) == [other, other, 1]
+    assert labels(1.0, [True, True], threshold=0.4) == [other] * 3  # A = 0 doesn't reach it
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_an_advantage_that_is_zero_up_to_rounding_reaches_a_threshold_of_zero(source):
+    """0.1 + 0.3 - 2 · 0.2 = 5.6e-17, and so for sums in any other order."""
+    starts = [np.array([0])] * 3
+    rewards = [np.array([0.1, 0.0]), np.array([0.2, 0.0]), np.array([0.3, 0.0])]
+    labelling = Labelling(source, 0.0, "null")
+    labels = label_group(rewards, starts, [False] * 3, 2, labelling)
+    assert [row.item() for row in labels] == [-1, 1, 1]
+
+
+@given(st.integers(1, 10**6), st.integers(2, 8), st.floats(1e-6, 1e6))
+def test_the_middle_of_a_symmetric_group_is_optimal_at_any_scale(middle, pairs, scale):
+    offsets = range(1, pairs + 1)
+    returns = [middle, *(middle + d for d in offsets), *(middle - d for d in offsets)]
+    rewards = [np.array([value * scale]) for value in returns]
+    starts = [np.array([0])] * len(rewards)
+    labelling = Labelling("episode_rloo", 0.0, "null")
+    labels = label_group(rewards, starts, [False] * len(rewards), 1, labelling)
+    assert [row.item() for row in labels] == [1] * (1 + pairs) + [-1] * pairs
+
+
+def test_returns_that_differ_by_rounding_only_are_uniform():
+    assert is_uniform(np.array([0.1 + 0.2, 0.3]))
+    assert is_uniform(np.zeros(4))
+    assert not is_uniform(np.array([1e-12, 0.0]))
 
 
 @pytest.mark.parametrize("probability", [0.0, 0.1, 0.5, 1.0])
