@@ -13,7 +13,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
-from cfgrl_gym.algorithms.checks import check_parameters, check_stride
+from cfgrl_gym.algorithms.checks import check_env, check_parameters, check_starts, check_stride
 from cfgrl_gym.algorithms.collector import Collector, Episode
 from cfgrl_gym.algorithms.groups import (
     PLAN,
@@ -38,6 +38,7 @@ from cfgrl_gym.algorithms.memory.prefix_cache import PrefixCache
 from cfgrl_gym.algorithms.metrics import EpisodeStatistics, UpdateMetrics, rollout_metrics
 from cfgrl_gym.algorithms.mlp_policy import MlpPolicy
 from cfgrl_gym.algorithms.policies import FlowPolicy
+from cfgrl_gym.algorithms.vec_envs.left_alone import left_alone
 from cfgrl_gym.algorithms.vec_envs.supported import init_states
 from cfgrl_gym.algorithms.windows import Replay, WindowBatch, label_windows
 
@@ -154,7 +155,8 @@ class CFGRL(IterationLoop):
         self.device_memory = device_memory
         self.prefix_memory = prefix_memory
         super().__init__(
-            policy=policy,  # type: ignore[arg-type]
+            # By name, SB3 would recommend policies of its own for other observations.
+            policy=self._get_policy_from_name(policy) if isinstance(policy, str) else policy,  # type: ignore[arg-type]
             env=env,  # type: ignore[arg-type]
             learning_rate=learning_rate,
             max_grad_norm=max_grad_norm,
@@ -174,6 +176,7 @@ class CFGRL(IterationLoop):
         self.skipped_in_a_row = 0  # optimizer steps that weren't finite
         self.windows: WindowBatch | None = None  # what the next update learns from
         if _init_setup_model:
+            check_env(self.env)
             self._setup_model()
 
     def _setup_model(self) -> None:
@@ -191,6 +194,7 @@ class CFGRL(IterationLoop):
         self._micro_batches = MicroBatches(self.batch_size)
 
     def _setup_learn(self, *arguments: Any, **kwargs: Any) -> tuple[int, BaseCallback]:
+        check_env(self.env)
         self._micro_batches = plan_memory(
             self._prefixes, self.batch_size, self.device_memory, self.prefix_memory, self.verbose
         )
@@ -237,14 +241,17 @@ class CFGRL(IterationLoop):
             collector.reset()
             while not collector.selection.complete:
                 new_obs, rewards, dones, infos = collector.step()
+                actions = collector.actions
                 # Less for a moment where an episode was lost, to be run again.
                 self.num_timesteps = max(self.num_timesteps, begun_at + collector.num_chunks)
                 callback.update_locals(locals())
-                if not callback.on_step():
-                    return False
+                with left_alone(env):
+                    if not callback.on_step():
+                        return False
         finally:
             collector.close()
 
+        check_starts(collector.kept)
         windows = self.label(collector.kept)
         self.windows = None if windows is None else self.replay.add(windows)
         self.statistics.add(collector.decided)

@@ -1,11 +1,14 @@
-"""Values of CFGRL's parameters that can't work, refused with what to do instead."""
+"""What CFGRL can't work with, refused with what to do instead: parameters, environments, starts."""
 
 import math
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, get_args
 
 import numpy as np
+from stable_baselines3.common.vec_env import VecEnv
 
+from cfgrl_gym.algorithms.collector import Episode, Row
 from cfgrl_gym.algorithms.groups import groups_needed
 from cfgrl_gym.algorithms.labels import LabelSource, Negatives
 from cfgrl_gym.envs.arguments import is_int
@@ -90,3 +93,33 @@ def check_stride(stride: int, chunk_size: int) -> None:
             f"window_stride must be between 1 and the chunk size {chunk_size}, or a multiple of "
             f"it; got {stride}"
         )
+
+
+def check_env(env: VecEnv | None) -> None:
+    """:raises ValueError: there is no environment to learn in."""
+    if env is None:
+        raise ValueError(
+            "there is no environment to learn in: CFGRL(policy, env), or for a model that was "
+            "loaded, load(path, env=env) or set_env(env). env=None is for loading only"
+        )
+
+
+def check_starts(groups: Sequence[Sequence[Episode]]) -> None:
+    """Warn where the episodes of a group began with different observations."""
+    for episodes in groups:
+        first, *others = (episode.chunks[0].observation for episode in episodes)
+        if not all(_equal(first, other) for other in others):
+            warnings.warn(
+                f"the episodes from {episodes[0].start} began with different observations, so that "
+                "the easier starts among them will be labelled optimal. They must begin alike: "
+                "reset(seed=...) must decide all that is random (use self.np_random), or the "
+                "environment take its start from options; see wrappers of your own, too",
+                stacklevel=3,
+            )
+            return
+
+
+def _equal(one: Row, other: Row) -> bool:
+    if isinstance(one, dict) and isinstance(other, dict):
+        return all(_equal(one[key], other[key]) for key in one)
+    return np.array_equal(one, other, equal_nan=np.issubdtype(one.dtype, np.floating))  # type: ignore[union-attr, arg-type]

@@ -1,5 +1,6 @@
 """Running a plan's episodes on a `VecEnv`, every environment kept busy."""
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from time import perf_counter
@@ -19,6 +20,7 @@ from cfgrl_gym.algorithms.vec_envs.worker import WorkerError
 from cfgrl_gym.algorithms.vec_envs.worker_vec_env import LOST
 
 MAX_TIMES_LOST = 10  # one episode; then its own start is what ends the workers
+LONG_EPISODE = 1001  # steps with which it is asked about: MuJoCo's and dm_control's have 1,000
 
 Row = NDArray[Any] | dict[str, NDArray[Any]]  # one environment's observation, no batch dimension
 
@@ -175,11 +177,6 @@ class Collector:
             observations = stack([self.rows[i] for i in rows])  # type: ignore[misc]
             acted = self.policy.act(observations, noise=noise, cfg_scale=self.cfg_scale)
             sampled = acted.model_actions.cpu().numpy()
-            if not np.isfinite(sampled).all():
-                raise NonFiniteError(
-                    "the policy gave actions that aren't finite: its weights or what it observed "
-                    "aren't; go back to an earlier checkpoint"
-                )
             self.model_actions = dict(zip(busy, sampled, strict=False))
             actions = acted.actions.cpu().numpy().reshape(len(rows), *space.shape)
             self.actions[busy] = actions[: len(busy)]
@@ -202,8 +199,16 @@ class Collector:
             if LOST in infos[i]:
                 self._run_again(i, episode, infos[i][LOST])
                 continue
-            chunk = self._chunk(i, float(rewards[i]), infos[i])
+            chunk = self._chunk(i, episode, float(rewards[i]), infos[i])
             episode.chunks.append(chunk)
+            if len(episode.chunks) == LONG_EPISODE:
+                warnings.warn(
+                    f"the episode from {episode.start} has taken {LONG_EPISODE} steps of the "
+                    "environment and isn't over; learning waits for its end. If the environment "
+                    "doesn't end episodes itself, wrap it: gymnasium.wrappers.TimeLimit(env, "
+                    "max_episode_steps=...)",
+                    stacklevel=2,
+                )
             self.control_steps += len(chunk.rewards)
             self.rows[i] = row_of(observations, self.observation_space, i)
             if dones[i]:
@@ -285,7 +290,7 @@ class Collector:
         self.queued[index] = None
         self._begin_episode(index, None)
 
-    def _chunk(self, index: int, reward: float, info: dict[str, Any]) -> Chunk:
+    def _chunk(self, index: int, episode: Episode, reward: float, info: dict[str, Any]) -> Chunk:
         actions = self.actions[index].reshape(self.policy.chunk_size, self.policy.action_dim)
         rewards = np.array([reward])
         if len(self.action_space.shape) == 2:
@@ -296,6 +301,12 @@ class Collector:
                     f"'n_steps' in info, as cfgrl_gym.wrappers.ActionChunk does; {missing} missing"
                 )
             rewards = np.asarray(info["rewards"], dtype=np.float64)[: info["n_steps"]]
+        if not np.isfinite(rewards).all():
+            raise NonFiniteError(
+                f"environment {index} gave a reward that isn't finite ({rewards.tolist()!r:.100}) "
+                f"in an episode from {episode.start}; a group with it can't be compared. Have its "
+                "step give a number, and end the episode where there is none"
+            )
         inside = {
             int(offset): row_of(observation, self.observation_space)
             for offset, observation in info.get("observations", ())

@@ -2,7 +2,7 @@
 
 from typing import TypeVar
 
-from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.callbacks import BaseCallback, CallbackList, ProgressBarCallback
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import MaybeCallback
@@ -14,6 +14,23 @@ from cfgrl_gym.algorithms.vec_envs.supported import as_vec_env
 from cfgrl_gym.algorithms.windows import WindowBatch
 
 SelfLoop = TypeVar("SelfLoop", bound="IterationLoop")
+
+
+class TimestepsBar(ProgressBarCallback):
+    """SB3's progress bar, moved by the timesteps that count and not by the environments' number."""
+
+    def _on_training_start(self) -> None:
+        super()._on_training_start()
+        self.begun_at = self.model.num_timesteps
+
+    def _on_step(self) -> bool:
+        self.pbar.update(self.model.num_timesteps - self.begun_at - self.pbar.n)
+        return True
+
+    def _on_training_end(self) -> None:
+        # An iteration ends with its episodes, which may be beyond the steps that were asked for.
+        self.pbar.total = max(self.pbar.total or 0, self.pbar.n)
+        super()._on_training_end()
 
 
 class IterationLoop(PickleFreeSaving, OnPolicyAlgorithm):
@@ -33,7 +50,20 @@ class IterationLoop(PickleFreeSaving, OnPolicyAlgorithm):
             from cfgrl_gym.algorithms import Pi0Policy  # imports transformers
 
             return Pi0Policy
+        if policy_name not in self.policy_aliases:
+            known = ", ".join(f"'{name}'" for name in (*self.policy_aliases, "Pi0Policy"))
+            raise ValueError(
+                f"policy '{policy_name}' is unknown; known are {known}, and any subclass of "
+                "cfgrl_gym.algorithms.policies.FlowPolicy, given as a class"
+            )
         return super()._get_policy_from_name(policy_name)
+
+    def _init_callback(self, callback: MaybeCallback, progress_bar: bool = False) -> BaseCallback:
+        callback = super()._init_callback(callback)
+        if progress_bar:
+            callback = CallbackList([callback, TimestepsBar()])
+            callback.init_callback(self)
+        return callback
 
     def collect_rollouts(self, env: VecEnv, callback: BaseCallback) -> bool:  # type: ignore[override]
         """Run episodes and leave in `windows` what `train` learns from, or None.

@@ -95,7 +95,7 @@ ROUNDING = 1e-9
 
 
 def is_uniform(returns: FloatArray) -> bool:
-    """Whether all K returns of a group are equal up to rounding, so that it has nothing to teach."""
+    """Whether all K returns of a group are equal, up to rounding: then it has nothing to teach."""
     return bool(np.ptp(returns) <= ROUNDING * np.abs(returns).max())
 
 

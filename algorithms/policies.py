@@ -7,8 +7,8 @@ a subclass brings the network (`velocity`), what can be computed once for all de
 
 import os
 from abc import abstractmethod
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, ClassVar, Literal, NamedTuple, TypeVar, cast, get_args
 
 import numpy as np
@@ -22,6 +22,7 @@ from cfgrl_gym.algorithms.flow import (
     NEGATIVE,
     NULL,
     POSITIVE,
+    NonFiniteError,
     euler,
     guide,
     interpolate,
@@ -189,6 +190,18 @@ class FlowPolicy(BasePolicy):
 
     # Sampling ---------------------------------------------------------------------------------
 
+    @contextmanager
+    def acting(self) -> Iterator[None]:
+        """Have the weights and layers that act, whatever the mode: see `set_training_mode`."""
+        training = self.training
+        if training:
+            self.set_training_mode(False)
+        try:
+            yield
+        finally:
+            if training:
+                self.set_training_mode(True)
+
     def _labels(self, batch: int, is_positive: int | Tensor) -> Tensor:
         if isinstance(is_positive, Tensor):
             return is_positive.to(self.device, torch.int64)
@@ -207,7 +220,7 @@ class FlowPolicy(BasePolicy):
         """
         inputs = self.encode_observation(obs)
         x_t, t = x_t.to(self.device), t.to(self.device)
-        with self.autocast():
+        with self.acting(), self.autocast():
             prefix = self.encode_prefix(inputs)
             if isinstance(is_positive, Tensor):
                 labels = self._labels(x_t.shape[0], is_positive)
@@ -250,6 +263,7 @@ class FlowPolicy(BasePolicy):
         :param obs: batched observation as the environment gives it
         :param noise: (batch, horizon, action_width); None draws it from `generator`
         :param cfg_scale: w; None: the policy's own
+        :raises NonFiniteError: for an observation or weights that aren't finite
         """
         inputs = self.encode_observation(obs)
         batch = next(iter(inputs.values())).shape[0]
@@ -257,9 +271,11 @@ class FlowPolicy(BasePolicy):
             shape = (batch, self.horizon, self.action_width)
             noise = sample_noise(shape, generator, self.device)
         w = self.cfg_scale if cfg_scale is None else float(cfg_scale)
-        with self.autocast():
+        with self.acting(), self.autocast():
             prefix = self.encode_prefix(inputs)
             model_actions = self._sample(inputs, prefix, noise.to(self.device), w).float()
+        if not model_actions.isfinite().all():
+            raise NonFiniteError(_why_not_finite(inputs))
         actions = self.decode_actions(inputs, model_actions)[:, : self.chunk_size]
         space = cast(spaces.Box, self.action_space)
         low, high = (
@@ -290,7 +306,7 @@ class FlowPolicy(BasePolicy):
         :param prefix: of these observations, where it is known
         """
         inputs = self.encode_observation(obs, skip_prefix=prefix is not None)
-        with self.autocast():
+        with self.acting(), self.autocast():
             if prefix is None:
                 prefix = self.encode_prefix(inputs)
             x_t, t = interpolate(model_actions, noise, t).to(self.device), t.to(self.device)
@@ -428,3 +444,14 @@ class FlowPolicy(BasePolicy):
             parts = observation.values() if isinstance(observation, dict) else [observation]
             noise = one.expand(next(iter(parts)).shape[0], -1, -1)
         return self.act(observation, noise=noise).actions
+
+
+def _why_not_finite(inputs: Inputs) -> str:
+    floats = [name for name, value in inputs.items() if value.is_floating_point()]
+    bad = [name for name in floats if not inputs[name].isfinite().all()]
+    if bad:
+        return f"the observation has NaN or infinity (in the policy's {', '.join(bad)})"
+    return (
+        "the policy gave actions that aren't finite, from an observation that is: its weights "
+        "aren't; go back to an earlier checkpoint"
+    )

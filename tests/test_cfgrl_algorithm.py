@@ -21,6 +21,7 @@ from stable_baselines3.common.vec_env import (
 from torch import Tensor
 
 from cfgrl_gym.algorithms import CFGRL, MlpPolicy
+from cfgrl_gym.algorithms.iteration_loop import TimestepsBar
 
 SMALL = {
     "rloo_batch_size": 3,
@@ -296,6 +297,7 @@ class Spy(BaseCallback):
     def _on_step(self):
         self.events.append("step")
         assert len(self.locals["dones"]) == len(self.locals["infos"]) == 2
+        assert len(self.locals["actions"]) == len(self.locals["new_obs"]) == 2
         return self.n_calls != self.stop_after
 
     def _on_rollout_end(self):
@@ -314,6 +316,21 @@ def test_timesteps_never_fall_though_what_was_not_decided_on_is_left_out():
     assert algorithm.iteration > 1
     assert counts == sorted(counts)
     assert counts[-1] == algorithm.num_timesteps
+
+
+@pytest.mark.parametrize("asked", [1, 60])
+def test_the_progress_bar_ends_where_the_timesteps_do(asked):
+    algorithm = make(vec(QueueEnv, 5)).learn(20)
+    begun_at, bars = algorithm.num_timesteps, []
+
+    def look(local, _):
+        (bar,) = [c.pbar for c in local["callback"].callbacks if isinstance(c, TimestepsBar)]
+        bars.append(bar)
+        return True
+
+    algorithm.learn(asked, callback=look, reset_num_timesteps=False, progress_bar=True)
+    assert bars[-1].n == algorithm.num_timesteps - begun_at
+    assert bars[-1].total == max(asked, bars[-1].n)
 
 
 def test_callbacks_see_every_step_of_the_vector_of_environments():

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cfgrl_envs import QueueEnv, vec
+from cfgrl_envs import QueueEnv, SeedEnv, vec
 
 from cfgrl_gym import CFGRL
 from cfgrl_gym.algorithms.flow import NonFiniteError
@@ -95,3 +95,45 @@ def test_a_policy_that_is_not_finite_ends_the_run_before_an_environment_sees_it(
     env = algorithm.env
     assert env is not None
     assert env.get_attr("time") == [0, 0]
+
+
+class BadReward(QueueEnv):
+    """Its second control step has no reward."""
+
+    def step(self, action: Any) -> Any:
+        observation, _, terminated, truncated, info = super().step(action)
+        info["rewards"][1:2] = np.nan
+        return observation, float(info["rewards"].sum()), terminated, truncated, info
+
+
+class BadSingleReward(SeedEnv):
+    def step(self, action: Any) -> Any:
+        observation, _, terminated, truncated, info = super().step(action)
+        return observation, float("inf"), terminated, truncated, info
+
+
+@pytest.mark.parametrize("kind", [BadReward, BadSingleReward])
+def test_a_reward_that_is_not_finite_is_refused(kind: Any) -> None:
+    env = vec(kind, 1)
+    algorithm = CFGRL("MlpPolicy", env, policy_kwargs={"net_arch": [16]}, seed=3, device="cpu")
+    with pytest.raises(
+        NonFiniteError, match=r"environment 0 gave a reward that isn't finite .*Start"
+    ):
+        algorithm.learn(1)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_predict_refuses_an_observation_that_is_not_finite(value: float) -> None:
+    algorithm = make(CFGRL)
+    observation = np.array([0.0, 1.0, value, 0.0], np.float32)
+    with pytest.raises(NonFiniteError, match=r"the observation has NaN or infinity .*obs"):
+        algorithm.predict(observation)
+    algorithm.predict(np.nan_to_num(observation, posinf=0))
+
+
+def test_predict_tells_weights_that_are_not_finite_from_observations() -> None:
+    algorithm = make(CFGRL, policy_kwargs={"net_arch": [16]})
+    with torch.no_grad():
+        next(iter(algorithm.policy.parameters())).fill_(float("nan"))
+    with pytest.raises(NonFiniteError, match=r"its weights aren't"):
+        algorithm.predict(np.zeros(4, np.float32))

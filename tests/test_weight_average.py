@@ -48,17 +48,46 @@ def test_the_average_is_that_of_its_definition() -> None:
     assert torch.equal(weights(policy), raw)
 
 
-def test_predict_acts_with_the_average_whatever_the_mode() -> None:
+def acted(policy: MlpPolicy) -> list[torch.Tensor]:
+    """What the policy does, by every way to ask for it."""
+    chunks, t = torch.zeros(4, 1, 2), torch.full((4,), 0.5)
+    return [
+        policy.act(OBS, noise=chunks).actions,
+        policy.sample_actions(OBS, noise=chunks),
+        policy.predict_velocity(OBS, chunks, t, 1),
+        policy.guidance_gap(OBS, chunks, t, chunks + 1),
+    ]
+
+
+@pytest.mark.parametrize("how", ["learn", "load"])
+def test_acting_means_the_average_right_after_learning_and_loading(
+    how: str, tmp_path: Path
+) -> None:
     algorithm = make(0.9).learn(60)
+    if how == "load":
+        algorithm.policy.set_training_mode(True)
+        algorithm.save(tmp_path / "cfgrl")
+        algorithm = CFGRL.load(tmp_path / "cfgrl", device="cpu")
+    policy = algorithm.policy
+    raw = weights(policy)
+    before = acted(policy)
+    assert policy.training
+    assert torch.equal(weights(policy), raw)  # the optimizer's again, for whoever trains on
+    policy.predict(OBS)
+    assert not torch.equal(weights(policy), raw)
+    for one, other in zip(before, acted(policy), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_the_training_s_own_log_measures_what_acts() -> None:
+    algorithm = make(0.999)
+    start = [p.clone() for p in algorithm.policy.parameters()]
+    algorithm.learn(1, log_interval=None)
+    logged = algorithm.logger.name_to_value["train/guidance_gap"]
     algorithm.policy.set_training_mode(False)
-    average = algorithm.predict(OBS, deterministic=True)[0]
-    algorithm.policy.set_training_mode(True)
-    raw = algorithm.policy.act(OBS, noise=torch.zeros(4, 1, 2)).actions
-    algorithm.policy.set_training_mode(False)
-    smooth = algorithm.policy.act(OBS, noise=torch.zeros(4, 1, 2)).actions
-    assert not torch.equal(raw, smooth)
-    algorithm.policy.set_training_mode(True)
-    assert np.array_equal(algorithm.predict(OBS, deterministic=True)[0], average)
+    for acting, before in zip(algorithm.policy.parameters(), start, strict=True):
+        torch.testing.assert_close(acting, before, atol=5e-3, rtol=0)  # hardly moved
+    assert logged < 0.02
 
 
 def test_no_average_and_decay_0_are_the_same() -> None:
@@ -112,5 +141,5 @@ def test_a_pi0_folder_holds_what_acts(tmp_path: Path) -> None:
     actions, _ = policy.predict(obs, deterministic=True)
     assert np.array_equal(again.predict(obs, deterministic=True)[0], actions)
     policy.set_training_mode(True)
-    raw = policy.act(obs, noise=torch.zeros(3, 6, 32)).actions.numpy()
-    assert not np.allclose(raw, again.act(obs, noise=torch.zeros(3, 6, 32)).actions.numpy())
+    name, raw = next((n, p) for n, p in policy.named_parameters() if p.requires_grad)
+    assert not torch.allclose(raw, again.get_parameter(name))

@@ -52,6 +52,12 @@ def as_vec_env(env: GymEnv, verbose: int = 0, monitor_wrapper: bool = True) -> V
             "CFGRL needs a continuous action space, a Box (action_dim,) or (chunk, action_dim); "
             f"got {space}"
         )
+    if not np.issubdtype(space.dtype, np.floating):  # type: ignore[arg-type]
+        raise ValueError(
+            f"CFGRL needs an action Box of real numbers, because its actions would be cut to whole "
+            f"ones; got {space}. Wrap the environment in one that takes real numbers and rounds "
+            "them, e.g. gymnasium.wrappers.TransformAction"
+        )
     if not np.isfinite([space.low, space.high]).all():
         raise ValueError(f"CFGRL needs an action Box with finite bounds; got {space}")
     return env
