@@ -69,19 +69,6 @@ class _Environments:
     def call(self, index: int, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         return self.envs[index].get_wrapper_attr(name)(*args, **kwargs)
 
-    def get(self, index: int, name: str) -> Any:
-        return self.envs[index].get_wrapper_attr(name)
-
-    def has(self, index: int, name: str) -> bool:
-        try:
-            self.envs[index].get_wrapper_attr(name)
-        except AttributeError:
-            return False
-        return True
-
-    def set(self, index: int, name: str, value: Any) -> None:
-        self.envs[index].set_wrapper_attr(name, value)
-
     def is_wrapped(self, index: int, wrapper: type[gym.Wrapper]) -> bool:
         return is_wrapped(self.envs[index], wrapper)
 

@@ -7,13 +7,13 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
-from gymnasium import spaces
 from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.common.vec_env.base_vec_env import (
     VecEnvIndices,
     VecEnvObs,
     VecEnvStepReturn,
 )
+from stable_baselines3.common.vec_env.subproc_vec_env import _stack_obs
 
 from cfgrl_gym.algorithms.vec_envs.worker import Worker, WorkerError
 from cfgrl_gym.envs.rendering import processors
@@ -25,14 +25,15 @@ class WorkerVecEnv(VecEnv):
     """SB3's `SubprocVecEnv` for long runs: a worker that dies, hangs or raises is replaced.
 
     The episodes that were running in it are over then, with nothing to learn from their end: the
-    next `step` gives done, reward 0 and `info["episode_lost"]`, a text, and the first observation
-    of the next episode. (`CFGRL` runs such an episode again.) A worker has several environments,
-    which share compiled models and render contexts, and steps them one after another.
+    next `step` returns done, reward 0 and the reason in `info["episode_lost"]`, with the first
+    observation of the next episode. (`CFGRL` runs such an episode again.) A worker steps several
+    environments one after another, which share compiled models and render contexts.
 
     :param env_fns: functions that make the environments
-    :param workers: processes; None: one for each processor, and no more than environments
-    :param timeout: seconds in which a worker must have stepped its environments; else it hangs
-    :param max_failures: times in a row that a worker may fail without a step in between
+    :param workers: number of processes. None: one for each processor, at most one for each
+        environment
+    :param timeout: seconds that a worker may take to step its environments before it counts as hung
+    :param max_failures: how often in a row a worker may fail without a step in between
     :param start_method: of multiprocessing. None: "forkserver", or "spawn" where there is none. A
         script needs `if __name__ == "__main__":` with both, as with `SubprocVecEnv`
     :raises Exception: what an environment raises when it is made
@@ -103,7 +104,7 @@ class WorkerVecEnv(VecEnv):
         for index, name, value in self._attributes:
             holder, place = self._place(index)
             if holder == number:
-                self._request(number, "set", place, name, value)
+                self._request(number, "call", place, "set_wrapper_attr", (name, value), {})
 
     def _reset(self, how: dict[int, dict[str, Any]]) -> None:
         """Reset environments, each with its keyword arguments, in all workers at once."""
@@ -130,12 +131,9 @@ class WorkerVecEnv(VecEnv):
         return asked
 
     def _each(self, indices: VecEnvIndices, name: str, *args: Any) -> list[Any]:
-        """Ask environments one after another. What they raise is the caller's."""
-        return [self._one(index, name, *args) for index in self._get_indices(indices)]
-
-    def _one(self, index: int, name: str, *args: Any) -> Any:
-        number, place = self._place(index)
-        return self._request(number, name, place, *args)
+        """Ask environments one after another; whatever they raise is raised here."""
+        places = [self._place(index) for index in self._get_indices(indices)]
+        return [self._request(number, name, place, *args) for number, place in places]
 
     def _request(self, number: int, name: str, *args: Any) -> Any:
         self.workers[number].ask(name, *args)
@@ -160,7 +158,7 @@ class WorkerVecEnv(VecEnv):
         self._reset(how)
         self._reset_seeds()
         self._reset_options()
-        return self._observations()
+        return _stack_obs(self._last, self.observation_space)
 
     def step_async(self, actions: np.ndarray) -> None:
         self._actions = actions
@@ -187,35 +185,27 @@ class WorkerVecEnv(VecEnv):
             last = {"terminal_observation": self._last[index], "TimeLimit.truncated": True}
             infos[index] = {LOST: reason, **last}
         self._reset({index: {} for index in lost})
-        return self._observations(), rewards, dones, infos
-
-    def _observations(self) -> VecEnvObs:
-        space, last = self.observation_space, self._last
-        if isinstance(space, spaces.Dict):
-            return {key: np.stack([row[key] for row in last]) for key in space.spaces}
-        if isinstance(space, spaces.Tuple):
-            return tuple(np.stack([row[i] for row in last]) for i in range(len(space.spaces)))
-        return np.stack(last)
+        return _stack_obs(self._last, self.observation_space), rewards, dones, infos
 
     def env_method(
         self, method_name: str, *method_args: Any, indices: VecEnvIndices = None, **kwargs: Any
     ) -> list[Any]:
         results = []
         for index in self._get_indices(indices):
-            results.append(self._one(index, "call", method_name, method_args, kwargs))
+            results += self._each(index, "call", method_name, method_args, kwargs)
             if method_name == "reset":
                 self._last[index] = results[-1][0]
                 self._lost.pop(index, None)
         return results
 
     def has_attr(self, attr_name: str) -> bool:
-        return all(self._each(None, "has", attr_name))
+        return all(self.env_method("has_wrapper_attr", attr_name))
 
     def get_attr(self, attr_name: str, indices: VecEnvIndices = None) -> list[Any]:
-        return self._each(indices, "get", attr_name)
+        return self.env_method("get_wrapper_attr", attr_name, indices=indices)
 
     def set_attr(self, attr_name: str, value: Any, indices: VecEnvIndices = None) -> None:
-        self._each(indices, "set", attr_name, value)
+        self.env_method("set_wrapper_attr", attr_name, value, indices=indices)
         self._attributes += [(i, attr_name, value) for i in self._get_indices(indices)]
 
     def env_is_wrapped(
