@@ -2,7 +2,7 @@
 
 import multiprocessing
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import gymnasium as gym
@@ -109,26 +109,30 @@ class WorkerVecEnv(VecEnv):
     def _reset(self, how: dict[int, dict[str, Any]]) -> None:
         """Reset environments, each with its keyword arguments, in all workers at once."""
         while how:
-            asked = self._ask("reset", how)
-            for number, indices in asked.items():
-                try:
-                    answers = self.workers[number].answer()
-                except Exception as error:
-                    self._replace(number, error)
-                    continue
-                for index in indices:
-                    self._last[index], self.reset_infos[index] = answers[self._place(index)[1]]
-                    self._lost.pop(index, None)
-                    del how[index]
+            for index, answer in self._in_all_workers("reset", how):
+                self._last[index], self.reset_infos[index] = answer
+                self._lost.pop(index, None)
+                del how[index]
 
-    def _ask(self, name: str, what: dict[int, Any]) -> dict[int, list[int]]:
-        """Send each worker its part; returns which environments each was asked about."""
+    def _in_all_workers(self, name: str, what: dict[int, Any]) -> Iterator[tuple[int, Any]]:
+        """Send all workers their part of a request and yield the answer for each environment.
+
+        A worker that fails is replaced; its environments are left out.
+        """
         asked: dict[int, list[int]] = {}
         for index in what:
             asked.setdefault(self._place(index)[0], []).append(index)
         for number, indices in asked.items():
             self.workers[number].ask(name, {self._place(i)[1]: what[i] for i in indices})
-        return asked
+        for number, indices in asked.items():
+            try:
+                answers = self.workers[number].answer()
+            except Exception as error:
+                self._replace(number, error)
+                continue
+            if name == "step":
+                self._failures[number] = 0
+            yield from ((index, answers[self._place(index)[1]]) for index in indices)
 
     def _each(self, indices: VecEnvIndices, name: str, *args: Any) -> list[Any]:
         """Ask environments one after another; whatever they raise is raised here."""
@@ -167,18 +171,10 @@ class WorkerVecEnv(VecEnv):
         rewards, dones = np.zeros(self.num_envs, np.float32), np.zeros(self.num_envs, bool)
         infos: list[dict[str, Any]] = [{} for _ in range(self.num_envs)]
         running = {i: self._actions[i] for i in range(self.num_envs) if i not in self._lost}
-        for number, indices in self._ask("step", running).items():
-            try:
-                answers = self.workers[number].answer()
-            except Exception as error:
-                self._replace(number, error)
-                continue
-            self._failures[number] = 0
-            for index in indices:
-                observation, reward, done, info, reset_info = answers[self._place(index)[1]]
-                rewards[index], dones[index], infos[index] = reward, done, info
-                self._last[index] = observation
-                self.reset_infos[index] = reset_info if done else self.reset_infos[index]
+        for index, answer in self._in_all_workers("step", running):
+            self._last[index], rewards[index], dones[index], infos[index], reset_info = answer
+            if dones[index]:
+                self.reset_infos[index] = reset_info
         lost = dict(self._lost)
         for index, reason in lost.items():
             dones[index] = True
