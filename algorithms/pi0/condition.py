@@ -19,15 +19,8 @@ NUM_LABELS = 2  # o = 0 and o = 1; ∅ has no embedding
 TOKEN_INIT_STD = 0.02  # transformers' default initializer_range
 
 
-def check_condition_mode(mode: str) -> str:
-    """The mode itself, or a ValueError that names the three there are."""
-    if mode not in CONDITION_MODES:
-        raise ValueError(f"condition_mode must be one of {CONDITION_MODES}; got {mode!r}")
-    return mode
-
-
 def as_labels(is_positive: int | bool | Tensor | None, batch: int, device: torch.device) -> Tensor:
-    """What a caller may pass as `is_positive`, as int64 labels (batch,) in {-1, 0, 1}.
+    """Convert `is_positive` to int64 labels (batch,) in {-1, 0, 1}.
 
     :param is_positive: None (∅), 0, 1, or an integer or bool tensor (batch,) with -1 for ∅
     """
@@ -50,7 +43,7 @@ def as_labels(is_positive: int | bool | Tensor | None, batch: int, device: torch
 
 
 class Pi0CFGRLConfig(PI0Config):
-    """transformers' PI0 configuration and how the condition enters.
+    """transformers' PI0 configuration with the mode of the optimality condition.
 
     The model type stays "pi0": plain transformers loads what this saves (and ignores the
     condition), and transformers' conversion of LeRobot's key names applies here too.
@@ -63,11 +56,16 @@ class Pi0CFGRLConfig(PI0Config):
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
-        check_condition_mode(self.condition_mode)
+        if self.condition_mode not in CONDITION_MODES:
+            raise ValueError(
+                f"condition_mode must be one of {CONDITION_MODES}; got {self.condition_mode!r}"
+            )
 
     def set_float32(self) -> None:
-        """Write float32 as the dtype of every part: what trains has it, and `from_pretrained` and
-        configurations of loaded models may say otherwise."""
+        """Set float32 as the dtype of every part.
+
+        What trains is float32; `from_pretrained` and loaded configurations may say otherwise.
+        """
         vlm: Any = self.vlm_config
         parts: tuple[Any, ...] = (self, self.dit_config)
         for part in (*parts, vlm, vlm.text_config, vlm.vision_config):
@@ -84,7 +82,7 @@ class OptimalityCondition(nn.Module):
 
     def __init__(self, mode: str, hidden_size: int) -> None:
         super().__init__()
-        self.mode = check_condition_mode(mode)
+        self.mode = mode
         self.embedding = nn.Parameter(torch.empty(NUM_LABELS, hidden_size))
         if mode == "concat":
             self.columns = nn.Parameter(torch.empty(hidden_size, hidden_size))
@@ -92,7 +90,7 @@ class OptimalityCondition(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Initial values; transformers calls this for weights a checkpoint doesn't have."""
+        """Initialise the parameters; transformers calls this where a checkpoint lacks them."""
         if self.mode == "bias":
             init.zeros_(self.embedding)
         else:
@@ -101,7 +99,7 @@ class OptimalityCondition(nn.Module):
             init.zeros_(self.columns)
 
     def forward(self, labels: Tensor) -> Tensor:
-        """What to inject for each row, (batch, hidden); exact zeros where the label is ∅.
+        """Return the vector to inject for each row, (batch, hidden); exact zeros for ∅.
 
         "concat" returns columns · embedding: W·[a, t, c] = W_at·[a, t] + columns·c, so this is
         added to the projection's output instead of widening transformers' weight.

@@ -14,13 +14,15 @@ from stable_baselines3.common.type_aliases import Schedule
 from torch import Tensor
 
 from cfgrl_gym.algorithms.flow import NULL
-from cfgrl_gym.algorithms.pi0.checkpoints.build import Trainable, VlmDtype, build, save_checkpoint
+from cfgrl_gym.algorithms.pi0.checkpoints.build import POLICY_FILE, Trainable, VlmDtype, build
+from cfgrl_gym.algorithms.pi0.checkpoints.stats import STATS_FILE
 from cfgrl_gym.algorithms.pi0.condition import ConditionMode
 from cfgrl_gym.algorithms.pi0.inputs import check_spaces, encode_cameras, encode_text, to_tensors
 from cfgrl_gym.algorithms.pi0.lora import LORA_RANK, check_lora, merged_state_dict, set_trainable
 from cfgrl_gym.algorithms.pi0.memory import plan_update
 from cfgrl_gym.algorithms.pi0.prefix import Prefix, join, select_rows
 from cfgrl_gym.algorithms.pi0.presets import Preset, TinySizes
+from cfgrl_gym.algorithms.pi0.tokenizer import PaliGemmaTokenizer
 from cfgrl_gym.algorithms.policies import FlowPolicy, Inputs, Observation, PrefixRow, UpdatePlan
 from cfgrl_gym.wrappers.norm_stats import Moments, NormStats
 from cfgrl_gym.wrappers.transforms import ActionsFromModel, ActionsToModel, Normalize, pad_last
@@ -314,7 +316,8 @@ class Pi0Policy(FlowPolicy):
     # Saving -----------------------------------------------------------------------------------
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the model (safetensors), norm_stats.json and the policy's configuration.
+        """Write the model (model.safetensors, config.json), norm_stats.json, the policy's
+        configuration (pi0_policy.json) and the tokenizer's files.
 
         `Pi0Policy(..., checkpoint=folder)` restores it; transformers' own
         `PI0ForConditionalGeneration.from_pretrained(folder)` loads the unconditional model.
@@ -322,15 +325,20 @@ class Pi0Policy(FlowPolicy):
         Adapters (trainable "lora") are written merged into the weights: the folder is an ordinary
         checkpoint, and a policy made from it with trainable="lora" starts with fresh adapters on
         the merged weights. This policy stays as it is. `save` keeps the adapters themselves.
-        With `ema_decay` it is the average that is written: what acts.
+        With `ema_decay` the averaged weights are written, which are those that act.
         """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
         training = self.training
         self.set_training_mode(False)
         merged = merged_state_dict(self.model) if self.config.trainable == "lora" else None
-        save_checkpoint(
-            Path(folder), self.model, self.norm_stats, self.config, self.tokenizer, merged
-        )
+        self.model.save_pretrained(folder, state_dict=merged)
         self.set_training_mode(training)
+        self.norm_stats.save(folder / STATS_FILE)
+        if isinstance(self.tokenizer, PaliGemmaTokenizer):
+            self.tokenizer.save_pretrained(folder)
+        text = json.dumps(asdict(self.config), indent=2) + "\n"
+        (folder / POLICY_FILE).write_text(text, encoding="utf-8")
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         return {
