@@ -81,9 +81,6 @@ class WorkerVecEnv(VecEnv):
         """Which worker has this environment, and its number there."""
         return index % len(self.workers), index // len(self.workers)
 
-    def _indices_of(self, worker: int) -> range:
-        return range(worker, len(self._last), len(self.workers))
-
     def _replace(self, number: int, error: BaseException) -> None:
         """A new worker in place of one that failed; its running episodes are lost.
 
@@ -99,7 +96,7 @@ class WorkerVecEnv(VecEnv):
         warnings.warn(f"{reason}; its episodes are run again in a new one", stacklevel=2)
         worker = self.workers[number]
         worker.restart()
-        for index in self._indices_of(number):
+        for index in range(number, len(self._last), len(self.workers)):
             self._lost.setdefault(index, reason)
         for index, name, value in self._attributes:
             holder, place = self._place(index)
