@@ -4,13 +4,14 @@ Two tokenizers with one interface: bytes, for the tiny preset, and PaliGemma's, 
 """
 
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from huggingface_hub import snapshot_download
 from torch import Tensor
+
+from cfgrl_gym.algorithms.pi0.checkpoints.files import fetch, refuse
 
 PAD_ID, BOS_ID, FIRST_BYTE_ID = 0, 2, 3  # PaliGemma's pad, eos (1, unused) and bos
 BYTE_IMAGE_TOKEN_ID = FIRST_BYTE_ID + 256
@@ -62,17 +63,11 @@ class PaliGemmaTokenizer:
         from transformers import AutoTokenizer
 
         folder = _tokenizer_folder(source, places)
-        try:
+        with refuse(f"no tokenizer could be read from '{folder}'", _HELP):
             # Without the last argument, a folder that names code of its own is a question on stdin.
             self._tokenizer: Any = AutoTokenizer.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=False
             )
-        except MemoryError:
-            raise
-        except Exception as error:  # whatever the tokenizers make of a damaged file
-            raise ValueError(
-                f"no tokenizer could be read from '{folder}' ({error!r}). {_HELP}"
-            ) from error
         if self._tokenizer.bos_token_id is None:
             raise ValueError(
                 f"the tokenizer in '{folder}' has no <bos>, as PaliGemma's has. {_HELP}"
@@ -122,22 +117,6 @@ def _tokenizer_folder(source: str, places: Places) -> Path:
     if not has_tokenizer(fetched):
         raise FileNotFoundError(f"hub repository '{source}' holds no tokenizer. {_HELP}")
     return fetched
-
-
-def fetch(what: str, name: str, files: Sequence[str], remedy: str) -> Path:
-    """Download files of a hub repository and return the folder they are in.
-
-    :param what: and `remedy`: for the error message
-    :raises FileNotFoundError: no such repository, no permission, or no network
-    """
-    try:
-        return Path(snapshot_download(name, allow_patterns=list(files)))
-    except (OSError, ValueError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise FileNotFoundError(
-            f"{what} '{name}' is no local folder and could not be had from the hub ({reason}). "
-            f"{remedy}"
-        ) from error
 
 
 def tokenize(

@@ -14,6 +14,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from transformers import PI0Config
 
+from cfgrl_gym.algorithms.pi0.checkpoints.files import refuse
 from cfgrl_gym.algorithms.pi0.condition import Pi0CFGRLConfig
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -139,15 +140,8 @@ def _without_choices(raw: Any) -> Any:
 
 def _checked(folder: Path, content: dict[str, Any], shapes: Shapes) -> Pi0CFGRLConfig:
     """:raises ValueError: no PI0 configuration, or its sizes aren't those of the tensors."""
-    try:
+    with refuse(f"'{folder / 'config.json'}' is no PI0 configuration"):
         config = Pi0CFGRLConfig.from_dict(content)
-    except MemoryError:
-        raise
-    except Exception as error:  # errors of many kinds
-        raise ValueError(
-            f"'{folder / 'config.json'}' is no PI0 configuration ({error!r:.300}); download the "
-            "checkpoint again"
-        ) from error
     wrong, parts = [], _parts(config.to_dict())
     for (part, size), shown in _sizes(shapes).items():
         given = _configured(parts[part], size)

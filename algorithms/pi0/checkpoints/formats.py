@@ -15,6 +15,7 @@ from cfgrl_gym.algorithms.pi0.checkpoints.config import (
     config_from_shapes,
     read_shapes,
 )
+from cfgrl_gym.algorithms.pi0.checkpoints.files import fetch, refuse
 from cfgrl_gym.algorithms.pi0.checkpoints.stats import (
     PREPROCESSOR,
     STATS_FILE,
@@ -23,7 +24,7 @@ from cfgrl_gym.algorithms.pi0.checkpoints.stats import (
     processor_steps,
 )
 from cfgrl_gym.algorithms.pi0.condition import Pi0CFGRLConfig
-from cfgrl_gym.algorithms.pi0.tokenizer import fetch, has_tokenizer
+from cfgrl_gym.algorithms.pi0.tokenizer import has_tokenizer
 from cfgrl_gym.json_files import named_file, read_json_object
 from cfgrl_gym.wrappers.norm_stats import NormStats
 from cfgrl_gym.wrappers.transforms import POSE_DIM
@@ -133,14 +134,9 @@ def read_source(checkpoint: str | Path) -> Source:
     folder = locate(checkpoint)
     config = folder / "config.json"  # openpi's own PyTorch trainer writes none
     raw = read_json_object(config) if config.is_file() else {}
-    try:
+    clear = (ValueError, OSError, MemoryError)
+    with refuse(f"'{config}' is no PI0 configuration", but=clear):
         return _read_source(checkpoint, folder, raw)
-    except (ValueError, OSError, MemoryError):
-        raise
-    except Exception as error:  # whatever transformers makes of a file that is no configuration
-        raise ValueError(
-            f"'{config}' is no PI0 configuration ({error!r:.300}); download the checkpoint again"
-        ) from error
 
 
 def _read_source(checkpoint: str | Path, folder: Path, raw: dict[str, Any]) -> Source:
