@@ -28,17 +28,10 @@ class Prefix:
     attention_mask: Tensor
 
     @classmethod
-    def from_cache(cls, cache: Any, attention_mask: Tensor | None) -> "Prefix":
-        """Take the keys and values from a cache that transformers' VLM filled.
-
-        Without a mask every token is real.
-        """
+    def from_cache(cls, cache: Any, attention_mask: Tensor) -> "Prefix":
+        """Take the keys and values from a cache that transformers' VLM filled."""
         layers = [torch.stack([layer.keys, layer.values], 1) for layer in cache.layers]
-        keys_values = torch.stack(layers, 1)
-        if attention_mask is None:
-            batch, tokens = keys_values.shape[0], keys_values.shape[-2]
-            attention_mask = torch.ones(batch, tokens, dtype=torch.int64, device=keys_values.device)
-        return cls(keys_values, attention_mask)
+        return cls(torch.stack(layers, 1), attention_mask)
 
     def to_cache(self) -> DynamicCache:
         """Build a KV cache for one call of transformers' own forward, which extends it."""
