@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PI0Config
 from transformers import initialization as init
 
-from cfgrl_gym.algorithms.flow import NEGATIVE, NULL, POSITIVE
+from cfgrl_gym.algorithms.flow import NULL, POSITIVE
 
 ConditionMode = Literal["token", "bias", "concat"]
 CONDITION_MODES = get_args(ConditionMode)
@@ -24,22 +24,18 @@ def as_labels(is_positive: int | bool | Tensor | None, batch: int, device: torch
 
     :param is_positive: None (∅), 0, 1, or an integer or bool tensor (batch,) with -1 for ∅
     """
-    if isinstance(is_positive, Tensor) and is_positive.ndim > 0:
-        if is_positive.shape != (batch,):
-            raise ValueError(
-                f"is_positive has shape {tuple(is_positive.shape)}; expected ({batch},), "
-                "one label for each row of the batch"
-            )
-        if is_positive.is_floating_point():
-            raise ValueError(f"is_positive must hold integers; its dtype is {is_positive.dtype}")
-        labels = is_positive.to(device, torch.int64)
-        if bool(((labels < NULL) | (labels > POSITIVE)).any()):
-            raise ValueError(f"is_positive must hold -1 (∅), 0 and 1; got {labels.tolist()}")
-        return labels
-    label = NULL if is_positive is None else int(is_positive)
-    if label not in (NULL, NEGATIVE, POSITIVE):
-        raise ValueError(f"is_positive must be None, -1 (both ∅), 0 or 1; got {label}")
-    return torch.full((batch,), label, dtype=torch.int64, device=device)
+    given = torch.as_tensor(NULL if is_positive is None else is_positive)
+    if given.ndim > 0 and given.shape != (batch,):
+        raise ValueError(
+            f"is_positive has shape {tuple(given.shape)}; expected ({batch},), one label for each "
+            "row of the batch"
+        )
+    if given.is_floating_point():
+        raise ValueError(f"is_positive must hold integers; its dtype is {given.dtype}")
+    labels = given.to(device, torch.int64).expand(batch)
+    if bool(((labels < NULL) | (labels > POSITIVE)).any()):
+        raise ValueError(f"is_positive must be None, -1 (both ∅), 0 or 1; got {labels.tolist()}")
+    return labels
 
 
 class Pi0CFGRLConfig(PI0Config):
