@@ -1,5 +1,7 @@
 """How much memory there is for a policy and its training."""
 
+from collections.abc import Iterable
+
 import psutil
 import torch
 from torch import Tensor, nn
@@ -7,28 +9,28 @@ from torch import Tensor, nn
 GIB = 2**30
 
 
-def held_bytes(module: nn.Module) -> dict[str, int]:
-    """Bytes of parameters and buffers by type of device, such as "cpu"."""
-    held: dict[str, int] = {}
-    tensors: list[Tensor] = [*module.parameters(), *module.buffers()]
-    for tensor in tensors:
-        kind = tensor.device.type
-        held[kind] = held.get(kind, 0) + tensor.numel() * tensor.element_size()
-    return held
+def weights_of(module: nn.Module) -> list[Tensor]:
+    """Return the module's parameters and buffers."""
+    return [*module.parameters(), *module.buffers()]
+
+
+def size_of(tensors: Iterable[Tensor]) -> int:
+    """Return the bytes that tensors take."""
+    return sum(tensor.nbytes for tensor in tensors)
 
 
 def available_host_bytes() -> int:
-    """What the system can give without swapping."""
+    """Return the host memory that is free without swapping."""
     return int(psutil.virtual_memory().available)
 
 
 def available_bytes(device: torch.device, module: nn.Module) -> int:
-    """Bytes on `device` for `module` and all that training it needs, what it holds now included.
+    """Return the bytes on `device` for `module` and its training, its weights there included.
 
     On CUDA: what the driver says is free, and what this process's allocator holds for `module` or
     for nothing. On the CPU: `available_host_bytes`, and what `module` holds.
     """
-    held = held_bytes(module).get(device.type, 0)
+    held = size_of(tensor for tensor in weights_of(module) if tensor.device.type == device.type)
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         others = torch.cuda.memory_allocated(device) - held
@@ -37,10 +39,13 @@ def available_bytes(device: torch.device, module: nn.Module) -> int:
 
 
 def check_weights_fit(module: nn.Module, device: torch.device) -> None:
-    """:raises MemoryError: a GPU has no room for the module's parameters and buffers"""
+    """Check that a module's parameters and buffers fit on a GPU.
+
+    :raises MemoryError: they don't
+    """
     if device.type != "cuda":
         return
-    needed, free = sum(held_bytes(module).values()), available_bytes(device, module)
+    needed, free = size_of(weights_of(module)), available_bytes(device, module)
     if needed > free:
         raise MemoryError(
             f"the policy's weights take {needed / GIB:.2f} GiB, but {device} has {free / GIB:.2f} "

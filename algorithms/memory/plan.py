@@ -14,9 +14,10 @@ def plan_memory(
     prefix_memory: float | None,
     verbose: int,
 ) -> MicroBatches:
-    """Micro-batches that fit, and the room for prefixes, which the cache is given.
+    """Find micro-batches that fit, and resize the prefix cache to the memory that is left.
 
-    :param batch_size: windows of one forward pass, at most
+    :param prefixes: the cache
+    :param batch_size: largest number of windows in one forward pass
     :param device_memory: GiB of the device's memory to use; None: all that is free
     :param prefix_memory: GiB of the host's memory for prefixes; None: half of what is free
     :param verbose: print the plan, from 1 on

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PI0Config
 from transformers import initialization as init
 
-from cfgrl_gym.algorithms.flow import NEGATIVE, NULL, POSITIVE
+from cfgrl_gym.algorithms.flow import NULL, POSITIVE
 
 ConditionMode = Literal["token", "bias", "concat"]
 CONDITION_MODES = get_args(ConditionMode)
@@ -19,38 +19,27 @@ NUM_LABELS = 2  # o = 0 and o = 1; ∅ has no embedding
 TOKEN_INIT_STD = 0.02  # transformers' default initializer_range
 
 
-def check_condition_mode(mode: str) -> str:
-    """The mode itself, or a ValueError that names the three there are."""
-    if mode not in CONDITION_MODES:
-        raise ValueError(f"condition_mode must be one of {CONDITION_MODES}; got {mode!r}")
-    return mode
-
-
 def as_labels(is_positive: int | bool | Tensor | None, batch: int, device: torch.device) -> Tensor:
-    """What a caller may pass as `is_positive`, as int64 labels (batch,) in {-1, 0, 1}.
+    """Convert `is_positive` to int64 labels (batch,) in {-1, 0, 1}.
 
     :param is_positive: None (∅), 0, 1, or an integer or bool tensor (batch,) with -1 for ∅
     """
-    if isinstance(is_positive, Tensor) and is_positive.ndim > 0:
-        if is_positive.shape != (batch,):
-            raise ValueError(
-                f"is_positive has shape {tuple(is_positive.shape)}; expected ({batch},), "
-                "one label for each row of the batch"
-            )
-        if is_positive.is_floating_point():
-            raise ValueError(f"is_positive must hold integers; its dtype is {is_positive.dtype}")
-        labels = is_positive.to(device, torch.int64)
-        if bool(((labels < NULL) | (labels > POSITIVE)).any()):
-            raise ValueError(f"is_positive must hold -1 (∅), 0 and 1; got {labels.tolist()}")
-        return labels
-    label = NULL if is_positive is None else int(is_positive)
-    if label not in (NULL, NEGATIVE, POSITIVE):
-        raise ValueError(f"is_positive must be None, -1 (both ∅), 0 or 1; got {label}")
-    return torch.full((batch,), label, dtype=torch.int64, device=device)
+    given = torch.as_tensor(NULL if is_positive is None else is_positive)
+    if given.ndim > 0 and given.shape != (batch,):
+        raise ValueError(
+            f"is_positive has shape {tuple(given.shape)}; expected ({batch},), one label for each "
+            "row of the batch"
+        )
+    if given.is_floating_point():
+        raise ValueError(f"is_positive must hold integers; its dtype is {given.dtype}")
+    labels = given.to(device, torch.int64).expand(batch)
+    if bool(((labels < NULL) | (labels > POSITIVE)).any()):
+        raise ValueError(f"is_positive must be None, -1 (both ∅), 0 or 1; got {labels.tolist()}")
+    return labels
 
 
 class Pi0CFGRLConfig(PI0Config):
-    """transformers' PI0 configuration and how the condition enters.
+    """transformers' PI0 configuration with the mode of the optimality condition.
 
     The model type stays "pi0": plain transformers loads what this saves (and ignores the
     condition), and transformers' conversion of LeRobot's key names applies here too.
@@ -63,11 +52,16 @@ class Pi0CFGRLConfig(PI0Config):
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
-        check_condition_mode(self.condition_mode)
+        if self.condition_mode not in CONDITION_MODES:
+            raise ValueError(
+                f"condition_mode must be one of {CONDITION_MODES}; got {self.condition_mode!r}"
+            )
 
     def set_float32(self) -> None:
-        """Write float32 as the dtype of every part: what trains has it, and `from_pretrained` and
-        configurations of loaded models may say otherwise."""
+        """Set float32 as the dtype of every part.
+
+        What trains is float32; `from_pretrained` and loaded configurations may say otherwise.
+        """
         vlm: Any = self.vlm_config
         parts: tuple[Any, ...] = (self, self.dit_config)
         for part in (*parts, vlm, vlm.text_config, vlm.vision_config):
@@ -84,7 +78,7 @@ class OptimalityCondition(nn.Module):
 
     def __init__(self, mode: str, hidden_size: int) -> None:
         super().__init__()
-        self.mode = check_condition_mode(mode)
+        self.mode = mode
         self.embedding = nn.Parameter(torch.empty(NUM_LABELS, hidden_size))
         if mode == "concat":
             self.columns = nn.Parameter(torch.empty(hidden_size, hidden_size))
@@ -92,7 +86,7 @@ class OptimalityCondition(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Initial values; transformers calls this for weights a checkpoint doesn't have."""
+        """Initialise the parameters; transformers calls this where a checkpoint lacks them."""
         if self.mode == "bias":
             init.zeros_(self.embedding)
         else:
@@ -101,7 +95,7 @@ class OptimalityCondition(nn.Module):
             init.zeros_(self.columns)
 
     def forward(self, labels: Tensor) -> Tensor:
-        """What to inject for each row, (batch, hidden); exact zeros where the label is ∅.
+        """Return the vector to inject for each row, (batch, hidden); exact zeros for ∅.
 
         "concat" returns columns · embedding: W·[a, t, c] = W_at·[a, t] + columns·c, so this is
         added to the projection's output instead of widening transformers' weight.

@@ -1,5 +1,6 @@
-"""Observations, as the environment gives them, to PI0's inputs; and which spaces will do."""
+"""Converting the environment's observations to PI0's inputs, and checking its spaces."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ _FIX = (
 
 
 def check_spaces(observation_space: spaces.Space, action_space: spaces.Space) -> tuple[str, ...]:
-    """The cameras that the observation space has, in PI0's order.
+    """Check that PI0 can take these spaces; returns the cameras there are, in PI0's order.
 
     :raises ValueError: PI0 can't take these spaces; says what is missing and the fix
     """
@@ -38,31 +39,38 @@ def check_spaces(observation_space: spaces.Space, action_space: spaces.Space) ->
             f"the observation space lacks {', '.join(missing)} "
             f"(it has {', '.join(observation_space.spaces)}). {_FIX}"
         )
-    for name in cameras:
-        box = observation_space.spaces[name]
-        if box.dtype != np.uint8 or len(box.shape or ()) != 3 or 3 not in box.shape:  # type: ignore[operator]
-            raise ValueError(f"{name} is {box}; expected uint8 (height, width, 3). {_FIX}")
-    if observation_space["state"].shape != (STATE_DIM,):
-        raise ValueError(
-            f"state has shape {observation_space['state'].shape}; expected ({STATE_DIM},): "
-            f"position (3), axis-angle (3), gripper (2). {_FIX}"
-        )
-    prompt = observation_space["prompt"]
-    if prompt.dtype != np.uint8 or len(prompt.shape or ()) != 1:
-        raise ValueError(f"prompt is {prompt}; expected uint8 (N,), UTF-8 bytes. {_FIX}")
-    shape = action_space.shape
-    if not isinstance(action_space, spaces.Box) or shape is None or shape[-1:] != (ACTION_DIM,):
+    for name in (*cameras, *REQUIRED_KEYS):
+        part = observation_space[name]
+        _check_part(name, part.shape or (), str(part.dtype), _FIX)
+    shape = action_space.shape or ()
+    is_box = isinstance(action_space, spaces.Box)
+    if not is_box or len(shape) > 2 or shape[-1:] != (ACTION_DIM,):
         raise ValueError(
             f"the action space is {action_space}; expected Box (chunk, {ACTION_DIM}) or "
             f"({ACTION_DIM},): LIBERO's OSC_POSE delta and gripper"
         )
-    if len(shape) > 2:
-        raise ValueError(f"the action space has shape {shape}; expected (chunk, {ACTION_DIM})")
     return cameras
 
 
+def _check_part(name: str, shape: Sequence[int], dtype: str, remedy: str) -> None:
+    """:raises ValueError: a part of one observation has another shape or dtype than PI0 takes"""
+    if name == "state":
+        good = tuple(shape) == (STATE_DIM,)
+        expected = f"({STATE_DIM},): position (3), axis-angle (3), gripper (2)"
+    elif name == "prompt":
+        good = len(shape) == 1 and dtype == "uint8"
+        expected = "uint8 (N,), UTF-8 bytes"
+    else:
+        good = len(shape) == 3 and 3 in (shape[0], shape[-1]) and dtype == "uint8"
+        expected = "uint8 (height, width, 3)"
+    if not good:
+        raise ValueError(
+            f"{name} has shape {tuple(shape)} and dtype {dtype}; expected {expected}. {remedy}"
+        )
+
+
 def encode_cameras(obs: dict[str, Tensor], cameras: tuple[str, ...], size: int) -> Tensor:
-    """Images of the cameras there are, to pixels in [-1, 1].
+    """Convert the images of the cameras to pixels in [-1, 1].
 
     :param obs: uint8 (batch, H, W, 3) of each camera, or (batch, 3, H, W) as SB3's
         VecTransposeImage makes it
@@ -71,12 +79,6 @@ def encode_cameras(obs: dict[str, Tensor], cameras: tuple[str, ...], size: int) 
     pixels = []
     for name in cameras:
         images = obs[name]
-        rgb = images.ndim == 4 and 3 in (images.shape[-1], images.shape[1])
-        if not rgb or images.dtype != torch.uint8:
-            raise ValueError(
-                f"{name} has shape {tuple(images.shape)} and dtype {images.dtype}; expected uint8 "
-                "(batch, height, width, 3). A single observation needs a batch dimension"
-            )
         if images.shape[-1] != 3:
             images = images.permute(0, 2, 3, 1)
         resized = resize_with_pad(images, size, size)
@@ -90,7 +92,7 @@ def encode_text(
     image_token_id: int,
     image_tokens: int,
 ) -> dict[str, Tensor]:
-    """Token ids of the whole prefix and its masks, int64 (batch, image tokens + prompt tokens).
+    """Build the prefix's token ids and masks, int64 (batch, image tokens + prompt tokens).
 
     :param prompts: UTF-8 bytes, uint8 (batch, N), zero-padded
     :param image_tokens: tokens of all the cameras there are; they come first
@@ -109,7 +111,7 @@ def encode_text(
 
 
 def to_tensors(obs: Any, keys: tuple[str, ...], device: torch.device) -> dict[str, Tensor]:
-    """The observation's `keys` as tensors on `device`, all of one batch size."""
+    """Convert the observation's `keys` to tensors on `device`, checking that they fit together."""
     if not isinstance(obs, dict):
         raise ValueError(f"expected a dictionary observation; got {type(obs).__name__}")
     missing = [key for key in keys if key not in obs]
@@ -119,10 +121,7 @@ def to_tensors(obs: Any, keys: tuple[str, ...], device: torch.device) -> dict[st
     batch = {key: tensor.shape[0] if tensor.ndim else None for key, tensor in tensors.items()}
     if len(set(batch.values())) != 1:
         raise ValueError(f"the observation's parts differ in batch size: {batch}")
-    if tensors["state"].ndim != 2 or tensors["state"].shape[1] != STATE_DIM:
-        raise ValueError(
-            f"state has shape {tuple(tensors['state'].shape)}; expected (batch, {STATE_DIM})"
-        )
-    if "prompt" in keys and tensors["prompt"].ndim != 2:
-        raise ValueError(f"prompt has shape {tuple(tensors['prompt'].shape)}; expected (batch, N)")
+    for name, part in tensors.items():
+        dtype = str(part.dtype).removeprefix("torch.")
+        _check_part(name, part.shape[1:], dtype, "Every part needs a batch dimension, as its first")
     return tensors

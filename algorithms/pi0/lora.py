@@ -26,7 +26,10 @@ PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 
 
 def check_lora(rank: int) -> None:
-    """:raises ValueError: peft is not installed, or the rank is not positive"""
+    """Check that adapters of this rank can be made.
+
+    :raises ValueError: peft is not installed, or the rank is not positive
+    """
     if rank < 1:
         raise ValueError(f"lora_rank must be at least 1; got {rank}")
     try:
@@ -41,7 +44,7 @@ def check_lora(rank: int) -> None:
 def set_trainable(
     model: Pi0ForCFGRL, trainable: str, lora_rank: int = LORA_RANK, seed: int | None = None
 ) -> None:
-    """Choose what trains, in a model of which everything does.
+    """Freeze what doesn't train, in a model of which everything does so far.
 
     :param trainable: "all"; "expert", with the VLM frozen; or "lora", see `add_lora`
     """
@@ -52,10 +55,10 @@ def set_trainable(
 
 
 def add_lora(model: Pi0ForCFGRL, rank: int = LORA_RANK, seed: int | None = None) -> None:
-    """Add adapters to the model in place, and leave only these trained: the adapters, the
-    condition, and what stands around the expert (`embed_action_time`, `action_out_proj`).
+    """Add adapters to the model in place and freeze all else but the condition and the expert's
+    input and output projections (`embed_action_time`, `action_out_proj`).
 
-    The velocity stays what it is, bit for bit. An adapted layer's own weight moves to the key
+    The velocity stays bit for bit the same. An adapted layer's own weight moves to the key
     `<layer>.base_layer.weight`, beside `<layer>.lora_A.default.weight` (rank, in) and
     `<layer>.lora_B.default.weight` (out, rank). Adapters are float32 whatever the base's dtype, and
     a later `.to(dtype)` would cast them too: cast the base first.
@@ -101,7 +104,7 @@ def _adapted(module: nn.Module) -> dict[str, Any]:
 
 @torch.no_grad()
 def merged_state_dict(model: Pi0ForCFGRL) -> dict[str, Tensor]:
-    """The state dict of the same model without adapters, under transformers' key names.
+    """Build the state dict of the same model without adapters, under transformers' key names.
 
     An adapted weight is W + scaling · B·A, computed in float32 and rounded to W's dtype: in
     bfloat16 the result differs from the adapted layer by that rounding.

@@ -1,13 +1,11 @@
-"""How much device memory an update of PI0 needs, and which micro-batch fits; nothing is allocated.
+"""How much device memory an update of PI0 needs, and which micro-batch fits, without allocating.
 
 Weights, gradients and optimizer states are counted. Activations are found by running the update on
-tensors without storage and counting what is alive: about a second for each batch size at full
-size.
+tensors without storage and counting the live ones, about a second for each batch size at full size.
 """
 
 import copy
 import weakref
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -18,14 +16,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from cfgrl_gym.algorithms.flow import POSITIVE, interpolate, masked_mse
-from cfgrl_gym.algorithms.memory.device import GIB
+from cfgrl_gym.algorithms.memory.device import GIB, size_of, weights_of
 from cfgrl_gym.algorithms.pi0.model import Pi0ForCFGRL
 from cfgrl_gym.algorithms.pi0.prefix import Prefix
 from cfgrl_gym.algorithms.pi0.tokenizer import PALIGEMMA_PROMPT_TOKENS
 from cfgrl_gym.algorithms.policies import UpdatePlan
 from cfgrl_gym.wrappers.norm_stats import ACTION_DIM
 
-# What an allocator loses between blocks, workspaces of matrix products, and the estimate's error.
+# For the allocator's fragmentation, workspaces of matrix products, and the estimate's error.
 HEADROOM = 0.05
 ADAM_STATES = 2  # copies of every trained parameter: exp_avg and exp_avg_sq
 _ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
@@ -33,14 +31,14 @@ _ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes on the device at the peak of an update, by part.
+    """The bytes on the device at the peak of an update, by part.
 
     :param weights: parameters and buffers
     :param gradients: of the trained parameters
     :param optimizer: AdamW's two averages of every trained parameter
     :param average: the exponential moving average of the trained parameters, if there is one
     :param prefix: keys and values of one micro-batch's images and language, where they are kept
-    :param activations: all else that is alive at the peak: what the backward pass needs and the
+    :param activations: everything else alive at the peak: what the backward pass needs and the
         weights that autocast casts; or a prefix's computation, or the optimizer's temporaries,
         where one of these is more
     """
@@ -54,10 +52,11 @@ class MemoryEstimate:
 
     @property
     def total(self) -> int:
+        """The sum of all parts."""
         return sum(self.parts().values())
 
     def parts(self) -> dict[str, int]:
-        """Bytes of each part, by name."""
+        """Return the bytes of each part, by name."""
         return asdict(self)
 
 
@@ -72,12 +71,11 @@ def estimate_update(
     two_prefixes: bool = False,
     accumulate: bool = True,
 ) -> MemoryEstimate:
-    """Memory of one AdamW step on micro-batches of `batch_size` windows.
+    """Estimate the memory of one AdamW step on micro-batches of `batch_size` windows.
 
-    What trains, dtypes, adapters and gradient checkpointing are the model's own. Where nothing of
-    the VLM is trained, its keys and values are kept with the windows; that some may have to be
-    computed again, without gradients, is accounted for, and with it acting in as many environments
-    at once.
+    What trains, dtypes, adapters and gradient checkpointing are the model's own. Where the VLM is
+    frozen, its keys and values are kept with the windows. The estimate includes computing them
+    again without gradients, and so also acting in as many environments at once.
 
     :param model: on any device, the meta device included; it is left as it is
     :param cameras: images of each observation
@@ -85,10 +83,10 @@ def estimate_update(
     :param device_type: "cuda" (bfloat16 autocast) or "cpu" (the model's own dtypes)
     :param average: a moving average of the trained parameters is kept on the device
     :param two_prefixes: the policy's `use_prefix_dropout`
-    :param accumulate: the gradients of earlier micro-batches are there already
+    :param accumulate: gradients of earlier micro-batches exist already
     """
     trained = [p for p in model.parameters() if p.requires_grad]
-    gradients = _size(trained)
+    gradients = size_of(trained)
     cuda = device_type == "cuda"
     mode = FakeTensorMode()
     # The fake tensors claim to be on the CPU, whose autocast differs little from CUDA's.
@@ -113,7 +111,7 @@ def estimate_update(
     # Gradients that aren't there from the start are among what was counted.
     step = max(live.peak, vlm) - (0 if accumulate else gradients)
     return MemoryEstimate(
-        weights=_size([*model.parameters(), *model.buffers()]),
+        weights=size_of(weights_of(model)),
         gradients=gradients,
         optimizer=ADAM_STATES * gradients,
         average=gradients if average else 0,
@@ -125,12 +123,12 @@ def estimate_update(
 def plan_update(
     model: Pi0ForCFGRL, batch_size: int, *, free: int, device: str = "the device", **how: Any
 ) -> UpdatePlan:
-    """The largest micro-batch, halving from `batch_size`, whose update fits.
+    """Find the largest micro-batch, halving from `batch_size`, whose update fits.
 
     :param free: bytes for everything that the estimate counts, see `available_bytes`
     :param device: its name, for the message
-    :param how: `estimate_update`'s keywords, but for `accumulate`: a smaller micro-batch does
-    :raises MemoryError: not even one window at a time fits. Says what is needed, and what helps
+    :param how: keywords of `estimate_update` except `accumulate`, which follows from the size
+    :raises MemoryError: not even one window at a time fits; says what is needed and what helps
     """
     usable = int(free / (1 + HEADROOM))
     size = batch_size
@@ -144,22 +142,18 @@ def plan_update(
         size = (size + 1) // 2 if fixed <= usable else 1
 
 
-def _size(tensors: Iterable[Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
 def _optimizer_temporaries(trained: list[nn.Parameter], cuda: bool) -> int:
     """What AdamW's step holds for a while (torch/optim/adam.py): sqrt(exp_avg_sq) of all parameters
     at once on CUDA (foreach); on the CPU that and its quotient of one parameter after the other,
     with the previous one's quotient still there."""
-    sizes = [_size([parameter]) for parameter in trained]
+    sizes = [parameter.nbytes for parameter in trained]
     return sum(sizes) if cuda else 3 * max(sizes, default=0)
 
 
 def example_inputs(
     model: Pi0ForCFGRL, batch: int, cameras: int, prompt_tokens: int
 ) -> dict[str, Tensor]:
-    """Inputs in the shapes and dtypes that `Pi0Policy` gives, all zeros and ones."""
+    """Make inputs of zeros and ones, in the shapes and dtypes that `Pi0Policy` gives."""
     config: Any = model.config
     vision = config.vlm_config.vision_config
     tokens = cameras * (vision.image_size // vision.patch_size) ** 2 + prompt_tokens
@@ -179,7 +173,7 @@ def example_inputs(
 
 
 def encode_example(model: Pi0ForCFGRL, inputs: dict[str, Tensor]) -> Prefix:
-    """The prefix of `example_inputs`."""
+    """Encode the prefix of `example_inputs`."""
     names = ("input_ids", "pixel_values", "pixel_attention_mask", "attention_mask")
     return model.encode_prefix(*(inputs[name] for name in names))
 
@@ -187,7 +181,7 @@ def encode_example(model: Pi0ForCFGRL, inputs: dict[str, Tensor]) -> Prefix:
 def example_loss(
     model: Pi0ForCFGRL, inputs: dict[str, Tensor], prefix: Prefix | None = None
 ) -> Tensor:
-    """What an update takes the gradient of, for `example_inputs`; as `Pi0Policy` computes it.
+    """Compute the loss of `example_inputs` as `Pi0Policy` does in an update.
 
     :param prefix: None computes it, with gradients
     """
@@ -234,11 +228,11 @@ def _without_storage(model: Pi0ForCFGRL) -> Pi0ForCFGRL:
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all tensors that operations inside it make, for as long as they live.
+    """Counts the bytes of all live tensors that operations inside the context created.
 
-    Memory that an operation takes and gives back before it returns isn't seen, except, where
-    `cuda`, the largest of it: PyTorch's memory-efficient attention, which is what a mask of blocks
-    gets on CUDA, adds up the gradients of keys and values in float32
+    Memory that an operation frees before it returns isn't seen, except for the largest such case
+    where `cuda`: PyTorch's memory-efficient attention, which a block mask gets on CUDA, accumulates
+    the gradients of keys and values in float32
     (ATen/native/transformers/cuda/mem_eff_attention/kernel_backward.h, kNeedsAccumGradK).
 
     :ivar now: bytes alive

@@ -65,7 +65,7 @@ class Pi0ForCFGRL(PI0ForConditionalGeneration):
 
     @property
     def dtype(self) -> torch.dtype:  # type: ignore[override]
-        """Of what trains, and what config.json says; a frozen VLM's weights may be bfloat16."""
+        """The dtype of what trains, written to config.json; a frozen VLM may be bfloat16."""
         return self.action_out_proj.weight.dtype
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -74,8 +74,7 @@ class Pi0ForCFGRL(PI0ForConditionalGeneration):
             module.reset_parameters()
 
     def cast_vlm(self, dtype: torch.dtype) -> None:
-        """Convert the VLM's parameters, and not the rotary embeddings' buffers, which must stay
-        float32."""
+        """Convert the VLM's parameters; the rotary embeddings' buffers must stay float32."""
         for parameter in self.model.vlm.parameters():
             parameter.data = parameter.data.to(dtype)
 
@@ -84,7 +83,7 @@ class Pi0ForCFGRL(PI0ForConditionalGeneration):
         self.model.dit.embed_tokens = None
 
     def checkpoint_layers(self) -> None:
-        """From now on keep only each layer's input for the backward pass; compute the rest again.
+        """Turn on gradient checkpointing: keep each layer's input only, recompute the rest.
 
         transformers' own gradient checkpointing drops the cache that the prefix comes in; here it
         serves the vision tower only.
@@ -103,7 +102,7 @@ class Pi0ForCFGRL(PI0ForConditionalGeneration):
         attention_mask: Tensor,
         inputs_embeds: Tensor | None = None,
     ) -> Prefix:
-        """Run the VLM on images and language once.
+        """Run the VLM on images and language, once for all denoising steps and branches.
 
         :param input_ids: int64 (batch, tokens)
         :param pixel_values: float (batch, cameras, 3, size, size) in [-1, 1]
@@ -138,7 +137,7 @@ class Pi0ForCFGRL(PI0ForConditionalGeneration):
         is_positive: int | Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Velocity (as `logits`) and, given `actions`, the flow-matching loss.
+        """Compute the velocity (as `logits`) and, given `actions`, the flow-matching loss.
 
         :param state: (batch, max_state_dim), normalised and zero-padded
         :param noise: (batch, chunk_size, max_action_dim): the noise when `actions` are given,
@@ -195,7 +194,7 @@ class Pi0ForCFGRL(PI0ForConditionalGeneration):
     def velocity(
         self, prefix: Prefix, state: Tensor, x_t: Tensor, timestep: Tensor, labels: Tensor
     ) -> Tensor:
-        """Velocity of rows with a label each, (batch, chunk_size, max_action_dim).
+        """Compute the velocity, (batch, chunk_size, max_action_dim), each row under its label.
 
         :param labels: int64 (batch,) in {-1, 0, 1}, -1 for ∅
         """
@@ -214,7 +213,7 @@ class Pi0ForCFGRL(PI0ForConditionalGeneration):
         timestep: Tensor,
         branches: tuple[int, ...],
     ) -> tuple[Tensor, ...]:
-        """Velocities of the same rows under several labels, in one pass of the expert.
+        """Compute the velocities of the same rows under several labels, in one expert pass.
 
         The branches' action tokens stand side by side behind one state token and don't see each
         other; prefix and weights are read once for all of them.
@@ -278,12 +277,10 @@ class Pi0ForCFGRL(PI0ForConditionalGeneration):
 
         allowed = _suffix_mask(prefix.attention_mask, blocks)
         bias = _attention_bias(allowed, dit.config, hidden.dtype)
+        checkpointing = self.checkpointing and torch.is_grad_enabled()
+        step = partial(checkpoint, _run_layer, use_reentrant=False) if checkpointing else _run_layer
         for index, layer in enumerate(dit.layers):
-            arguments = (layer, hidden, rotary, bias, prefix.keys_values[:, index])
-            if self.checkpointing and torch.is_grad_enabled():
-                hidden = checkpoint(_run_layer, *arguments, use_reentrant=False)
-            else:
-                hidden = _run_layer(*arguments)
+            hidden = step(layer, hidden, rotary, bias, prefix.keys_values[:, index])
         hidden = dit.norm(hidden)[:, 1:]
         ends = [tokens.shape[1] for tokens, _ in blocks]
         return [

@@ -14,13 +14,15 @@ from stable_baselines3.common.type_aliases import Schedule
 from torch import Tensor
 
 from cfgrl_gym.algorithms.flow import NULL
-from cfgrl_gym.algorithms.pi0.checkpoints.build import Trainable, VlmDtype, build, save_checkpoint
+from cfgrl_gym.algorithms.pi0.checkpoints.build import POLICY_FILE, Trainable, VlmDtype, build
+from cfgrl_gym.algorithms.pi0.checkpoints.stats import STATS_FILE
 from cfgrl_gym.algorithms.pi0.condition import ConditionMode
 from cfgrl_gym.algorithms.pi0.inputs import check_spaces, encode_cameras, encode_text, to_tensors
 from cfgrl_gym.algorithms.pi0.lora import LORA_RANK, check_lora, merged_state_dict, set_trainable
 from cfgrl_gym.algorithms.pi0.memory import plan_update
 from cfgrl_gym.algorithms.pi0.prefix import Prefix, join, select_rows
 from cfgrl_gym.algorithms.pi0.presets import Preset, TinySizes
+from cfgrl_gym.algorithms.pi0.tokenizer import PaliGemmaTokenizer
 from cfgrl_gym.algorithms.policies import FlowPolicy, Inputs, Observation, PrefixRow, UpdatePlan
 from cfgrl_gym.wrappers.norm_stats import Moments, NormStats
 from cfgrl_gym.wrappers.transforms import ActionsFromModel, ActionsToModel, Normalize, pad_last
@@ -158,17 +160,13 @@ class Pi0Policy(FlowPolicy):
         self.image_size: int = vision.image_size
         self.image_token_id: int = config.vlm_config.image_token_id
         self.image_tokens = len(self.cameras) * (vision.image_size // vision.patch_size) ** 2
-        for part in ("state", "actions"):
-            for name in ("mean", "std"):
-                self.register_buffer(f"{part}_{name}", torch.empty(0))
         self.set_norm_stats(parts.norm_stats)
         self.gradient_checkpointing = gradient_checkpointing
         if gradient_checkpointing:
             self.model.checkpoint_layers()
         self.compile_denoising = compile_denoising
-        self._branch_velocities: Any = self.model.branch_velocities
-        if compile_denoising:
-            self._branch_velocities = _compiled(self.model.branch_velocities)
+        velocities = self.model.branch_velocities
+        self._branch_velocities = _compiled(velocities) if compile_denoising else velocities
         self.lora_rank = lora_rank
         set_trainable(self.model, self.config.trainable, lora_rank, seed)
         self.frozen_prefix = self.config.trainable == "expert"
@@ -184,7 +182,7 @@ class Pi0Policy(FlowPolicy):
 
     @property
     def norm_stats(self) -> NormStats:
-        """The statistics in use (float32; without quantiles, which PI0 doesn't need)."""
+        """The normalisation statistics in use, float32, without the quantiles."""
         state, actions = (
             Moments(*(tuple(self.get_buffer(f"{part}_{of}").tolist()) for of in ("mean", "std")))
             for part in ("state", "actions")
@@ -196,7 +194,7 @@ class Pi0Policy(FlowPolicy):
         for part, moments in (("state", stats.state), ("actions", stats.actions)):
             for name in ("mean", "std"):
                 value = torch.tensor(getattr(moments, name), dtype=torch.float32)
-                setattr(self, f"{part}_{name}", value.to(self.device))
+                self.register_buffer(f"{part}_{name}", value.to(self.device))
 
     def encode_actions(self, inputs: Inputs, actions: Tensor) -> Tensor:
         normalize = Normalize(self.actions_mean, self.actions_std)
@@ -211,7 +209,7 @@ class Pi0Policy(FlowPolicy):
     # The network ------------------------------------------------------------------------------
 
     def encode_observation(self, obs: Observation, *, skip_prefix: bool = False) -> Inputs:
-        """Model inputs of a batched observation (NumPy arrays or tensors).
+        """Convert a batched observation (NumPy arrays or tensors) to model inputs.
 
         :param skip_prefix: only state and raw_state, for a prefix that is known
         :return: input_ids, attention_mask, instruction_mask int64 (batch, tokens); pixel_values
@@ -235,7 +233,7 @@ class Pi0Policy(FlowPolicy):
         return {**inputs, **text, "pixel_values": pixels, "pixel_attention_mask": there}
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """bfloat16 on a GPU that has it; the trained weights themselves stay float32."""
+        """Compute in bfloat16 on a GPU that has it; the trained weights stay float32."""
         use = self.device.type == "cuda" and torch.cuda.is_bf16_supported()
         return torch.autocast(self.device.type, torch.bfloat16, enabled=use)
 
@@ -249,8 +247,10 @@ class Pi0Policy(FlowPolicy):
             )
 
     def encode_prefix(self, inputs: Inputs) -> tuple[Prefix, Prefix]:
-        """The VLM's keys and values for (labelled, ∅) rows; one and the same object unless
-        `use_prefix_dropout` hides the instruction from ∅."""
+        """Compute the VLM's keys and values for (labelled, ∅) rows.
+
+        Both are the same object unless `use_prefix_dropout` hides the instruction from ∅.
+        """
         prefix = self._prefix(inputs, inputs["attention_mask"])
         if not self.config.use_prefix_dropout:
             return prefix, prefix
@@ -287,7 +287,7 @@ class Pi0Policy(FlowPolicy):
     def velocities(
         self, inputs: Inputs, x_t: Tensor, t: Tensor, branches: tuple[int, ...], prefix: Any
     ) -> tuple[Tensor, ...]:
-        """One pass of the expert for all branches that share a prefix."""
+        """Compute all branches that share a prefix in one pass of the expert."""
         labelled, null = prefix
         state = inputs["state"]
         if labelled is null:
@@ -298,7 +298,7 @@ class Pi0Policy(FlowPolicy):
         )
 
     def plan_update(self, batch_size: int, free: int) -> UpdatePlan:
-        """See `FlowPolicy`; from an estimate that allocates nothing, in a second."""
+        """Plan an update (see `FlowPolicy`) from an estimate that allocates nothing."""
         return plan_update(
             self.model,
             batch_size,
@@ -314,7 +314,8 @@ class Pi0Policy(FlowPolicy):
     # Saving -----------------------------------------------------------------------------------
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the model (safetensors), norm_stats.json and the policy's configuration.
+        """Write the model (model.safetensors, config.json), norm_stats.json, the policy's
+        configuration (pi0_policy.json) and the tokenizer's files.
 
         `Pi0Policy(..., checkpoint=folder)` restores it; transformers' own
         `PI0ForConditionalGeneration.from_pretrained(folder)` loads the unconditional model.
@@ -322,15 +323,20 @@ class Pi0Policy(FlowPolicy):
         Adapters (trainable "lora") are written merged into the weights: the folder is an ordinary
         checkpoint, and a policy made from it with trainable="lora" starts with fresh adapters on
         the merged weights. This policy stays as it is. `save` keeps the adapters themselves.
-        With `ema_decay` it is the average that is written: what acts.
+        With `ema_decay` the averaged weights are written, which are those that act.
         """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
         training = self.training
         self.set_training_mode(False)
         merged = merged_state_dict(self.model) if self.config.trainable == "lora" else None
-        save_checkpoint(
-            Path(folder), self.model, self.norm_stats, self.config, self.tokenizer, merged
-        )
+        self.model.save_pretrained(folder, state_dict=merged)
         self.set_training_mode(training)
+        self.norm_stats.save(folder / STATS_FILE)
+        if isinstance(self.tokenizer, PaliGemmaTokenizer):
+            self.tokenizer.save_pretrained(folder)
+        text = json.dumps(asdict(self.config), indent=2) + "\n"
+        (folder / POLICY_FILE).write_text(text, encoding="utf-8")
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         return {
@@ -356,7 +362,7 @@ class Pi0Policy(FlowPolicy):
         return arguments
 
     def _base_hashes(self) -> dict[str, str] | None:
-        """Of the checkpoint that has the frozen weights; None where they must be saved."""
+        """Hashes of the checkpoint that has the frozen weights; None where they must be saved."""
         if self.base is None or not self._frozen():
             return None
         hashes = self.base.hashes()
@@ -385,7 +391,7 @@ class Pi0Policy(FlowPolicy):
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:
-        """As in torch; frozen weights that aren't the base's are then saved with the rest."""
+        """Load a state dict as torch does; frozen weights other than the base's will be saved."""
         if self.base is not None and any(
             name in state_dict and not torch.equal(own, state_dict[name].to(own))
             for name, own in self._frozen().items()

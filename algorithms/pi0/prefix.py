@@ -1,6 +1,7 @@
 """The keys and values of PI0's prefix (images and language): computed once, used by everything."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,8 +14,10 @@ from transformers.models.gemma.modeling_gemma import apply_rotary_pos_emb
 
 @dataclass(frozen=True)
 class Prefix:
-    """What the action expert attends to besides its own tokens. Nothing ever writes to it, so any
-    number of branches, denoising steps and epochs can share one.
+    """Keys and values of images and language, which the action expert attends to.
+
+    Nothing ever writes to a prefix, so any number of branches, denoising steps and epochs can
+    share one.
 
     :param keys_values: (batch, layers, 2, kv_heads, tokens, head_dim), in the VLM's dtype; 18 KB a
         token at full size in bfloat16
@@ -25,17 +28,13 @@ class Prefix:
     attention_mask: Tensor
 
     @classmethod
-    def from_cache(cls, cache: Any, attention_mask: Tensor | None) -> "Prefix":
-        """What transformers' VLM put into its cache. Without a mask every token is real."""
+    def from_cache(cls, cache: Any, attention_mask: Tensor) -> "Prefix":
+        """Take the keys and values from a cache that transformers' VLM filled."""
         layers = [torch.stack([layer.keys, layer.values], 1) for layer in cache.layers]
-        keys_values = torch.stack(layers, 1)
-        if attention_mask is None:
-            batch, tokens = keys_values.shape[0], keys_values.shape[-2]
-            attention_mask = torch.ones(batch, tokens, dtype=torch.int64, device=keys_values.device)
-        return cls(keys_values, attention_mask)
+        return cls(torch.stack(layers, 1), attention_mask)
 
     def to_cache(self) -> DynamicCache:
-        """For transformers' own forward, which lengthens the cache it gets: one for each call."""
+        """Build a KV cache for one call of transformers' own forward, which extends it."""
         cache = DynamicCache()
         for layer in range(self.keys_values.shape[1]):
             keys, values = self.keys_values[:, layer].unbind(1)
@@ -43,7 +42,7 @@ class Prefix:
         return cache
 
     def rows(self) -> list["Prefix"]:
-        """The prefix of each sample, batch size 1 (views)."""
+        """Split the batch into the prefixes of its samples, batch size 1 (views)."""
         return [
             Prefix(keys_values[None], mask[None])
             for keys_values, mask in zip(self.keys_values, self.attention_mask, strict=True)
@@ -51,7 +50,7 @@ class Prefix:
 
 
 def join(prefixes: list[Prefix]) -> Prefix:
-    """One batch of several; shorter ones are padded with tokens that don't exist."""
+    """Concatenate prefixes into one batch; shorter ones are padded with masked tokens."""
     length = max(prefix.attention_mask.shape[1] for prefix in prefixes)
     padded = [_pad(prefix, length) for prefix in prefixes]
     return Prefix(
@@ -70,7 +69,7 @@ def _pad(prefix: Prefix, length: int) -> Prefix:
 
 
 def select_rows(rows: Tensor, yes: Prefix, no: Prefix) -> Prefix:
-    """The prefix whose row i is `yes`' where rows[i] and `no`'s elsewhere; rows bool (batch,)."""
+    """Choose each row i from `yes` where rows[i] is true, else from `no`; rows bool (batch,)."""
     return Prefix(
         torch.where(rows[:, None, None, None, None, None], yes.keys_values, no.keys_values),
         torch.where(rows[:, None], yes.attention_mask, no.attention_mask),
@@ -78,7 +77,7 @@ def select_rows(rows: Tensor, yes: Prefix, no: Prefix) -> Prefix:
 
 
 class Recorder:
-    """What a Gemma attention layer asks of a cache; keeps the keys and values that it is shown."""
+    """A KV cache for one pass of a Gemma attention layer, which keeps the keys and values."""
 
     keys_values: Tensor  # (batch, 2, kv_heads, tokens, head_dim)
 
@@ -96,8 +95,9 @@ class Recorder:
 def run_prefix(
     language_model: Any, embeds: Tensor, attention_mask: Tensor, checkpointing: bool
 ) -> Prefix:
-    """The language model's keys and values of every layer, and nothing that isn't needed for them:
-    of the last layer neither attention nor MLP.
+    """Compute the language model's keys and values of every layer.
+
+    The last layer's attention and MLP are skipped, because no keys or values depend on them.
 
     :param language_model: transformers' GemmaModel
     :param embeds: (batch, tokens, hidden): images and language embedded
@@ -116,13 +116,11 @@ def run_prefix(
         )
         return hidden, cache.keys_values
 
+    step = partial(checkpoint, run, use_reentrant=False) if checkpointing else run
     *layers, last = language_model.layers
     hidden, keys_values = embeds, []
     for layer in layers:
-        if checkpointing:
-            hidden, own = checkpoint(run, layer, hidden, use_reentrant=False)
-        else:
-            hidden, own = run(layer, hidden)
+        hidden, own = step(layer, hidden)
         keys_values.append(own)
     keys_values.append(_keys_values(last, hidden, rotary))
     return Prefix(torch.stack(keys_values, 1), attention_mask)

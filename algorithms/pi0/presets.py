@@ -53,24 +53,25 @@ class TinySizes:
 
 
 def tiny_config(sizes: TinySizes, horizon: int, condition_mode: str = "token") -> Pi0CFGRLConfig:
-    """Configuration of a PI0 of these sizes, with the byte-level vocabulary."""
-    gemma = {
-        "model_type": "gemma",
+    """Build the configuration of a PI0 of these sizes, with the byte-level vocabulary."""
+    shared = {
         "hidden_size": sizes.hidden_size,
-        "num_hidden_layers": sizes.num_layers,
         "intermediate_size": sizes.mlp_ratio * sizes.hidden_size,
         "num_attention_heads": sizes.num_heads,
+    }
+    gemma = {
+        **shared,
+        "model_type": "gemma",
+        "num_hidden_layers": sizes.num_layers,
         "num_key_value_heads": 1,
         "head_dim": sizes.hidden_size // sizes.num_heads,
         "vocab_size": BYTE_VOCAB_SIZE,
         "initializer_range": sizes.hidden_size**-0.5,
     }
     vision = {
+        **shared,
         "model_type": "siglip_vision_model",
-        "hidden_size": sizes.hidden_size,
-        "intermediate_size": sizes.mlp_ratio * sizes.hidden_size,
         "num_hidden_layers": sizes.vision_layers,
-        "num_attention_heads": sizes.num_heads,
         "image_size": sizes.image_size,
         "patch_size": sizes.patch_size,
         "vision_use_head": False,
@@ -94,7 +95,7 @@ def tiny_config(sizes: TinySizes, horizon: int, condition_mode: str = "token") -
 def new_model(
     config: Pi0CFGRLConfig, seed: int | None, vlm_dtype: torch.dtype = torch.float32
 ) -> Pi0ForCFGRL:
-    """A randomly initialised model.
+    """Build a randomly initialised model.
 
     :param seed: of the initial weights; the global generator is left as it was. None draws from
         the global generator

@@ -5,11 +5,13 @@ Two tokenizers with one interface: bytes, for the tiny preset, and PaliGemma's, 
 
 import warnings
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from huggingface_hub import snapshot_download
 from torch import Tensor
+
+from cfgrl_gym.algorithms.pi0.checkpoints.files import fetch, refuse
 
 PAD_ID, BOS_ID, FIRST_BYTE_ID = 0, 2, 3  # PaliGemma's pad, eos (1, unused) and bos
 BYTE_IMAGE_TOKEN_ID = FIRST_BYTE_ID + 256
@@ -34,32 +36,19 @@ _HELP = (
 )
 
 
-class PromptTokenizer(Protocol):
-    """What the policy asks of a tokenizer.
-
-    `max_tokens`: longest prompt, `<bos>` and newline included; `pad_to`: the length every prompt is
-    padded to, or None for the longest of its batch.
-    """
-
-    max_tokens: int
-    pad_to: int | None
-
-    def encode(self, text: str) -> list[int]:
-        """`<bos>` + text + newline as ids, not padded."""
-
-
 class ByteTokenizer:
-    """One token for each UTF-8 byte: 260 ids and nothing to download."""
+    """Makes one token of each UTF-8 byte: 260 ids and nothing to download."""
 
-    max_tokens = 256
-    pad_to: int | None = None
+    max_tokens = 256  # of a prompt, `<bos>` and newline included
+    pad_to: int | None = None  # length of every prompt; None: that of the longest in the batch
 
     def encode(self, text: str) -> list[int]:
+        """Return `<bos>` + text + newline as token ids, not padded."""
         return [BOS_ID, *(FIRST_BYTE_ID + byte for byte in f"{text}\n".encode())]
 
 
 class PaliGemmaTokenizer:
-    """PaliGemma's tokenizer, as openpi uses it (`models/tokenizer.py`).
+    """Tokenizes with PaliGemma's vocabulary, as openpi does (`models/tokenizer.py`).
 
     :param source: a folder that holds the tokenizer, or its name on the hub
     :param places: "anywhere"; "hub" and its cache, but no folder; or "cache", without a network
@@ -74,17 +63,11 @@ class PaliGemmaTokenizer:
         from transformers import AutoTokenizer
 
         folder = _tokenizer_folder(source, places)
-        try:
+        with refuse(f"no tokenizer could be read from '{folder}'", _HELP):
             # Without the last argument, a folder that names code of its own is a question on stdin.
             self._tokenizer: Any = AutoTokenizer.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=False
             )
-        except MemoryError:
-            raise
-        except Exception as error:  # whatever the tokenizers make of a damaged file
-            raise ValueError(
-                f"no tokenizer could be read from '{folder}' ({error!r}). {_HELP}"
-            ) from error
         if self._tokenizer.bos_token_id is None:
             raise ValueError(
                 f"the tokenizer in '{folder}' has no <bos>, as PaliGemma's has. {_HELP}"
@@ -95,10 +78,14 @@ class PaliGemmaTokenizer:
         self._tokenizer.save_pretrained(folder)
 
     def encode(self, text: str) -> list[int]:
+        """Return `<bos>` + text + newline as token ids, not padded."""
         cleaned = text.strip().replace("_", " ").replace("\n", " ")
         ids = self._tokenizer.encode(cleaned, add_special_tokens=False)
         newline = self._tokenizer.encode("\n", add_special_tokens=False)
         return [self._tokenizer.bos_token_id, *ids, *newline]
+
+
+PromptTokenizer = ByteTokenizer | PaliGemmaTokenizer
 
 
 def has_tokenizer(folder: Path) -> bool:
@@ -107,7 +94,7 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def _tokenizer_folder(source: str, places: Places) -> Path:
-    """Where the tokenizer's files are, fetched from the hub if need be (once: then from cache)."""
+    """The folder with the tokenizer's files, fetched from the hub unless they are in its cache."""
     folder = Path(source).expanduser()
     if places == "anywhere":
         if has_tokenizer(folder):
@@ -126,14 +113,7 @@ def _tokenizer_folder(source: str, places: Places) -> Path:
             f"tokenizer '{source}' is not in the hub's cache, and for a local checkpoint nothing "
             f"is fetched unless you name it: tokenizer='{source}'. {_HELP}"
         )
-    try:
-        fetched = Path(snapshot_download(source, allow_patterns=list(TOKENIZER_FILES)))
-    except (OSError, ValueError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise FileNotFoundError(
-            f"tokenizer '{source}' is no local folder and could not be had from the hub "
-            f"({reason}). {_HELP}"
-        ) from error
+    fetched = fetch("tokenizer", source, TOKENIZER_FILES, _HELP)
     if not has_tokenizer(fetched):
         raise FileNotFoundError(f"hub repository '{source}' holds no tokenizer. {_HELP}")
     return fetched
@@ -142,7 +122,7 @@ def _tokenizer_folder(source: str, places: Places) -> Path:
 def tokenize(
     prompts: list[str], tokenizer: PromptTokenizer, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Prompts to right-padded ids.
+    """Turn prompts into right-padded token ids.
 
     :return: ids int64 (batch, tokens); mask int64, 1 for real tokens; instruction int64, 1 for the
         tokens between `<bos>` and the newline (what prefix dropout hides)

@@ -1,6 +1,6 @@
-"""States of a training on disk, from which it goes on as if it had not been stopped.
+"""Checkpoints of a training, from which it resumes as if it had not been stopped.
 
-A checkpoint is a folder named after its iteration: `model.pt` (what is trained, the optimizer,
+A checkpoint is a folder named after its iteration: `model.pt` (trained weights, optimizer, random
 generators) and `replay.pt` (windows of earlier iterations, where there are any) hold tensors and
 load with `torch.load(weights_only=True)`; `state.json` has the counters and the SHA-256 of each
 file. It appears under its name only when all of it is on the disk.
@@ -17,6 +17,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from cfgrl_gym.algorithms.cfgrl import CFGRL
 from cfgrl_gym.algorithms.policies import FlowPolicy
@@ -24,38 +26,35 @@ from cfgrl_gym.algorithms.windows import WindowBatch
 from cfgrl_gym.whole_files import remove_folder, sha256, whole_file, whole_folder
 
 FORMAT = 1
-STATE_FILE, MODEL_FILE, REPLAY_FILE, SCORE_FILE = (
-    "state.json",
-    "model.pt",
-    "replay.pt",
-    "score.json",
-)
+STATE_FILE, SCORE_FILE = "state.json", "score.json"
+MODEL_FILE, REPLAY_FILE = "model.pt", "replay.pt"
 
 
 class CheckpointStore:
-    """The checkpoints of one training.
+    """Saves the checkpoints of one training and deletes old ones.
 
-    :param folder: of them all
-    :param keep: the last so many are kept, and the best one
+    :param folder: where the checkpoints are
+    :param keep: how many of the latest are kept, beside the best one
     """
 
     def __init__(self, folder: Path, keep: int = 3) -> None:
         self.folder, self.keep = folder, keep
 
     def iterations(self) -> list[int]:
-        """Of the checkpoints that are there, ascending."""
+        """List the iterations of the checkpoints there are, ascending."""
         if not self.folder.is_dir():
             return []
         return sorted(int(path.name) for path in self.folder.iterdir() if path.name.isdigit())
 
     def path(self, iteration: int) -> Path:
+        """Return the folder of an iteration's checkpoint."""
         return self.folder / f"{iteration:06d}"
 
     def save(self, model: CFGRL, about: dict[str, Any] | None = None) -> Path:
-        """Write a checkpoint of a model between two iterations, then delete what isn't kept.
+        """Write a checkpoint of a model between two iterations, then delete old ones.
 
-        :param about: what else belongs to this state, for `load` to return
-        :raises OSError: it could not be written; the earlier ones are as they were
+        :param about: anything else as JSON, which `load_checkpoint` returns
+        :raises OSError: it could not be written; the earlier ones are intact
         """
         folder = self.path(model.iteration)
         try:
@@ -64,20 +63,20 @@ class CheckpointStore:
         except OSError as error:
             raise OSError(
                 f"checkpoint '{folder}' cannot be written ({error}); earlier ones are intact: "
-                "make room or mend the folder, and resume from them"
+                "free disk space or repair the folder, and resume from them"
             ) from error
         self._delete_old()
         return folder
 
     def rate(self, iteration: int, success_rate: float) -> None:
-        """Note how well a checkpoint's policy does, which decides on the best one."""
+        """Record the success rate of a checkpoint's policy, which decides on the best one."""
         folder = self.path(iteration)
         if folder.is_dir():
             with whole_file(folder / SCORE_FILE) as new:
                 new.write_text(json.dumps({"success_rate": success_rate}) + "\n", encoding="utf-8")
 
     def success_rate(self, iteration: int) -> float:
-        """What `rate` noted; below all others where it noted nothing."""
+        """Return what `rate` recorded, or minus infinity where it recorded nothing."""
         try:
             text = (self.path(iteration) / SCORE_FILE).read_text(encoding="utf-8")
             return float(json.loads(text)["success_rate"])
@@ -85,7 +84,7 @@ class CheckpointStore:
             return -math.inf
 
     def best(self) -> int | None:
-        """Iteration of the checkpoint with the highest success rate, the later one of equals."""
+        """Return the iteration with the highest success rate, the latest of equals."""
         return max(self.iterations(), key=lambda i: (self.success_rate(i), i), default=None)
 
     def _delete_old(self) -> None:
@@ -95,13 +94,12 @@ class CheckpointStore:
 
 
 def load_checkpoint(model: CFGRL, path: Path) -> dict[str, Any]:
-    """Bring a model, made with the arguments of the one that was saved, to its state.
+    """Restore the state of a model that was made with the arguments of the saved one.
 
     :return: `about`, as it was saved
     :raises ValueError: files are missing, damaged or another model's
     """
-    state = _read_state(path)
-    parts = torch.load(path / MODEL_FILE, map_location="cpu", weights_only=True)
+    state, parts = _read(path)
     has_replay = REPLAY_FILE in state["files"]
     replay = torch.load(path / REPLAY_FILE, weights_only=True) if has_replay else []
     with _same_model(path):
@@ -117,12 +115,11 @@ def load_checkpoint(model: CFGRL, path: Path) -> dict[str, Any]:
 
 
 def load_policy_state(policy: FlowPolicy, path: Path) -> None:
-    """Bring a policy alone to what it is in a checkpoint, ready to act.
+    """Load a checkpoint's weights into a policy, ready to act.
 
     :raises ValueError: files are missing, damaged or another model's
     """
-    _read_state(path)
-    parts = torch.load(path / MODEL_FILE, map_location="cpu", weights_only=True)
+    _, parts = _read(path)
     with _same_model(path):
         policy.load_state_dict(policy.complete_state(parts["policy"]))
     policy.set_training_mode(False)
@@ -165,12 +162,12 @@ def _write(folder: Path, model: CFGRL, about: dict[str, Any]) -> None:
 def _save(tensors: Any, file: Path) -> None:
     try:
         torch.save(tensors, file)
-    except RuntimeError as error:  # torch's word for a disk that is full
+    except RuntimeError as error:  # what torch raises for a full disk
         raise OSError(f"{file.name}: {error}") from error
 
 
-def _read_state(path: Path) -> dict[str, Any]:
-    """What state.json says, once every file is found to be as it was written."""
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The contents of state.json and model.pt, once every file's checksum is found right."""
     remedy = (
         "remove that folder to resume from the checkpoint before it, or begin the training anew"
     )
@@ -191,7 +188,7 @@ def _read_state(path: Path) -> dict[str, Any]:
         file = path / name
         if not file.is_file() or sha256(file) != digest:
             raise ValueError(f"'{file}' is missing or damaged (wrong checksum); {remedy}")
-    return state
+    return state, torch.load(path / MODEL_FILE, map_location="cpu", weights_only=True)
 
 
 def _digest_of(state: dict[str, Any]) -> str:
@@ -202,32 +199,20 @@ def _digest_of(state: dict[str, Any]) -> str:
 
 
 def _tensors(batch: WindowBatch) -> dict[str, Any]:
-    observations = batch.observations
-    return {
-        "observations": {key: torch.from_numpy(value) for key, value in observations.items()}
-        if isinstance(observations, dict)
-        else torch.from_numpy(observations),
-        "model_actions": batch.model_actions,
-        "action_is_pad": batch.action_is_pad,
-        "labels": batch.labels,
-    }
+    tensors = vars(batch) | {"observations": tree_map(torch.from_numpy, batch.observations)}
+    del tensors["prefix_keys"]  # no prefix is saved
+    return tensors
 
 
 def _windows(tensors: dict[str, Any], number: int) -> WindowBatch:
-    observations = tensors.pop("observations")
-    # No prefix is kept of them. Negative, so that no key of a running cache is among them.
+    observations = tree_map(Tensor.numpy, tensors["observations"])
+    # Negative, so that none is the key of a prefix in a running cache.
     keys = -1 - torch.arange(len(tensors["labels"])) - (number << 32)
-    return WindowBatch(
-        {key: value.numpy() for key, value in observations.items()}
-        if isinstance(observations, dict)
-        else observations.numpy(),
-        prefix_keys=keys,
-        **tensors,
-    )
+    return WindowBatch(**tensors | {"observations": observations, "prefix_keys": keys})
 
 
 def _generators() -> dict[str, Any]:
-    """The global generators. CFGRL's own need no state: they follow from seed and iteration."""
+    """The states of the global generators; CFGRL's own follow from seed and iteration."""
     name, keys, *rest = np.random.get_state()  # noqa: NPY002
     version, numbers, gauss = random.getstate()
     return {

@@ -1,7 +1,7 @@
-"""Arguments of constructors as JSON, and back without anything that could run code.
+"""Constructor arguments as JSON, and back without anything that could run code.
 
 An object is written as its constructor's arguments and the name of its class. Reading looks that
-name up among the classes listed here and those that a policy adds: a file can name no others.
+name up among the classes listed here and those that a policy adds; no other class can be named.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ import torch
 from gymnasium import spaces
 
 TYPE = "$type"  # the key of a class's name
-MAX_ARRAY_SIZE = 10**8  # of a space's bounds: more is no observation, and might fill the memory
+MAX_ARRAY_SIZE = 10**8  # of a space's bounds; a larger one could exhaust the memory
 _ARRAY, _OPTIMIZER = "array", "torch.optim"
 # Names of arguments under which an instance keeps them too.
 _ARGUMENTS: dict[type, tuple[str, ...]] = {
@@ -33,10 +33,10 @@ _ARGUMENTS: dict[type, tuple[str, ...]] = {
 
 
 def to_json(value: Any, more: Iterable[type] = ()) -> Any:
-    """A value as JSON can hold it; tuples become lists, paths texts.
+    """Convert a value to JSON's types; tuples become lists, paths become strings.
 
-    :param more: dataclasses that may be among it
-    :raises TypeError: it is, or has in it, something else
+    :param more: dataclasses that may occur in it
+    :raises TypeError: it is, or contains, something else
     """
     if value is None or isinstance(value, bool | int | float | str):
         return value
@@ -67,9 +67,9 @@ def to_json(value: Any, more: Iterable[type] = ()) -> Any:
 
 
 def from_json(value: Any, more: Iterable[type] = ()) -> Any:
-    """What `to_json` was given.
+    """Restore the value that `to_json` converted.
 
-    :param more: dataclasses that may be among it
+    :param more: dataclasses that may occur in it
     :raises ValueError: it names an unknown class, or arguments that its class doesn't take
     :raises TypeError: the same
     """

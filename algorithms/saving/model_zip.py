@@ -1,4 +1,4 @@
-"""A model's .zip without pickles: JSON for what made it and how far it is, safetensors for weights.
+"""A model's .zip without pickles: JSON for arguments and progress, safetensors for weights.
 
 `model.json` has the spaces, the arguments of algorithm and policy, and the counters of the
 training; `policy.safetensors` and `optimizer.safetensors` have the tensors. Reading them runs no
@@ -47,8 +47,8 @@ SelfModel = TypeVar("SelfModel", bound="PickleFreeSaving")
 class PickleFreeSaving(BaseAlgorithm):
     """SB3's `save` and `load` with a .zip that holds JSON and safetensors, and so can't run code.
 
-    A .zip needs no other file to be loaded, except where a frozen base makes most of the policy: of
-    that it keeps the place and the hash. What JSON can't hold is left out, with a warning, and has
+    A .zip needs no other file to be loaded, except for the weights of a frozen base checkpoint, of
+    which it keeps the path and the hash. What JSON can't hold is left out, with a warning, and has
     to be given to `load`: a learning rate that is a function (SB3's schedules are kept), a policy
     that has no name in `policy_aliases`, an optimizer that is not torch's.
     """
@@ -59,8 +59,10 @@ class PickleFreeSaving(BaseAlgorithm):
     skipped_in_a_row: int  # optimizer steps that weren't finite
 
     def training_state(self) -> dict[str, Any]:
-        """What a training goes on from beside weights, optimizer and replayed windows, as JSON can
-        hold it; between two iterations only."""
+        """Return the counters, statistics and seed from which a training resumes, as JSON.
+
+        Weights, optimizer and replayed windows are kept apart. To be called between two iterations.
+        """
         return {
             "counters": {name.lstrip("_"): getattr(self, name) for name in _COUNTERS}
             | {name: getattr(self.statistics, name) for name in _EPISODE_COUNTERS}
@@ -71,7 +73,7 @@ class PickleFreeSaving(BaseAlgorithm):
         }
 
     def set_training_state(self, state: dict[str, Any]) -> None:
-        """Go on from what `training_state` gave."""
+        """Restore what `training_state` returned."""
         counters = state["counters"]
         for name in _COUNTERS:
             setattr(self, name, counters[name.lstrip("_")])
@@ -85,7 +87,7 @@ class PickleFreeSaving(BaseAlgorithm):
 
     @classmethod
     def _arguments(cls) -> dict[str, Any]:
-        """Annotations of the constructor's parameters that are saved as attributes."""
+        """The annotations of those constructor parameters that are saved as attributes."""
         annotations = _annotations(cls, PickleFreeSaving)
         for name in ("policy", "env", "policy_kwargs", "device", "_init_setup_model"):
             annotations.pop(name, None)
@@ -94,7 +96,7 @@ class PickleFreeSaving(BaseAlgorithm):
     def save(
         self, path: Any, exclude: Iterable[str] | None = None, include: Iterable[str] | None = None
     ) -> None:
-        """Save the model to a .zip, which takes the place of an earlier one when it is complete.
+        """Save the model to a .zip, which replaces an earlier one once it is complete.
 
         :param path: of the file, whose ".zip" may be left out, or an open file
         :param exclude: arguments that are not to be saved; a loaded model has their defaults
@@ -165,12 +167,12 @@ class PickleFreeSaving(BaseAlgorithm):
         """Load a model that `save` wrote; no code from the file runs.
 
         :param path: of the file, whose ".zip" may be left out, or an open file
-        :param env: to go on learning in; None for predicting only
+        :param env: to continue learning in; None for predicting only
         :param custom_objects: values to take instead of the file's, by the name of the argument;
             those of "policy_kwargs" are taken one by one, "policy_class" is a `FlowPolicy`
-        :param print_system_info: print on what the model was saved, and this system
+        :param print_system_info: print the system that saved the model, and this one
         :param force_reset: has no effect: a loaded model always resets its environments first
-        :param checkpoint: where the policy's base is now, if it isn't where it was
+        :param checkpoint: path of the policy's base checkpoint, if it has moved
         :param kwargs: as custom_objects
         :raises FileNotFoundError: no such file, or the base isn't there
         :raises ValueError: the file is damaged or not from `save`, something that it leaves out
@@ -224,13 +226,13 @@ class PickleFreeSaving(BaseAlgorithm):
         return model
 
     def get_parameters(self) -> dict[str, dict[str, Any]]:
-        """SB3's, of the policy only what was trained where it has a base."""
+        """Return SB3's parameters; of a policy with a base checkpoint, trained weights only."""
         return {**super().get_parameters(), "policy": self.policy.state_to_save()}
 
     def set_parameters(
         self, load_path_or_dict: Any, exact_match: bool = True, device: Any = "auto"
     ) -> None:
-        """SB3's, for what `get_parameters` gave, or for the weights and optimizer of a .zip.
+        """Load parameters as SB3 does, from what `get_parameters` returned or from a .zip.
 
         :raises ValueError: the file is damaged, or its optimizer is another
         """
@@ -247,8 +249,10 @@ class PickleFreeSaving(BaseAlgorithm):
         super().set_parameters(parameters, exact_match, device)
 
     def _states(self, parts: Mapping[str, bytes]) -> dict[str, dict[str, Any]]:
-        """State dictionaries as in `get_parameters`. The optimizer's settings are this one's own,
-        which was made with the saved arguments."""
+        """The state dictionaries of a .zip, as in `get_parameters`.
+
+        The optimizer's settings are this model's own, which was made with the saved arguments.
+        """
         state: dict[int, dict[str, Tensor]] = {}
         for key, tensor in safetensors.torch.load(parts[OPTIMIZER_PART]).items():
             index, _, name = key.partition(".")
@@ -318,7 +322,7 @@ def _read(path: Any) -> dict[str, bytes]:
             return {name: archive.read(name) for name in PARTS}
     finally:
         if isinstance(path, io.IOBase):
-            file.seek(0)  # for who reads it next
+            file.seek(0)  # so that it can be read again
         else:
             file.close()
 

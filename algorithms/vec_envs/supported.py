@@ -1,4 +1,4 @@
-"""At the door of the algorithm: what environments CFGRL takes, and what they offer."""
+"""Which environments CFGRL accepts, and which tasks they offer."""
 
 from collections.abc import Sequence
 
@@ -22,7 +22,7 @@ TRANSPARENT_WRAPPERS = (VecMonitor, VecCheckNan, VecVideoRecorder)
 
 
 def as_vec_env(env: GymEnv, verbose: int = 0, monitor_wrapper: bool = True) -> VecEnv:
-    """As SB3's `_wrap_env`, but images stay (height, width, channel); the rest is refused.
+    """Wrap an environment as SB3's `_wrap_env` does, but leave images (height, width, channel).
 
     :raises ValueError: for a wrapper that changes what CFGRL sees, or an action space other than
         a bounded Box (action_dim,) or (chunk, action_dim)
@@ -64,8 +64,9 @@ def as_vec_env(env: GymEnv, verbose: int = 0, monitor_wrapper: bool = True) -> V
 
 
 def init_states(env: VecEnv) -> dict[int, Sequence[int] | None] | None:
-    """Ids of each task's initial states (None: any seed will do); None for an environment without
-    a queue of episodes, which starts from a reset seed.
+    """Return the ids of each task's initial states, None for a task that starts from any seed.
+
+    An environment without a queue of episodes starts from a reset seed: the result is None.
 
     :raises ValueError: if the environments offer different tasks
     """

@@ -1,7 +1,7 @@
 """Environments of one process, stepped in threads."""
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 
 import gymnasium as gym
 from stable_baselines3.common.vec_env import DummyVecEnv
@@ -12,14 +12,14 @@ from cfgrl_gym.envs.rendering import processors
 
 
 class ThreadVecEnv(DummyVecEnv):
-    """SB3's `DummyVecEnv` with all environments stepping at once, as many as there are cores.
+    """SB3's `DummyVecEnv` with environments that step in parallel threads, one for each core.
 
-    For environments that leave the interpreter to others while they work, as LIBERO's do here:
-    physics and rendering hold no lock, and what is large, compiled models and render contexts, is
-    there once for all of them. Processes (`SubprocVecEnv`) have it each for themselves.
+    For environments that release Python's global interpreter lock while they work, as LIBERO's do
+    here in physics and rendering. Threads share compiled models and render contexts, which are
+    large; processes (`SubprocVecEnv`) would each need their own.
 
     :param env_fns: functions that make the environments, called one after another
-    :raises ValueError: as `DummyVecEnv` raises it
+    :raises ValueError: as in `DummyVecEnv`
     """
 
     def __init__(self, env_fns: list[Callable[[], gym.Env]]) -> None:
@@ -58,10 +58,9 @@ class ThreadVecEnv(DummyVecEnv):
     def _each(self, work: Callable[[int], None]) -> None:
         """Do the work for all environments to the end, then raise the first error."""
         futures = [self._pool.submit(work, index) for index in range(self.num_envs)]
-        errors = [future.exception() for future in futures]
-        for error in errors:
-            if error is not None:
-                raise error
+        wait(futures)
+        for future in futures:
+            future.result()
 
     def close(self) -> None:
         self._pool.shutdown()

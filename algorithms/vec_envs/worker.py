@@ -29,7 +29,7 @@ STARTING_TIMEOUT = 300.0  # seconds, in addition, for what imports, compiles and
 
 
 class WorkerError(ConnectionError):
-    """A worker process died, did not answer in time, or its environment raised."""
+    """Raised when a worker process died, did not answer in time, or its environment raised."""
 
 
 def step_and_reset(env: gym.Env, action: Any) -> tuple[Any, Any, bool, dict[str, Any], Any]:
@@ -51,7 +51,7 @@ def step_and_reset(env: gym.Env, action: Any) -> tuple[Any, Any, bool, dict[str,
 
 
 class _Environments:
-    """What the parent may ask for. Keys are the environments' indices within the worker."""
+    """The requests that a worker answers; indices count the environments within the worker."""
 
     def __init__(self, env_fns: Sequence[Callable[[], gym.Env]]) -> None:
         self.envs = [_patch_env(make()) for make in env_fns]
@@ -63,24 +63,11 @@ class _Environments:
         return {i: step_and_reset(self.envs[i], action) for i, action in actions.items()}
 
     def reset(self, how: Mapping[int, dict[str, Any]]) -> dict[int, tuple[Any, Any]]:
-        """observation and information, by the keyword arguments of `Env.reset`."""
+        """Reset environments with these keyword arguments; returns observations and infos."""
         return {index: self.envs[index].reset(**arguments) for index, arguments in how.items()}
 
     def call(self, index: int, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         return self.envs[index].get_wrapper_attr(name)(*args, **kwargs)
-
-    def get(self, index: int, name: str) -> Any:
-        return self.envs[index].get_wrapper_attr(name)
-
-    def has(self, index: int, name: str) -> bool:
-        try:
-            self.envs[index].get_wrapper_attr(name)
-        except AttributeError:
-            return False
-        return True
-
-    def set(self, index: int, name: str, value: Any) -> None:
-        self.envs[index].set_wrapper_attr(name, value)
 
     def is_wrapped(self, index: int, wrapper: type[gym.Wrapper]) -> bool:
         return is_wrapped(self.envs[index], wrapper)
@@ -91,7 +78,7 @@ class _Environments:
 
 
 def run_worker(requests: Connection, env_fns: CloudpickleWrapper, crash_file: str) -> None:
-    """Answer until the parent closes the pipe, or is gone."""
+    """Answer requests until the parent closes the pipe or ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends its workers
     faulthandler.enable(Path(crash_file).open("w"))  # noqa: SIM115 (open as long as the process)
     threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -114,7 +101,7 @@ def run_worker(requests: Connection, env_fns: CloudpickleWrapper, crash_file: st
 
 
 def _portable(error: Exception) -> Exception:
-    """The error, or where it doesn't survive pickling, another that says the same."""
+    """The error itself, or a RuntimeError with its message where it can't be pickled."""
     try:
         pickle.loads(pickle.dumps(error))
     except Exception:
@@ -133,7 +120,7 @@ def _end_with_parent() -> None:
 
 
 class Worker:
-    """A worker process, which `restart` replaces.
+    """The parent's side of a worker process, which `restart` replaces.
 
     :param context: of `multiprocessing`
     :param env_fns: functions that make its environments
@@ -156,7 +143,7 @@ class Worker:
 
     @property
     def pid(self) -> int:
-        """Of the process that there is now."""
+        """The id of the current process."""
         assert self._process.pid is not None
         return int(self._process.pid)
 
@@ -170,7 +157,7 @@ class Worker:
         theirs.close()
 
     def ask(self, name: str, *args: Any) -> None:
-        """Send a request; its answer is to be fetched before the next."""
+        """Send a request; fetch its answer with `answer` before the next one."""
         pipe = self._connection
         self._limit = self.timeout + (0 if name == "step" else STARTING_TIMEOUT)
 
@@ -181,7 +168,7 @@ class Worker:
         self._answer = self._talking.submit(talk)
 
     def answer(self) -> Any:
-        """The answer to the last request.
+        """Wait for the answer to the last request.
 
         :raises WorkerError: the process died, or hung and was killed
         :raises Exception: what the environment raised, with the worker's traceback as its cause
@@ -216,18 +203,18 @@ class Worker:
         return f"worker {self.pid} {how}" + (f"\n{crash}" if crash else "")
 
     def kill(self) -> None:
-        """End the process, whatever it does."""
+        """Kill the process at once."""
         self._process.kill()
         self._process.join()
 
     def restart(self) -> None:
-        """A new process with new environments."""
+        """Replace the process by a new one with new environments."""
         self.kill()
         self._connection.close()
         self._start()
 
     def close(self) -> None:
-        """End the process in peace, or else by force; safe to call twice."""
+        """Ask the process to end, and kill it if it doesn't; safe to call twice."""
         if self._process.is_alive():
             self.ask("close")
             with contextlib.suppress(Exception):

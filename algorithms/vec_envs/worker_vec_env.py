@@ -2,18 +2,18 @@
 
 import multiprocessing
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
-from gymnasium import spaces
 from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.common.vec_env.base_vec_env import (
     VecEnvIndices,
     VecEnvObs,
     VecEnvStepReturn,
 )
+from stable_baselines3.common.vec_env.subproc_vec_env import _stack_obs
 
 from cfgrl_gym.algorithms.vec_envs.worker import Worker, WorkerError
 from cfgrl_gym.envs.rendering import processors
@@ -25,14 +25,15 @@ class WorkerVecEnv(VecEnv):
     """SB3's `SubprocVecEnv` for long runs: a worker that dies, hangs or raises is replaced.
 
     The episodes that were running in it are over then, with nothing to learn from their end: the
-    next `step` gives done, reward 0 and `info["episode_lost"]`, a text, and the first observation
-    of the next episode. (`CFGRL` runs such an episode again.) A worker has several environments,
-    which share compiled models and render contexts, and steps them one after another.
+    next `step` returns done, reward 0 and the reason in `info["episode_lost"]`, with the first
+    observation of the next episode. (`CFGRL` runs such an episode again.) A worker steps several
+    environments one after another, which share compiled models and render contexts.
 
     :param env_fns: functions that make the environments
-    :param workers: processes; None: one for each processor, and no more than environments
-    :param timeout: seconds in which a worker must have stepped its environments; else it hangs
-    :param max_failures: times in a row that a worker may fail without a step in between
+    :param workers: number of processes. None: one for each processor, at most one for each
+        environment
+    :param timeout: seconds that a worker may take to step its environments before it counts as hung
+    :param max_failures: how often in a row a worker may fail without a step in between
     :param start_method: of multiprocessing. None: "forkserver", or "spawn" where there is none. A
         script needs `if __name__ == "__main__":` with both, as with `SubprocVecEnv`
     :raises Exception: what an environment raises when it is made
@@ -80,9 +81,6 @@ class WorkerVecEnv(VecEnv):
         """Which worker has this environment, and its number there."""
         return index % len(self.workers), index // len(self.workers)
 
-    def _indices_of(self, worker: int) -> range:
-        return range(worker, len(self._last), len(self.workers))
-
     def _replace(self, number: int, error: BaseException) -> None:
         """A new worker in place of one that failed; its running episodes are lost.
 
@@ -98,44 +96,45 @@ class WorkerVecEnv(VecEnv):
         warnings.warn(f"{reason}; its episodes are run again in a new one", stacklevel=2)
         worker = self.workers[number]
         worker.restart()
-        for index in self._indices_of(number):
+        for index in range(number, len(self._last), len(self.workers)):
             self._lost.setdefault(index, reason)
         for index, name, value in self._attributes:
             holder, place = self._place(index)
             if holder == number:
-                self._request(number, "set", place, name, value)
+                self._request(number, "call", place, "set_wrapper_attr", (name, value), {})
 
     def _reset(self, how: dict[int, dict[str, Any]]) -> None:
         """Reset environments, each with its keyword arguments, in all workers at once."""
         while how:
-            asked = self._ask("reset", how)
-            for number, indices in asked.items():
-                try:
-                    answers = self.workers[number].answer()
-                except Exception as error:
-                    self._replace(number, error)
-                    continue
-                for index in indices:
-                    self._last[index], self.reset_infos[index] = answers[self._place(index)[1]]
-                    self._lost.pop(index, None)
-                    del how[index]
+            for index, answer in self._in_all_workers("reset", how):
+                self._last[index], self.reset_infos[index] = answer
+                self._lost.pop(index, None)
+                del how[index]
 
-    def _ask(self, name: str, what: dict[int, Any]) -> dict[int, list[int]]:
-        """Send each worker its part; returns which environments each was asked about."""
+    def _in_all_workers(self, name: str, what: dict[int, Any]) -> Iterator[tuple[int, Any]]:
+        """Send all workers their part of a request and yield the answer for each environment.
+
+        A worker that fails is replaced; its environments are left out.
+        """
         asked: dict[int, list[int]] = {}
         for index in what:
             asked.setdefault(self._place(index)[0], []).append(index)
         for number, indices in asked.items():
             self.workers[number].ask(name, {self._place(i)[1]: what[i] for i in indices})
-        return asked
+        for number, indices in asked.items():
+            try:
+                answers = self.workers[number].answer()
+            except Exception as error:
+                self._replace(number, error)
+                continue
+            if name == "step":
+                self._failures[number] = 0
+            yield from ((index, answers[self._place(index)[1]]) for index in indices)
 
     def _each(self, indices: VecEnvIndices, name: str, *args: Any) -> list[Any]:
-        """Ask environments one after another. What they raise is the caller's."""
-        return [self._one(index, name, *args) for index in self._get_indices(indices)]
-
-    def _one(self, index: int, name: str, *args: Any) -> Any:
-        number, place = self._place(index)
-        return self._request(number, name, place, *args)
+        """Ask environments one after another; whatever they raise is raised here."""
+        places = [self._place(index) for index in self._get_indices(indices)]
+        return [self._request(number, name, place, *args) for number, place in places]
 
     def _request(self, number: int, name: str, *args: Any) -> Any:
         self.workers[number].ask(name, *args)
@@ -160,7 +159,7 @@ class WorkerVecEnv(VecEnv):
         self._reset(how)
         self._reset_seeds()
         self._reset_options()
-        return self._observations()
+        return _stack_obs(self._last, self.observation_space)
 
     def step_async(self, actions: np.ndarray) -> None:
         self._actions = actions
@@ -169,53 +168,37 @@ class WorkerVecEnv(VecEnv):
         rewards, dones = np.zeros(self.num_envs, np.float32), np.zeros(self.num_envs, bool)
         infos: list[dict[str, Any]] = [{} for _ in range(self.num_envs)]
         running = {i: self._actions[i] for i in range(self.num_envs) if i not in self._lost}
-        for number, indices in self._ask("step", running).items():
-            try:
-                answers = self.workers[number].answer()
-            except Exception as error:
-                self._replace(number, error)
-                continue
-            self._failures[number] = 0
-            for index in indices:
-                observation, reward, done, info, reset_info = answers[self._place(index)[1]]
-                rewards[index], dones[index], infos[index] = reward, done, info
-                self._last[index] = observation
-                self.reset_infos[index] = reset_info if done else self.reset_infos[index]
+        for index, answer in self._in_all_workers("step", running):
+            self._last[index], rewards[index], dones[index], infos[index], reset_info = answer
+            if dones[index]:
+                self.reset_infos[index] = reset_info
         lost = dict(self._lost)
         for index, reason in lost.items():
             dones[index] = True
             last = {"terminal_observation": self._last[index], "TimeLimit.truncated": True}
             infos[index] = {LOST: reason, **last}
         self._reset({index: {} for index in lost})
-        return self._observations(), rewards, dones, infos
-
-    def _observations(self) -> VecEnvObs:
-        space, last = self.observation_space, self._last
-        if isinstance(space, spaces.Dict):
-            return {key: np.stack([row[key] for row in last]) for key in space.spaces}
-        if isinstance(space, spaces.Tuple):
-            return tuple(np.stack([row[i] for row in last]) for i in range(len(space.spaces)))
-        return np.stack(last)
+        return _stack_obs(self._last, self.observation_space), rewards, dones, infos
 
     def env_method(
         self, method_name: str, *method_args: Any, indices: VecEnvIndices = None, **kwargs: Any
     ) -> list[Any]:
         results = []
         for index in self._get_indices(indices):
-            results.append(self._one(index, "call", method_name, method_args, kwargs))
+            results += self._each(index, "call", method_name, method_args, kwargs)
             if method_name == "reset":
                 self._last[index] = results[-1][0]
                 self._lost.pop(index, None)
         return results
 
     def has_attr(self, attr_name: str) -> bool:
-        return all(self._each(None, "has", attr_name))
+        return all(self.env_method("has_wrapper_attr", attr_name))
 
     def get_attr(self, attr_name: str, indices: VecEnvIndices = None) -> list[Any]:
-        return self._each(indices, "get", attr_name)
+        return self.env_method("get_wrapper_attr", attr_name, indices=indices)
 
     def set_attr(self, attr_name: str, value: Any, indices: VecEnvIndices = None) -> None:
-        self._each(indices, "set", attr_name, value)
+        self.env_method("set_wrapper_attr", attr_name, value, indices=indices)
         self._attributes += [(i, attr_name, value) for i in self._get_indices(indices)]
 
     def env_is_wrapped(

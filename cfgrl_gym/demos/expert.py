@@ -4,8 +4,6 @@ It solves tasks of the form "pick up X and place it in/on Y", as in libero_objec
 of the current state but for the grasp, so a policy that sees only the present can imitate it.
 """
 
-from dataclasses import dataclass
-
 import numpy as np
 
 from cfgrl_gym.envs.simulator import Simulator
@@ -13,27 +11,19 @@ from cfgrl_gym.envs.simulator import Simulator
 # OSC_POSE (robosuite, controllers/config/osc_pose.json): an action of 1 is 5 cm or 0.5 rad.
 POSITION_SCALE, ROTATION_SCALE = 0.05, 0.5
 OPEN, CLOSE = -1.0, 1.0
+MAX_SPEED, MAX_ROTATION = 0.8, 0.3  # of an action
+CLOSE_STEPS = 8  # control steps until the fingers hold the object
+# Metres.
+APPROACH_HEIGHT = 0.10
+FUNNEL_RADIUS = 0.03  # closer than this in the plane, the hand comes down
+GRASP_TOLERANCE = 0.012
+LIFT_HEIGHT = 0.20
+RELEASE_HEIGHT = 0.12  # of the object above the target's origin
+RELEASE_RADIUS = 0.02
 
 
 class ExpertUnavailableError(ValueError):
     """The task is not a pick-and-place that the scripted expert knows."""
-
-
-@dataclass(frozen=True)
-class ExpertConfig:
-    """Lengths in metres, speeds as action magnitudes (1 is 5 cm a control step)."""
-
-    approach_height: float = 0.10
-    funnel_radius: float = 0.03  # closer than this in the plane, the hand comes down
-    grasp_tolerance: float = 0.012
-    grasp_offset: float = 0.0  # of the grip site from the object's origin
-    close_steps: int = 8
-    lift_height: float = 0.20
-    release_height: float = 0.12  # of the object above the target's origin
-    release_radius: float = 0.02
-    gain: float = 1.0
-    max_speed: float = 0.8
-    max_rotation: float = 0.3
 
 
 def _rotation_error(target: np.ndarray, current: np.ndarray) -> np.ndarray:
@@ -51,13 +41,12 @@ class PickPlaceExpert:
     """Acts in a `Simulator` whose goal is to put one movable object in or on another.
 
     :param simulator: after a reset
-    :param orientation: (3, 3) of the hand, to be held; None for the present one
+    :param orientation: rotation matrix (3, 3) that the hand holds; None: the present one
     :raises ExpertUnavailableError: the goal is of another kind
     """
 
     def __init__(self, simulator: Simulator, orientation: np.ndarray | None = None) -> None:
         self._simulator = simulator
-        self._config = ExpertConfig()
         env = simulator.robosuite_env
         goals = env.parsed_problem["goal_state"]
         if (
@@ -100,35 +89,33 @@ class PickPlaceExpert:
         return not self._closing
 
     def act(self) -> np.ndarray:
-        """The next action, float64 (7,)."""
-        c = self._config
+        """Choose the next action, float64 (7,)."""
         hand, thing, target = self._hand(), self._body(self._object), self._body(self._target)
         grip = OPEN
         if self._released:
             goal = hand + np.array([0, 0, 0.05])
         elif not self._carrying:
-            grasp = thing + np.array([0, 0, c.grasp_offset])
-            goal = grasp.copy()
+            goal = thing.copy()
             distance = np.linalg.norm((goal - hand)[:2])
             # A funnel: over the object until the hand is above it, then straight down.
-            goal[2] += c.approach_height * np.clip((distance - 0.01) / c.funnel_radius, 0, 1)
-            if self._closing or np.abs(grasp - hand).max() < c.grasp_tolerance:
+            goal[2] += APPROACH_HEIGHT * np.clip((distance - 0.01) / FUNNEL_RADIUS, 0, 1)
+            if self._closing or np.abs(thing - hand).max() < GRASP_TOLERANCE:
                 self._closing += 1
                 grip = CLOSE
                 goal = hand
-                self._carrying = self._closing > c.close_steps
+                self._carrying = self._closing > CLOSE_STEPS
         if self._carrying and not self._released:
             grip = CLOSE
-            height = target[2] + c.lift_height
+            height = target[2] + LIFT_HEIGHT
             offset = thing - hand
             away = np.linalg.norm((target - thing)[:2])
             goal = target - offset
-            goal[2] = height if away > c.release_radius else target[2] + c.release_height
+            goal[2] = height if away > RELEASE_RADIUS else target[2] + RELEASE_HEIGHT
             if away > 0.10 and hand[2] < height - 0.05:
                 goal[:2] = hand[:2]  # up before across
-            if away <= c.release_radius and hand[2] - goal[2] < 0.02:
+            if away <= RELEASE_RADIUS and hand[2] - goal[2] < 0.02:
                 self._released, grip = True, OPEN
-        move = np.clip(c.gain * (goal - hand) / POSITION_SCALE, -c.max_speed, c.max_speed)
+        move = np.clip((goal - hand) / POSITION_SCALE, -MAX_SPEED, MAX_SPEED)
         turn = _rotation_error(self.orientation, self._hand_orientation()) / ROTATION_SCALE
-        turn = np.clip(turn, -c.max_rotation, c.max_rotation)
+        turn = np.clip(turn, -MAX_ROTATION, MAX_ROTATION)
         return np.concatenate([move, turn, [grip]])

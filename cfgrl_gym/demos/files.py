@@ -10,20 +10,20 @@ import numpy as np
 
 from cfgrl_gym.whole_files import whole_file
 
-# obs/ key: width, or None for images
+# Vectors in obs/, with their width, and images.
 _OBS_KEYS = {"ee_pos": 3, "ee_ori": 3, "gripper_states": 2}
 _IMAGE_KEYS = ("agentview_rgb", "eye_in_hand_rgb")
-# Which rows of the images were drawn; written only where not all were (see `record`).
+# Which rows of the images were rendered; written only where some were not (see `record`).
 RENDERED_KEY = "images_rendered"
 
 
 class DemonstrationFileError(ValueError):
-    """A file that is not a readable demonstration file in LIBERO's format."""
+    """Raised for a file that is not a readable demonstration file in LIBERO's format."""
 
 
 @dataclass(frozen=True)
 class Demonstration:
-    """One episode of T control steps; observations are those on which the action was chosen."""
+    """One episode of T control steps; each row holds an action and the observation before it."""
 
     actions: np.ndarray  # (T, 7) in [-1, 1]
     states: np.ndarray  # (T, 1 + nq + nv) before each action
@@ -38,14 +38,14 @@ class Demonstration:
 
     @property
     def state(self) -> np.ndarray:
-        """float32 (T, 8): the policy's state vector."""
+        """The policy's state vector of every step, float32 (T, 8)."""
         return np.concatenate([self.ee_pos, self.ee_ori, self.gripper_states], 1).astype(np.float32)
 
 
 def write_demonstrations(
     path: Path, demonstrations: list[Demonstration], *, problem: str, bddl_file: Path
 ) -> None:
-    """Write a file in LIBERO's layout; an existing file is replaced only when all is written."""
+    """Write a file in LIBERO's layout, which replaces an existing one once it is complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as new, h5py.File(new, "w") as file:
         data = file.create_group("data")
@@ -79,26 +79,28 @@ def write_demonstrations(
                 obs[RENDERED_KEY] = demo.images_rendered
 
 
-def _instruction(data: Any, path: Path) -> str:
+def _instruction(data: Any) -> str:
     try:
         info = json.loads(data.attrs["problem_info"])
         text = info["language_instruction"]
     except (KeyError, ValueError, TypeError) as error:
         raise DemonstrationFileError(
-            f"{path}: the attribute problem_info of 'data' must be JSON with a "
-            f"'language_instruction' ({error!r})"
+            f"the attribute problem_info of 'data' must be JSON with a 'language_instruction' "
+            f"({error!r})"
         ) from error
     # Some of LIBERO's own files hold a list of characters.
     if not isinstance(text, str | list) or not all(isinstance(part, str) for part in text):
-        raise DemonstrationFileError(f"{path}: language_instruction must be text; got {text!r:.80}")
+        raise DemonstrationFileError(f"language_instruction must be text; got {text!r:.80}")
     return "".join(text).strip().strip('"')
 
 
-def _own(group: Any, key: str, kind: type, path: Path) -> Any:
-    """A member of a group, if its content is in this file: HDF5 has three ways to show that of
-    any other file instead.
+def _own(group: Any, key: str, kind: type) -> Any:
+    """A member of a group whose content is in this file.
 
-    :raises DemonstrationFileError: it is somewhere else, of another kind, or not there
+    HDF5 has three ways to refer to another file: external links, external storage and virtual
+    datasets.
+
+    :raises DemonstrationFileError: it is in another file, of another kind, or missing
     """
     link = group.get(key, getlink=True)
     inside = isinstance(link, h5py.HardLink)
@@ -107,71 +109,67 @@ def _own(group: Any, key: str, kind: type, path: Path) -> Any:
         inside = member.external is None and not member.is_virtual
     if not inside or not isinstance(member, kind):
         raise DemonstrationFileError(
-            f"{path}: {group.name}/{key} must be a {kind.__name__.lower()} in the file itself; "
+            f"{group.name}/{key} must be a {kind.__name__.lower()} in the file itself; "
             "links and other files are not followed"
         )
     return member
 
 
-def _numbers(group: Any, key: str, path: Path) -> np.ndarray:
-    dataset = _own(group, key, h5py.Dataset, path)
+def _numbers(group: Any, key: str, default: np.ndarray | None = None) -> np.ndarray:
+    """The numbers of a dataset; `default`, if there is one, where the dataset is missing."""
+    if default is not None and key not in group:
+        return default
+    dataset = _own(group, key, h5py.Dataset)
     if dataset.dtype.kind not in "fiub":
-        raise DemonstrationFileError(f"{path}: {group.name}/{key} must hold numbers")
+        raise DemonstrationFileError(f"{group.name}/{key} must hold numbers")
     return np.asarray(dataset)
 
 
-def _read_one(group: Any, name: str, path: Path, prompt: str) -> Demonstration:
+def _read_one(group: Any, prompt: str) -> Demonstration:
     missing = [key for key in ("actions", "obs") if key not in group]
-    obs = _own(group, "obs", h5py.Group, path) if "obs" in group else {}
+    obs = _own(group, "obs", h5py.Group) if "obs" in group else {}
     missing += [f"obs/{key}" for key in (*_OBS_KEYS, *_IMAGE_KEYS) if key not in obs]
     if missing:
         raise DemonstrationFileError(
-            f"{path}: data/{name} lacks {', '.join(missing)}; LIBERO's files have actions and "
+            f"{group.name} lacks {', '.join(missing)}; LIBERO's files have actions and "
             f"obs/{{{', '.join((*_OBS_KEYS, *_IMAGE_KEYS))}}}"
         )
-    actions = np.atleast_1d(_numbers(group, "actions", path)).astype(np.float64)
+    actions = np.atleast_1d(_numbers(group, "actions")).astype(np.float64)
+    vectors = {key: _numbers(obs, key).astype(np.float64) for key in _OBS_KEYS}
+    images = {key: _numbers(obs, key) for key in _IMAGE_KEYS}
     length = len(actions)
-    shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
-        "actions": (actions.shape, (length, 7))
-    }
-    arrays: dict[str, np.ndarray] = {}
-    for key, width in _OBS_KEYS.items():
-        arrays[key] = _numbers(obs, key, path).astype(np.float64)
-        shapes[f"obs/{key}"] = (arrays[key].shape, (length, width))
-    for key in _IMAGE_KEYS:
-        arrays[key] = _numbers(obs, key, path)
-        shape = arrays[key].shape
-        expected = (length, *shape[1:3], 3) if len(shape) == 4 else (length, -1, -1, 3)
-        shapes[f"obs/{key}"] = (shape, expected)
-        if arrays[key].dtype != np.uint8:
-            raise DemonstrationFileError(f"{path}: data/{name}/obs/{key} must be uint8 images")
-    rendered = np.ones(length, dtype=bool)
-    if RENDERED_KEY in obs:
-        rendered = _numbers(obs, RENDERED_KEY, path).astype(bool)
-        shapes[f"obs/{RENDERED_KEY}"] = (rendered.shape, (length,))
+    rendered = _numbers(obs, RENDERED_KEY, np.ones(length)).astype(bool)
+    checked = [
+        ("actions", actions, (length, 7)),
+        *((f"obs/{key}", vectors[key], (length, width)) for key, width in _OBS_KEYS.items()),
+        *((f"obs/{key}", array, (length, *array.shape[1:3], 3)) for key, array in images.items()),
+        (f"obs/{RENDERED_KEY}", rendered, (length,)),
+    ]
     wrong = [
-        f"{key} {given}, expected {want}" for key, (given, want) in shapes.items() if given != want
+        f"{name} {array.shape}, expected {shape}"
+        for name, array, shape in checked
+        if array.shape != shape
     ]
     if wrong or length == 0:
-        raise DemonstrationFileError(
-            f"{path}: data/{name}: wrong shape: {'; '.join(wrong) or 'empty'}"
-        )
-    if not np.isfinite(actions).all() or not all(np.isfinite(arrays[k]).all() for k in _OBS_KEYS):
-        raise DemonstrationFileError(f"{path}: data/{name} holds NaN or infinity")
+        raise DemonstrationFileError(f"{group.name}: wrong shape: {'; '.join(wrong) or 'empty'}")
+    other = [f"obs/{key}" for key, array in images.items() if array.dtype != np.uint8]
+    if other:
+        raise DemonstrationFileError(f"{group.name}: {', '.join(other)} must be uint8 images")
+    if not all(np.isfinite(array).all() for array in (actions, *vectors.values())):
+        raise DemonstrationFileError(f"{group.name} holds NaN or infinity")
     return Demonstration(
         actions=actions,
-        states=_numbers(group, "states", path) if "states" in group else np.empty((length, 0)),
-        joint_states=_numbers(obs, "joint_states", path)
-        if "joint_states" in obs
-        else np.empty((length, 0)),
+        states=_numbers(group, "states", np.empty((length, 0))),
+        joint_states=_numbers(obs, "joint_states", np.empty((length, 0))),
         images_rendered=rendered,
         prompt=prompt,
-        **arrays,
+        **vectors,
+        **images,
     )
 
 
 def read_demonstrations(path: str | Path) -> list[Demonstration]:
-    """All demonstrations of a file, the project's or LIBERO's own.
+    """Read all demonstrations of a file, written by this project or by LIBERO.
 
     :raises DemonstrationFileError: missing, truncated, or lacking what the format needs
     """
@@ -183,21 +181,19 @@ def read_demonstrations(path: str | Path) -> list[Demonstration]:
         )
     try:
         with h5py.File(path, "r") as file:
-            data = _own(file, "data", h5py.Group, path) if "data" in file else {}
-            if not any(n.startswith("demo_") for n in data):
-                raise DemonstrationFileError(f"{path}: no data/demo_* group; is it a LIBERO file?")
-            prompt = _instruction(data, path)
-            names = [n for n in data if n.startswith("demo_")]
-            odd = [n for n in names if not n[5:].isdecimal()]
+            data = _own(file, "data", h5py.Group) if "data" in file else {}
+            names = [name for name in data if name.startswith("demo_")]
+            if not names:
+                raise DemonstrationFileError("no data/demo_* group; is it a LIBERO file?")
+            prompt = _instruction(data)
+            odd = [name for name in names if not name[5:].isdecimal()]
             if odd:
-                raise DemonstrationFileError(f"{path}: data/{odd[0]} is not named demo_<number>")
-            names.sort(key=lambda n: int(n[5:]))
-            return [
-                _read_one(_own(data, name, h5py.Group, path), name, path, prompt) for name in names
-            ]
-    except DemonstrationFileError:
-        raise
-    except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:  # what HDF5 says
+                raise DemonstrationFileError(f"data/{odd[0]} is not named demo_<number>")
+            names.sort(key=lambda name: int(name[5:]))
+            return [_read_one(_own(data, name, h5py.Group), prompt) for name in names]
+    except DemonstrationFileError as error:
+        raise DemonstrationFileError(f"{path}: {error}") from error
+    except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:  # HDF5's own
         raise DemonstrationFileError(
             f"{path}: not a readable HDF5 file ({error}); truncated? make or copy it again"
         ) from error

@@ -1,8 +1,10 @@
 """Recording scripted demonstrations on real LIBERO, several processes at a time."""
 
 import multiprocessing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -19,11 +21,11 @@ MAX_TRIES_PER_DEMO = 10
 
 @dataclass(frozen=True)
 class RecordingConfig:
-    """What to record.
+    """Settings of a recording.
 
     :param suite: suite of the task
     :param task_id: the task
-    :param demos: successful demonstrations of the task
+    :param demos: number of successful demonstrations
     :param image_size: side of the two camera images in pixels
     :param image_stride: draw the images at every n-th step only, which is faster; rows between
         repeat the last one, and `obs/images_rendered` tells which are which. 1 draws all, as
@@ -58,8 +60,14 @@ def _disturb(simulator: Simulator, expert: PickPlaceExpert, rng: np.random.Gener
     simulator.settle(3)
 
 
-def record_one(config: RecordingConfig, simulator: Simulator, seed: int) -> Demonstration | None:
+@lru_cache(maxsize=1)  # one in each process
+def _simulator(config: RecordingConfig) -> Simulator:
+    return build_simulator(select_tasks(config.suite, config.task_id)[0], config.image_size)
+
+
+def _record_one(config: RecordingConfig, seed: int) -> Demonstration | None:
     """One episode with the placement of `seed`; None where the expert fails."""
+    simulator = _simulator(config)
     rng = np.random.default_rng([config.seed, seed])
     simulator.reset(seed, None)
     simulator.settle(SETTLE_STEPS)
@@ -92,7 +100,7 @@ def record_one(config: RecordingConfig, simulator: Simulator, seed: int) -> Demo
             rows.setdefault(key, []).append(value)
         success = simulator.advance(action)
         if simulator.fault() is not None:
-            return None  # nobody is to learn from that
+            return None  # the simulation broke: not an example to learn from
         if success:
             arrays = {key: np.stack(values) for key, values in rows.items()}
             return Demonstration(
@@ -101,22 +109,8 @@ def record_one(config: RecordingConfig, simulator: Simulator, seed: int) -> Demo
     return None
 
 
-_worker: tuple[RecordingConfig, Simulator] | None = None
-
-
-def _start_worker(config: RecordingConfig) -> None:
-    global _worker
-    task = select_tasks(config.suite, config.task_id)[0]
-    _worker = (config, build_simulator(task, config.image_size))
-
-
-def _work(seed: int) -> Demonstration | None:
-    assert _worker is not None
-    return record_one(*_worker, seed)
-
-
 def record(config: RecordingConfig) -> Iterator[Demonstration]:
-    """Successful demonstrations as they come, `config.demos` of them, the same for equal seeds.
+    """Yield `config.demos` successful demonstrations as they come, the same for equal seeds.
 
     :raises ExpertUnavailableError: the task is not a pick-and-place
     :raises RuntimeError: the expert fails too often on this task
@@ -127,26 +121,19 @@ def record(config: RecordingConfig) -> Iterator[Demonstration]:
         )
     first_seed = 1_000_000 * config.seed
     seeds = range(first_seed, first_seed + config.demos * MAX_TRIES_PER_DEMO)
-    if config.workers <= 1:
-        _start_worker(config)
-        yield from _take(map(_work, seeds), config)
-        return
-    # 'spawn': a render context must not be inherited
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(config.workers, _start_worker, (config,)) as pool:
-        yield from _take(pool.imap(_work, seeds), config)
-
-
-def _take(
-    results: Iterator[Demonstration | None], config: RecordingConfig
-) -> Iterator[Demonstration]:
     found = 0
-    for result in results:
-        if result is not None:
-            yield result
-            found += 1
-            if found == config.demos:
-                return
+    with ExitStack() as stack:
+        attempts: Callable[..., Iterable[Demonstration | None]] = map
+        if config.workers > 1:
+            # 'spawn': a render context must not be inherited
+            context = multiprocessing.get_context("spawn")
+            attempts = stack.enter_context(context.Pool(config.workers)).imap
+        for demonstration in attempts(partial(_record_one, config), seeds):
+            if demonstration is not None:
+                yield demonstration
+                found += 1
+                if found == config.demos:
+                    return
     raise RuntimeError(
         f"the expert solved only {found} of {config.demos * MAX_TRIES_PER_DEMO} placements of "
         f"{config.suite} task {config.task_id}; ask for fewer demos or another task"
@@ -154,7 +141,7 @@ def _take(
 
 
 def demonstration_path(folder: Path, suite: str, task_id: int) -> Path:
-    """Where LIBERO's datasets keep a task: `<folder>/<suite>/<task>_demo.hdf5`."""
+    """Return the path of a task's file in LIBERO's layout: `<suite>/<task>_demo.hdf5`."""
     return folder / suite / f"{select_tasks(suite, task_id)[0].name}_demo.hdf5"
 
 

@@ -7,7 +7,7 @@ from cfgrl_gym.whole_files import sha256
 
 
 class BaseCheckpoint:
-    """A checkpoint in use, and its files as they were when their weights were read.
+    """A checkpoint in use, with the state of its files when their weights were read.
 
     :param name: folder or hub name
     :param files: its weight files
@@ -26,7 +26,7 @@ class BaseCheckpoint:
         return [(stat.st_size, stat.st_mtime_ns) if stat else (-1, -1) for stat in stats]
 
     def hashes(self) -> dict[str, str] | None:
-        """SHA-256 of each file, by file name; None if the weights came from earlier files.
+        """Compute the SHA-256 of each file, by file name; None if a file has changed since.
 
         The first call reads the files (13 GB at full size), later ones look at size and time.
         """
@@ -37,9 +37,9 @@ class BaseCheckpoint:
         return self._hashes
 
     def verify(self, expected: Mapping[str, str]) -> None:
-        """Make sure that these are the weights a .zip was saved with.
+        """Check that these are the weights a .zip was saved with.
 
-        :param expected: what `hashes` gave then
+        :param expected: what `hashes` returned then
         :raises ValueError: other files, or other contents
         """
         hashes = self.hashes()
@@ -47,11 +47,11 @@ class BaseCheckpoint:
             raise ValueError(
                 f"the base checkpoint '{self.name}' has changed since this was saved: its weights "
                 f"have sha256 {shortened(hashes or {})}, but {shortened(expected)} is needed. "
-                "What was trained belongs to those frozen weights: bring the old checkpoint back, "
-                "or give its place: CFGRL.load(path, checkpoint=FOLDER)"
+                "What was trained belongs to those frozen weights: restore the old checkpoint, "
+                "or say where it is: CFGRL.load(path, checkpoint=FOLDER)"
             )
 
 
 def shortened(hashes: Mapping[str, str]) -> str:
-    """Hashes for an error message."""
+    """Format hashes for an error message."""
     return ", ".join(f"{digest[:12]}… ({name})" for name, digest in sorted(hashes.items()))

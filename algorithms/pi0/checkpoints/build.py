@@ -1,24 +1,17 @@
-"""Building a PI0 policy's parts: new, or from a checkpoint; and writing a checkpoint."""
+"""Building a PI0 policy's parts: new, or from a checkpoint."""
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, get_origin
 
-from torch import Tensor
+import torch
 
 from cfgrl_gym.algorithms.pi0.checkpoints.base import BaseCheckpoint, shortened
 from cfgrl_gym.algorithms.pi0.checkpoints.formats import Source, is_hub_name, read_source
 from cfgrl_gym.algorithms.pi0.checkpoints.shipped import SHIPPED, find_shipped
-from cfgrl_gym.algorithms.pi0.checkpoints.stats import STATS_FILE
-from cfgrl_gym.algorithms.pi0.checkpoints.weights import DTYPES, is_conditional, load_model
-from cfgrl_gym.algorithms.pi0.condition import (
-    CONDITION_MODES,
-    ConditionMode,
-    Pi0CFGRLConfig,
-    check_condition_mode,
-)
+from cfgrl_gym.algorithms.pi0.checkpoints.weights import is_conditional, load_model
+from cfgrl_gym.algorithms.pi0.condition import ConditionMode, Pi0CFGRLConfig
 from cfgrl_gym.algorithms.pi0.model import Pi0ForCFGRL
 from cfgrl_gym.algorithms.pi0.presets import PRESETS, Preset, TinySizes, new_model, tiny_config
 from cfgrl_gym.algorithms.pi0.tokenizer import (
@@ -39,10 +32,10 @@ VlmDtype = Literal["float32", "bfloat16"]
 
 @dataclass(frozen=True)
 class Pi0PolicyConfig:
-    """What makes a PI0 policy what it is, beside its weights and statistics.
+    """The settings of a PI0 policy that are saved beside its weights and statistics.
 
-    The fields are `Pi0Policy`'s parameters of these names, decided. `tokenizer` is None where the
-    tokens are bytes; `cameras` is None in files of the first version.
+    The fields are `Pi0Policy`'s parameters of these names, with every default resolved. `tokenizer`
+    is None where the tokens are bytes; `cameras` is None in files of the first version.
     """
 
     preset: Preset
@@ -55,17 +48,13 @@ class Pi0PolicyConfig:
     cameras: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
-        for name, choices in (
-            ("preset", PRESETS),
-            ("condition_mode", CONDITION_MODES),
-            ("trainable", TRAINABLE),
-            ("vlm_dtype", tuple(DTYPES)),
-        ):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be one of {choices}; got {getattr(self, name)!r}")
-        for name in ("use_prefix_dropout", "delta_actions"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name} must be true or false; got {getattr(self, name)!r}")
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.type is bool and not isinstance(value, bool):
+                raise ValueError(f"{field.name} must be true or false; got {value!r}")
+            choices = get_args(field.type)
+            if get_origin(field.type) is Literal and value not in choices:
+                raise ValueError(f"{field.name} must be one of {choices}; got {value!r}")
         if not isinstance(self.tokenizer, str | Path | None):
             raise ValueError(f"tokenizer must be a folder or hub name; got {self.tokenizer!r}")
         cameras = () if self.cameras is None else self.cameras
@@ -80,7 +69,7 @@ class Pi0PolicyConfig:
 
 @dataclass(frozen=True)
 class Parts:
-    """What a policy is made of."""
+    """The parts that a policy is made of."""
 
     model: Pi0ForCFGRL
     tokenizer: PromptTokenizer
@@ -102,14 +91,14 @@ def build(
     seed: int | None,
     available: tuple[str, ...],
 ) -> Parts:
-    """The parts of a policy, from the constructor's arguments (see `Pi0Policy`).
+    """Build the parts of a policy from the constructor's arguments (see `Pi0Policy`).
+
+    Weights are read last, so that every other error comes first.
 
     :param given: fields of `Pi0PolicyConfig`; one that is None takes the checkpoint's value, or the
         preset's
     :param chunk_size: of the action space
     :param available: the cameras that the observation space has
-
-    Weights are read last: whatever else is wrong is said before.
     """
     preset = given["preset"]
     if preset not in PRESETS:
@@ -156,7 +145,7 @@ def build(
     stats = _find_stats(norm_stats, source, preset)
     prompts = PaliGemmaTokenizer(tokenizer, places) if preset == "pi0" else ByteTokenizer()
     if source is None:
-        model = new_model(config, seed, DTYPES[policy_config.vlm_dtype])
+        model = new_model(config, seed, getattr(torch, policy_config.vlm_dtype))
         return Parts(model, prompts, stats, policy_config, base=None)
     found = BaseCheckpoint(source.name, source.files)
     if base is not None:
@@ -165,29 +154,8 @@ def build(
     return Parts(model, prompts, stats, policy_config, found if pretrained else None)
 
 
-def save_checkpoint(
-    folder: Path,
-    model: Pi0ForCFGRL,
-    norm_stats: NormStats,
-    config: Pi0PolicyConfig,
-    tokenizer: PromptTokenizer,
-    state_dict: dict[str, Tensor] | None = None,
-) -> None:
-    """Write model.safetensors, config.json, norm_stats.json, pi0_policy.json and the tokenizer.
-
-    :param state_dict: weights to write in place of the model's own
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(folder, state_dict=state_dict)
-    norm_stats.save(folder / STATS_FILE)
-    if isinstance(tokenizer, PaliGemmaTokenizer):
-        tokenizer.save_pretrained(folder)
-    text = json.dumps(asdict(config), indent=2) + "\n"
-    (folder / POLICY_FILE).write_text(text, encoding="utf-8")
-
-
 def read_policy_file(folder: Path) -> dict[str, Any]:
-    """What `save_checkpoint` wrote of a policy's configuration; empty where there is none.
+    """Read the policy's configuration that `save_pretrained` wrote; empty where there is none.
 
     :raises ValueError: damaged, or from another version
     """
@@ -195,9 +163,6 @@ def read_policy_file(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     saved = read_json_object(path, "save the policy again")
-    expected = {field.name for field in fields(Pi0PolicyConfig)}
-    if set(saved) | {"cameras"} != expected:
-        raise ValueError(f"'{path}' should hold {sorted(expected)}; save the policy again")
     try:
         Pi0PolicyConfig(**saved)
     except (ValueError, TypeError) as error:
@@ -259,7 +224,7 @@ def _checkpoint_config(
                 f"condition_mode='{config.condition_mode}', not '{condition_mode}'; leave "
                 "condition_mode out, or start from an unconditional checkpoint"
             )
-        config.condition_mode = check_condition_mode(condition_mode)
+        config.condition_mode = condition_mode
     if horizon is not None:
         config.chunk_size = horizon  # no weight depends on it
     return config
@@ -268,8 +233,11 @@ def _checkpoint_config(
 def _find_tokenizer(
     given: str | None, source: Source | None, saved: dict[str, Any]
 ) -> tuple[str, Places]:
-    """Preset "pi0"'s tokenizer, and where it is looked for: what only a file names leads to no
-    folder of this machine, and for a local checkpoint to no network."""
+    """Preset "pi0"'s tokenizer, and where it may be looked for.
+
+    A name that only a file gives never leads to a folder of this machine, and for a local
+    checkpoint never to the network.
+    """
     if given or source is None:
         return given or PALIGEMMA_TOKENIZER, "anywhere"
     if source.tokenizer == str(source.folder):

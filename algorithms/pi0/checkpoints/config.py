@@ -2,8 +2,8 @@
 
 LeRobot's and openpi's config.json name variants ("gemma_2b") but no sizes; the headers of the
 weight files hold every shape, and reading them costs nothing. transformers' config.json has the
-sizes, but a model of these sizes is made before its weights are read: what isn't the tensors' is
-refused before it can take all memory.
+sizes, but the model is built from them before its weights are read: sizes that differ from the
+tensors' are refused first, because they could take all memory.
 """
 
 import math
@@ -14,14 +14,15 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from transformers import PI0Config
 
+from cfgrl_gym.algorithms.pi0.checkpoints.files import refuse
 from cfgrl_gym.algorithms.pi0.condition import Pi0CFGRLConfig
 
 Shapes = Mapping[str, tuple[int, ...]]
 
 VISION_HEAD_DIM = 72  # SigLIP So400m: 1152 / 16 heads
 LONGEST_CHUNK = 10_000  # no tensor shows the horizon; this many actions are minutes of motion
-# They choose code, at worst a kernel that is fetched from the hub, or what a pass returns beside
-# its result; a file may choose neither.
+# Settings that choose code (at worst a kernel fetched from the hub) or extra outputs of a forward
+# pass: no file may choose either.
 _NOT_FOR_A_FILE = (
     *("attn_implementation", "experts_implementation", "auto_map", "use_kernels"),
     *("output_attentions", "output_hidden_states", "return_dict"),
@@ -55,7 +56,7 @@ _SHOWN: dict[str, _Rows] = {
 
 
 def read_shapes(files: Sequence[Path]) -> Shapes:
-    """The shape of every tensor, from the files' headers.
+    """Read the shape of every tensor from the files' headers.
 
     :raises ValueError: a file is no safetensors file, or cut short
     """
@@ -76,7 +77,7 @@ def read_shapes(files: Sequence[Path]) -> Shapes:
 def config_from_shapes(
     folder: Path, shapes: Shapes, fields: Mapping[str, Any] | None = None
 ) -> Pi0CFGRLConfig:
-    """The configuration of a model whose config.json says no sizes.
+    """Derive the configuration of a model whose config.json gives no sizes.
 
     :param folder: for error messages
     :param fields: what no shape shows, such as chunk_size
@@ -92,9 +93,7 @@ def config_from_shapes(
                     "is it a complete PI0 checkpoint?"
                 )
     content = PI0Config().to_dict()
-    vlm = content["vlm_config"]
-    vision, text, expert = vlm["vision_config"], vlm["text_config"], content["dit_config"]
-    parts = {"vision": vision, "text": text, "expert": expert, "vlm": vlm, "model": content}
+    parts = _parts(content)
     for (part, size), shown in sizes.items():
         if size in parts[part]:
             parts[part][size] = shown
@@ -104,14 +103,16 @@ def config_from_shapes(
         heads = sizes[part, "num_attention_heads * head_dim"] // head_dim
         parts[part] |= {"num_attention_heads": heads, "num_key_value_heads": 1}
         parts[part] |= {"head_dim": head_dim, "vocab_size": vocab_size}
+    vision = parts["vision"]
     vision["num_attention_heads"] = max(1, sizes["vision", "hidden_size"] // VISION_HEAD_DIM)
     vision["image_size"] = vision["patch_size"] * math.isqrt(sizes["vision", "patches"])
-    vlm["image_token_index"] = vocab_size  # beyond the vocabulary: no word is taken for an image
+    # Beyond the vocabulary, so that no word is taken for an image.
+    parts["vlm"]["image_token_index"] = vocab_size
     return _checked(folder, {**content, **(fields or {})}, shapes)
 
 
 def config_from_file(folder: Path, raw: dict[str, Any], shapes: Shapes) -> Pi0CFGRLConfig:
-    """transformers' config.json as a configuration.
+    """Build the configuration that transformers' config.json describes.
 
     :param raw: its content
     :raises ValueError: not a PI0's, or not of this checkpoint
@@ -125,7 +126,7 @@ def config_from_file(folder: Path, raw: dict[str, Any], shapes: Shapes) -> Pi0CF
 
 
 def _without_choices(raw: Any) -> Any:
-    """A configuration without what no file may choose."""
+    """A configuration without the settings that no file may choose."""
     if isinstance(raw, list):
         return [_without_choices(value) for value in raw]
     if not isinstance(raw, dict):
@@ -139,18 +140,11 @@ def _without_choices(raw: Any) -> Any:
 
 def _checked(folder: Path, content: dict[str, Any], shapes: Shapes) -> Pi0CFGRLConfig:
     """:raises ValueError: no PI0 configuration, or its sizes aren't those of the tensors."""
-    try:
+    with refuse(f"'{folder / 'config.json'}' is no PI0 configuration"):
         config = Pi0CFGRLConfig.from_dict(content)
-    except MemoryError:
-        raise
-    except Exception as error:  # errors of many kinds
-        raise ValueError(
-            f"'{folder / 'config.json'}' is no PI0 configuration ({error!r:.300}); download the "
-            "checkpoint again"
-        ) from error
-    wrong = []
+    wrong, parts = [], _parts(config.to_dict())
     for (part, size), shown in _sizes(shapes).items():
-        given = _configured(config, part, size)
+        given = _configured(parts[part], size)
         if type(given) is not int or given != shown:
             wrong.append(f"{part} {size} {given!r}, not {shown}")
     chunk = config.chunk_size
@@ -186,18 +180,17 @@ def _sizes(shapes: Shapes) -> dict[tuple[str, str], int]:
     return sizes
 
 
-def _configured(config: Any, part: str, size: str) -> Any:
-    """What a configuration says of a size; a factor of it that is no size, as it stands there."""
-    vlm = config.vlm_config
-    of: Any = {
-        "vision": vlm.vision_config,
-        "expert": config.dit_config,
-        "text": vlm.text_config,
-        "vlm": vlm,
-        "model": config,
-    }[part]
+def _parts(content: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The configuration of each part that `_SHOWN` names."""
+    vlm = content["vlm_config"]
+    vision, text, expert = vlm["vision_config"], vlm["text_config"], content["dit_config"]
+    return {"vision": vision, "text": text, "expert": expert, "vlm": vlm, "model": content}
+
+
+def _configured(part: dict[str, Any], size: str) -> Any:
+    """The size that a part's configuration gives, or a factor of it that is no positive integer."""
     if size == "patches":
-        return (of.image_size // of.patch_size) ** 2
-    factors = [getattr(of, name) for name in size.split(" * ")]
+        return (part["image_size"] // part["patch_size"]) ** 2
+    factors = [part[name] for name in size.split(" * ")]
     wrong = [factor for factor in factors if type(factor) is not int or factor < 1]
     return wrong[0] if wrong else math.prod(factors)

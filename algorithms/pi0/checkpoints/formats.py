@@ -9,15 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
 from cfgrl_gym.algorithms.pi0.checkpoints.config import (
     Shapes,
     config_from_file,
     config_from_shapes,
     read_shapes,
 )
+from cfgrl_gym.algorithms.pi0.checkpoints.files import fetch, refuse
 from cfgrl_gym.algorithms.pi0.checkpoints.stats import (
     PREPROCESSOR,
     STATS_FILE,
@@ -48,8 +46,7 @@ OTHER_MODELS = {
     "diffusion": "Diffusion Policy",
     "paligemma": "PaliGemma (without PI0's action expert)",
 }
-# In all formats a normal PI0 has these; what pi0.5 and pi0-FAST lack or have instead tells them.
-_STATE_PROJECTION = re.compile(r"(^|\.)state_proj\.weight$")
+# Tensors that only pi0.5 has, and tensors that every PI0 has but pi0-FAST lacks, in all formats.
 _PI05 = re.compile(r"(^|\.)time_mlp_in\.|(input|post_attention)_layernorm\.dense\.")
 _EXPERT = re.compile(r"gemma_expert|(^|\.)dit\.|(^|\.)action_in_proj\.")
 
@@ -118,13 +115,8 @@ def locate(checkpoint: str | Path) -> Path:
             f"checkpoint folder '{checkpoint}' does not exist; give a PI0 checkpoint folder, or a "
             "hub name such as lerobot/pi0_base"
         )
-    try:
-        return Path(snapshot_download(str(checkpoint), allow_patterns=list(HUB_FILES)))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise FileNotFoundError(
-            f"checkpoint '{checkpoint}' is no local folder and could not be had from the hub "
-            f"({_first_line(error)}); download it where there is a network and give its folder"
-        ) from error
+    remedy = "Download it where there is a network and give its folder"
+    return fetch("checkpoint", str(checkpoint), HUB_FILES, remedy)
 
 
 def is_hub_name(name: str | Path) -> bool:
@@ -133,23 +125,18 @@ def is_hub_name(name: str | Path) -> bool:
 
 
 def read_source(checkpoint: str | Path) -> Source:
-    """Look into a checkpoint.
+    """Read what a checkpoint is from its configuration and the headers of its weight files.
 
     :param checkpoint: folder or hub name
     :raises FileNotFoundError: no such checkpoint, or no weights in it
     :raises ValueError: another model's, another format's, or damaged
     """
     folder = locate(checkpoint)
-    raw = _read_config(folder)
-    try:
+    config = folder / "config.json"  # openpi's own PyTorch trainer writes none
+    raw = read_json_object(config) if config.is_file() else {}
+    clear = (ValueError, OSError, MemoryError)
+    with refuse(f"'{config}' is no PI0 configuration", but=clear):
         return _read_source(checkpoint, folder, raw)
-    except (ValueError, OSError, MemoryError):
-        raise
-    except Exception as error:  # whatever transformers makes of a file that is no configuration
-        raise ValueError(
-            f"'{folder / 'config.json'}' is no PI0 configuration ({_first_line(error)}); download "
-            "the checkpoint again"
-        ) from error
 
 
 def _read_source(checkpoint: str | Path, folder: Path, raw: dict[str, Any]) -> Source:
@@ -235,15 +222,6 @@ def _check_is_pi0(name: str, shapes: Shapes) -> None:
         )
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
-    if path.is_file():
-        return read_json_object(path)
-    # openpi's own PyTorch trainer writes no config.json.
-    weight_files(folder)
-    return {}
-
-
 def _check_normalization(folder: Path, raw: dict[str, Any]) -> None:
     modes = raw.get("normalization_mapping") or {}
     for part in ("STATE", "ACTION"):
@@ -282,7 +260,3 @@ def _lerobot_tokenizer(folder: Path) -> str | None:
         if name and is_hub_name(name):
             return str(name)
     return None
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

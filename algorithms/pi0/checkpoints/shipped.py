@@ -9,23 +9,21 @@ SHIPPED = ("libero_tiny",)
 
 
 def find_shipped(checkpoint: str | Path) -> str:
-    """The folder of a shipped policy, or what was asked for: a folder there is comes first.
+    """Return the folder of a shipped policy, or the given name where it names none.
 
-    :raises ValueError: the shipped policy isn't as it was shipped
+    An existing folder of that name takes precedence.
+
+    :raises ValueError: a file of the shipped policy differs from its checksum
     """
     name = str(checkpoint)
     if name in SHIPPED and not Path(name).is_dir():
         folder = Path(__file__).parent.parent / name
-        _check(folder)
+        for line in (folder / "SHA256SUMS").read_text(encoding="utf-8").splitlines():
+            expected, _, file = line.partition("  ")
+            if not (folder / file).is_file() or sha256(folder / file) != expected:
+                raise ValueError(
+                    f"'{folder / file}' is not the file that cfgrl-gym ships; install cfgrl-gym "
+                    "again"
+                )
         return str(folder)
     return name
-
-
-def _check(folder: Path) -> None:
-    """7 MB, compared in milliseconds."""
-    for line in (folder / "SHA256SUMS").read_text(encoding="utf-8").splitlines():
-        expected, _, file = line.partition("  ")
-        if not (folder / file).is_file() or sha256(folder / file) != expected:
-            raise ValueError(
-                f"'{folder / file}' is not the file that cfgrl-gym ships; install cfgrl-gym again"
-            )

@@ -21,12 +21,12 @@ _OLD_BUFFERS = {
     "state": ("normalize_inputs.buffer_observation_state",),
     "actions": ("unnormalize_outputs.buffer_action", "normalize_targets.buffer_action"),
 }
+_VECTORS = ("mean", "std", "q01", "q99")
 OLD_BUFFER_PREFIXES = ("normalize_inputs.", "normalize_targets.", "unnormalize_outputs.")
-Vectors = dict[str, list[float]]
 
 
 def openpi_stats(folder: Path) -> NormStats | None:
-    """openpi's assets/<asset id>/norm_stats.json.
+    """Read openpi's assets/<asset id>/norm_stats.json; None where there is none.
 
     :raises ValueError: several of them
     """
@@ -41,31 +41,29 @@ def openpi_stats(folder: Path) -> NormStats | None:
 
 
 def lerobot_stats(folder: Path, weights: Sequence[Path]) -> NormStats | None:
-    """Statistics in the state files of LeRobot's processors, or in the weights of older versions.
+    """Read the statistics in LeRobot's processors, or in the weights of older versions.
 
     :raises ValueError: the wrong length, or damaged
     """
-    vectors: dict[str, Vectors] = {part: {} for part in _FEATURES}
-    for file in _state_files(folder):
-        for part, (feature, _) in _FEATURES.items():
-            vectors[part] |= _read(file, feature)
+    files = _state_files(folder)
+    vectors = {part: _read(files, [feature]) for part, (feature, _) in _FEATURES.items()}
     if not any(vectors.values()):
-        for file, (part, buffers) in product(weights, _OLD_BUFFERS.items()):
-            for buffer, prefix in product(buffers, ("", "model.")):
-                vectors[part] |= _read(file, f"{prefix}{buffer}")
+        vectors = {
+            part: _read(weights, [f"{prefix}{name}" for name in names for prefix in ("", "model.")])
+            for part, names in _OLD_BUFFERS.items()
+        }
     if not any(vectors.values()):
         return None
     where = f"statistics of checkpoint '{folder}'"
-    return NormStats(
-        *(
-            moments_of(vectors[part], feature, size, where)
-            for part, (feature, size) in _FEATURES.items()
-        )
+    state, actions = (
+        moments_of(vectors[part], feature, size, where)
+        for part, (feature, size) in _FEATURES.items()
     )
+    return NormStats(state, actions)
 
 
 def processor_steps(folder: Path, name: str) -> list[dict[str, Any]]:
-    """The steps of one of LeRobot's processors; none where the folder hasn't it.
+    """Read the steps of one of LeRobot's processors; none where the folder lacks its file.
 
     :raises ValueError: damaged
     """
@@ -94,16 +92,19 @@ def _state_files(folder: Path) -> list[Path]:
     return files
 
 
-def _read(file: Path, feature: str) -> Vectors:
-    try:
-        with safe_open(file, framework="pt") as tensors:
-            names = set(tensors.keys())
-            found = {
-                key: tensors.get_tensor(f"{feature}.{key}").to(torch.float64).flatten()
-                for key in ("mean", "std", "q01", "q99")
-                if f"{feature}.{key}" in names
-            }
-    except SafetensorError as error:
-        raise ValueError(f"'{file}' can't be read ({error}); download it again") from error
-    # Older versions wrote infinity where no statistics had been set.
-    return {key: vector.tolist() for key, vector in found.items() if not vector.isinf().all()}
+def _read(files: Sequence[Path], names: Sequence[str]) -> dict[str, list[float]]:
+    """The vectors "<name>.mean" and so on; of several the last counts."""
+    found: dict[str, list[float]] = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                present = set(tensors.keys())
+                for name, key in product(names, _VECTORS):
+                    if f"{name}.{key}" in present:
+                        vector = tensors.get_tensor(f"{name}.{key}").to(torch.float64).flatten()
+                        # Older versions wrote infinity where no statistics had been set.
+                        if not vector.isinf().all():
+                            found[key] = vector.tolist()
+        except SafetensorError as error:
+            raise ValueError(f"'{file}' can't be read ({error}); download it again") from error
+    return found

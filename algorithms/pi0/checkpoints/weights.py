@@ -1,4 +1,4 @@
-"""A model from a checkpoint's weights: every tensor accounted for."""
+"""Loading a model from a checkpoint's weights, with every tensor accounted for."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -7,40 +7,34 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from cfgrl_gym.algorithms.pi0.checkpoints.files import refuse
 from cfgrl_gym.algorithms.pi0.checkpoints.formats import Source
 from cfgrl_gym.algorithms.pi0.checkpoints.stats import OLD_BUFFER_PREFIXES
 from cfgrl_gym.algorithms.pi0.condition import Pi0CFGRLConfig
 from cfgrl_gym.algorithms.pi0.model import Pi0ForCFGRL
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SHOWN = 5  # tensor names in an error message
 
 
 def load_model(source: Source, config: Pi0CFGRLConfig, vlm_dtype: str) -> Pi0ForCFGRL:
-    """The checkpoint's model.
+    """Load a checkpoint's model.
 
     :param vlm_dtype: "float32" or "bfloat16". Expert, projections and condition are float32,
         whatever the file holds
     :raises ValueError: tensors are missing, superfluous or of another shape
     """
     state = _read_state(source)
-    try:
+    # An activation that doesn't exist, heads that don't divide the width, ...
+    with refuse(f"checkpoint '{source.name}': its config.json makes no model"):
         loaded: Any = Pi0ForCFGRL.from_pretrained(
             None,
             config=config,
             state_dict=state,
-            dtype=DTYPES[vlm_dtype],
+            dtype=getattr(torch, vlm_dtype),
             ignore_mismatched_sizes=True,  # counted below, with the rest
             output_loading_info=True,
             local_files_only=True,
         )
-    except MemoryError:
-        raise
-    except Exception as error:  # an activation that isn't one, heads that don't divide, ...
-        raise ValueError(
-            f"checkpoint '{source.name}': its config.json makes no model ({error!r:.300}); "
-            "download it again"
-        ) from error
     model: Pi0ForCFGRL = loaded[0]
     report: dict[str, Any] = loaded[1]
     missing = set(report["missing_keys"])
@@ -79,7 +73,7 @@ def is_conditional(names: Iterable[str]) -> bool:
 
 
 def _read_state(source: Source) -> dict[str, Tensor]:
-    """The file's tensors, mapped, not read; without LeRobot's old statistics."""
+    """The files' tensors, memory-mapped, without the statistics in LeRobot's old files."""
     state = {}
     for file in source.files:
         with safe_open(file, framework="pt") as tensors:
