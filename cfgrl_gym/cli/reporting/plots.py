@@ -10,7 +10,6 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from cfgrl_gym.cli.reporting.checks import PARTS, TimeSpent
 from cfgrl_gym.cli.reporting.comparison import Comparison, Sweep
 from cfgrl_gym.cli.reporting.curves import Line, Panel, Point
 from cfgrl_gym.cli.reporting.figures import (
@@ -28,6 +27,7 @@ from cfgrl_gym.cli.reporting.figures import (
 )
 from cfgrl_gym.cli.reporting.methods import Method
 from cfgrl_gym.cli.reporting.rates import Rate
+from cfgrl_gym.cli.reporting.times import PARTS, TimeSpent
 
 SUCCESS = "success"
 # of the parts, and of the text on them

@@ -73,6 +73,27 @@ class Training(Run):
         """The values of a column, in the rows that have one."""
         return [row[name] for row in self.rows if name in row]
 
+    def ends(self, name: str) -> tuple[float, float] | None:
+        """The first and the last value of a column."""
+        values = self.column(name)
+        return (values[0], values[-1]) if values else None
+
+    def total(self, name: str) -> int:
+        """The sum of a column of counts."""
+        return round(sum(self.column(name)))
+
+    @property
+    def dropped(self) -> Rate | None:
+        """Conditions dropped, of the positives' uses; None if the log doesn't count them."""
+        uses = self.total("train/conditioned_count")
+        return Rate(self.total("train/dropout_count"), uses) if uses else None
+
+    @property
+    def dropped_as_asked(self) -> bool | None:
+        """Whether dropout_prob lies in the interval of what was dropped."""
+        asked = self.config.get("dropout_prob")
+        return None if self.dropped is None or asked is None else self.dropped.contains(asked)
+
     @property
     def episodes(self) -> int | None:
         """Training episodes that were finished; None: not logged."""
