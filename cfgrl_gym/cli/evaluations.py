@@ -15,11 +15,12 @@ from stable_baselines3.common.logger import Logger, make_output_format
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
 from cfgrl_gym.algorithms import CFGRL
-from cfgrl_gym.algorithms.evaluation import evaluate, wilson_interval
+from cfgrl_gym.algorithms.evaluation import evaluate
 from cfgrl_gym.algorithms.groups import Start
 from cfgrl_gym.algorithms.policies import FlowPolicy
 from cfgrl_gym.cli.configs import TrainConfig
 from cfgrl_gym.cli.environments import ENVIRONMENT
+from cfgrl_gym.cli.reporting.rates import Rate
 from cfgrl_gym.cli.run_folder import EVALUATIONS_FILE
 from cfgrl_gym.cli.run_logs import progress_bar
 from cfgrl_gym.envs.suites import load_init_states, select_tasks
@@ -58,15 +59,6 @@ def as_list(given: float | list[float] | None) -> list[float]:
     return [float(value) for value in (given if isinstance(given, list) else [given])]
 
 
-def _rate(successes: int, episodes: int) -> dict[str, Any]:
-    return {
-        "success_rate": successes / episodes,
-        "interval_95": list(wilson_interval(successes, episodes)),
-        "successes": successes,
-        "n_episodes": episodes,
-    }
-
-
 def measure(
     policy: FlowPolicy,
     env: VecEnv,
@@ -95,9 +87,9 @@ def measure(
         by_task.setdefault(episode.task_id, []).append(episode.success)
     return {
         "cfg_scale": scale,
-        **_rate(evaluation.successes, len(evaluation.episodes)),
+        **Rate(evaluation.successes, len(evaluation.episodes)).as_json(),
         "guidance_gap": evaluation.guidance_gap,
-        "tasks": {str(task): _rate(sum(done), len(done)) for task, done in by_task.items()},
+        "tasks": {str(t): Rate(sum(done), len(done)).as_json() for t, done in by_task.items()},
         "episodes": [asdict(episode) for episode in evaluation.episodes],
     }
 
@@ -178,28 +170,19 @@ class Evaluations:
 
 
 class _KeepFrames(gym.Wrapper[Any, Any, Any, Any]):
-    """Collects a frame for every control step of the first episode."""
+    """Collects the frames of the first episode before the vectorized environment resets it."""
 
     def __init__(self, env: gym.Env[Any, Any], frames: list[np.ndarray]) -> None:
         super().__init__(env)
         self.frames = frames
         self.over = False
 
-    def reset(self, **arguments: Any) -> Any:
-        result = super().reset(**arguments)
-        self._keep()
-        return result
-
     def step(self, action: Any) -> Any:
         result = super().step(action)
-        self._keep()
+        if not self.over:
+            self.frames += self.env.render()  # type: ignore[arg-type]  # since the last call
         self.over = self.over or result[2] or result[3]
         return result
-
-    def _keep(self) -> None:
-        frames: Any = self.env.render()
-        if not self.over:
-            self.frames += frames
 
 
 def record_episode(
