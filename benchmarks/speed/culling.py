@@ -6,17 +6,15 @@ culling: the same actions from the same start.
     python benchmarks/speed/culling.py    # about five minutes
 """
 
-import argparse
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from pathlib import Path
 from statistics import median
 from typing import Any
 from unittest.mock import patch
 
 import gymnasium as gym
 import numpy as np
-from timing_common import CHUNK, IMAGE_SIZE, random_actions, seconds, write_timing
+from timing_common import CHUNK, IMAGE_SIZE, arguments, random_actions, seconds, write_timing
 from tqdm import tqdm
 
 from cfgrl_gym.envs.culling import Culler
@@ -76,11 +74,8 @@ def measure(suite: str, task_id: int, pairs: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = arguments(__doc__, "culling.json")
     parser.add_argument("--pairs", type=int, default=20, help="of chunks, a task (%(default)s)")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/culling.json"))
     args = parser.parse_args()
     rows = [measure(suite, task, args.pairs) for suite, task in tqdm(TASKS, unit="task")]
     write_timing(args.out, image_size=IMAGE_SIZE, chunk=CHUNK, tasks=rows)

@@ -19,7 +19,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
-from timing_common import IMAGE_SIZE, write_timing
+from timing_common import IMAGE_SIZE, add_task, arguments, write_timing
 from tqdm import tqdm
 
 from cfgrl_gym.envs.compiled_models import CACHE_VARIABLE
@@ -32,16 +32,11 @@ Row = dict[str, Any]
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    add("--suite", default="libero_object")
-    add("--task-id", type=int, default=0)
-    add("--repeats", type=int, default=3, help="of each measurement (default: %(default)s)")
-    add("--seed", type=int, default=0, help="of the actions (default: %(default)s)")
-    add("--out", type=Path, default=Path("benchmarks/results/env_throughput.json"))
-    add(
+    parser = arguments(__doc__, "env_throughput.json")
+    add_task(parser)
+    repeats = "of each measurement (%(default)s)"
+    parser.add_argument("--repeats", type=int, default=3, help=repeats)
+    parser.add_argument(
         "--lerobot-python",
         help="the python of another environment in which LeRobot is installed; its LiberoEnv is "
         "then timed too (lerobot_env.py says how to install it)",

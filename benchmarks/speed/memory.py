@@ -16,7 +16,7 @@ from itertools import product
 from typing import Any
 
 import torch
-from pi0_timing import arguments
+from timing_common import arguments, write_json
 from torch import Tensor
 
 from cfgrl_gym.algorithms.flow import NULL, POSITIVE
@@ -174,7 +174,8 @@ def random_weights(model: Pi0ForCFGRL, device: torch.device) -> None:
 
 
 def main() -> int:
-    parser = arguments(__doc__, "memory.json", sizes=False)
+    parser = arguments(__doc__, "memory.json")
+    parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
     parser.add_argument("--batch_size", type=int, default=32, help="effective (%(default)s)")
     parser.add_argument("--cameras", type=int, default=2, help="images a window (%(default)s)")
     parser.add_argument(
@@ -199,8 +200,7 @@ def main() -> int:
         deviation = measured["deviation"]
         print(json.dumps(measured, indent=1))
         print(f"estimate against the allocator: {deviation:+.2%} (at most {TOLERANCE:.0%})")
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    write_json(args.out, report)
     return 0 if abs(deviation) <= TOLERANCE else 1
 
 

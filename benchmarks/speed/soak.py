@@ -4,25 +4,24 @@ The first and the last 100 episodes start from one initial state with the same a
 are episodes of six tasks, in turn and all of them in both workers, so that an environment, which
 keeps four simulators, closes one and builds another for nearly every episode. Every episode's
 observations and rewards are hashed; memory (proportional set size) and open files of all processes
-are noted every 20 chunks. Writes <results>/soak.json and says whether memory and files stayed
+are noted every 20 chunks. Writes <out> and says whether memory and files stayed
 within 5% of their median after the warm-up, and whether the 200 episodes are equal bit for bit.
 
     python benchmarks/speed/soak.py --help
 """
 
-import argparse
 import hashlib
 import itertools
 import statistics
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
 import psutil
-from timing_common import pss_mib, write_timing
+from scipy.stats import linregress
+from timing_common import arguments, pss_mib, write_timing
 from tqdm import tqdm
 
 from cfgrl_gym import WorkerVecEnv
@@ -34,16 +33,6 @@ WORKERS = 2
 SAME_EPISODES = 100
 TOLERANCE = 0.05
 SAMPLE_EVERY = 20  # chunks
-
-
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    add("--chunks", type=int, default=2000, help="of all workers (default: %(default)s)")
-    add("--results", type=Path, default=Path("benchmarks/results"))
-    return parser.parse_args()
 
 
 def starts(count: int) -> list[tuple[int, int]]:
@@ -151,15 +140,17 @@ def growth(samples: list[dict[str, Any]], warm: int, total: int) -> list[dict[st
     episodes = [s["chunks"] / CHUNKS_OF_EPISODE / WORKERS for s in mixed]  # of one worker
     rows = []
     for name in (f"worker {number}" for number in range(WORKERS)):
-        memory = [s["processes"][name]["pss_mib"] for s in mixed]
-        (slope, _), covariance = np.polyfit(episodes, memory, 1, cov=True)
-        error = float(np.sqrt(covariance[0, 0]))
-        rows.append({"process": name, "mib_an_episode": float(slope), "standard_error": error})
+        line = linregress(episodes, [s["processes"][name]["pss_mib"] for s in mixed])
+        slope, error = float(line.slope), float(line.stderr)
+        rows.append({"process": name, "mib_an_episode": slope, "standard_error": error})
     return rows
 
 
 def main() -> None:
-    args = parse()
+    parser = arguments(__doc__, "soak.json")
+    chunks = "of all workers (%(default)s)"
+    parser.add_argument("--chunks", type=int, default=2000, help=chunks)
+    args = parser.parse_args()
     make = partial(
         gym.make,
         "cfgrl_gym:LiberoChunked-v0",
@@ -181,7 +172,7 @@ def main() -> None:
     last = [hashes[i] for i in sorted(hashes)[-SAME_EPISODES:]]
     equal = first == last and len(set(first)) == 1
     write_timing(
-        args.results / "soak.json",
+        args.out,
         chunks=args.chunks,
         warm_up_chunks=warm,
         same_episodes_equal=equal,

@@ -19,7 +19,16 @@ from time import perf_counter, process_time
 from typing import Any
 
 import numpy as np
-from timing_common import CHUNK, IMAGE_SIZE, NO_LIMIT, PASSES, random_actions, seconds
+from timing_common import (
+    CHUNK,
+    IMAGE_SIZE,
+    NO_LIMIT,
+    PASSES,
+    add_task,
+    arguments,
+    random_actions,
+    seconds,
+)
 
 CONTROL_STEPS = 100  # of the measurement without images
 IMAGES = 15  # of each camera
@@ -254,14 +263,10 @@ MEASUREMENTS = {"construct": construct, "chunk": chunk, "steps": steps, "reset":
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = arguments(__doc__)
+    add_task(parser)
     parser.add_argument("what", choices=MEASUREMENTS)
     parser.add_argument("side", choices=SIDES)
-    parser.add_argument("--suite", default="libero_object")
-    parser.add_argument("--task-id", type=int, default=0)
-    parser.add_argument("--seed", type=int, default=0, help="of the actions (default: %(default)s)")
     args = parser.parse_args()
     with contextlib.redirect_stdout(sys.stderr):  # LIBERO prints
         result = MEASUREMENTS[args.what](SIDES[args.side], args)

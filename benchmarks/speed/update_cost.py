@@ -10,18 +10,16 @@ operations at full size, counted on the meta device.
 """
 
 import argparse
-import sys
 from functools import partial
 from typing import Any
 
 import torch
 from pi0_timing import (
     CHUNK,
-    arguments,
     keep,
-    machine,
     make_observation,
     make_policy,
+    pi0_arguments,
     precision,
     seconds,
 )
@@ -186,8 +184,8 @@ def full_size_flops() -> dict[str, float]:
     }
 
 
-def main() -> int:
-    parser = arguments(__doc__, "update_cost.json")
+def main() -> None:
+    parser = pi0_arguments(__doc__, "update_cost.json")
     parser.add_argument("--windows", type=int, default=64, help="of the epoch (%(default)s)")
     parser.add_argument("--step", type=int, default=32, help="windows a step (%(default)s)")
     parser.add_argument("--micro_batch", type=int, default=32, help="windows a pass (%(default)s)")
@@ -197,21 +195,17 @@ def main() -> int:
     policy.set_training_mode(True)
     flops = full_size_flops()
     report = {
-        "command": " ".join(["python", *sys.argv]),
-        "settings": {**vars(args), "out": str(args.out), "actions": CHUNK},
-        "machine": machine(args.device),
         "flops_of_a_window_at_full_size": flops,
         "gradients": compare_gradients(policy, args),
         "epoch": compare_epochs(policy, args),
     }
     if args.size == "tiny":
         report["loss_curves"] = compare_curves(policy, args)
-    keep(args.out, f"{args.size}, {args.device}", report)
+    keep(args, f"{args.size}, {args.device}", {"actions": CHUNK}, **report)
     print(f"an epoch recomputed takes {report['epoch']['ratio']:.1f} times one from kept prefixes")
     print(f"by operations at full size: {flops['recomputed_to_kept']:.1f} times")
     print(f"gradients: {report['gradients']}")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -8,12 +8,10 @@ one process. Chunks of thousands of steps show how physics alone scales.
     LP_NUM_THREADS=0 python benchmarks/speed/vec_envs.py    # Mesa's renderer without own threads
 """
 
-import argparse
 import functools
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, closing
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -24,6 +22,7 @@ from timing_common import (
     CHUNK,
     IMAGE_SIZE,
     NO_LIMIT,
+    arguments,
     cpu_seconds,
     processes,
     pss_mib,
@@ -100,15 +99,12 @@ def memory(kind: str, count: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = arguments(__doc__, "vec_envs.json")
     add = parser.add_argument
     add("--n_envs", type=int, nargs="*", default=[1, 2, 4], help="for speed (%(default)s)")
     add("--held", type=int, default=8, help="environments for memory, 0 for none (%(default)s)")
     add("--rounds", type=int, default=15, help="of each kind (%(default)s)")
     add("--chunk_size", type=int, default=CHUNK, help="control steps (%(default)s)")
-    add("--out", type=Path, default=Path("benchmarks/results/vec_envs.json"))
     args = parser.parse_args()
     held, speeds = {}, []
     for kind in (*KINDS, LIBERO) if args.held else ():
