@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from cfgrl_gym.envs.libero import ACTION_DIM
 from cfgrl_gym.json_files import read_json_object
 
 STATE_DIM = 8  # end-effector position (3), axis-angle (3), gripper fingers (2)
-ACTION_DIM = 7  # OSC_POSE delta (6), gripper (1)
 _FORMAT = '{"norm_stats": {"state": {"mean": [...], "std": [...]}, "actions": {...}}}'
 
 

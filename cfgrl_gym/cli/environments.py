@@ -12,9 +12,8 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from cfgrl_gym.algorithms.vec_envs.worker_vec_env import WorkerVecEnv
 from cfgrl_gym.cli.configs import PolicyOptions
-from cfgrl_gym.envs.libero import ACTION_DIM, BOUND, LiberoEnv
-from cfgrl_gym.wrappers.libero_observation import CAMERA_SLOTS, STATE_DIM
-from cfgrl_gym.wrappers.prompt import PROMPT_BYTES
+from cfgrl_gym.envs.libero import ACTION_DIM, LiberoEnv
+from cfgrl_gym.wrappers.libero_observation import CAMERA_SLOTS, two_test_space
 
 # With the module's name, so that a fresh worker process registers it.
 ENVIRONMENT = "cfgrl_gym:LiberoChunked-v0"
@@ -31,12 +30,8 @@ def libero_spaces(
     :param slots: PI0's names of the cameras
     """
     image = spaces.Box(0, 255, (image_size, image_size, 3), np.uint8)
-    observation: dict[str, spaces.Space[Any]] = {
-        **dict.fromkeys(slots, image),
-        "state": spaces.Box(-BOUND, BOUND, (STATE_DIM,), np.float32),
-        "prompt": spaces.Box(0, 255, (PROMPT_BYTES,), np.uint8),
-    }
-    return spaces.Dict(observation), spaces.Box(-1.0, 1.0, (chunk_size, ACTION_DIM), np.float32)
+    actions = spaces.Box(-1.0, 1.0, (chunk_size, ACTION_DIM), np.float32)
+    return two_test_space(dict.fromkeys(slots, image)), actions
 
 
 def environment_arguments(

@@ -146,15 +146,10 @@ class SamplingClock:
         """Let a control step pass; the substep that robosuite measures after, or -1."""
         measured = -1
         for substep in range(substeps):
-            if self._tick():
-                measured = substep
+            if not self._sampled and self._period >= self._time + self._substep:
+                self._sampled, measured = True, substep
+            self._count()
         return measured
-
-    def _tick(self) -> bool:
-        measure = not self._sampled and self._period >= self._time + self._substep
-        self._sampled = self._sampled or measure
-        self._count()
-        return measure
 
     def _count(self) -> None:
         self._time += self._substep

@@ -35,7 +35,7 @@ from cfgrl_gym.envs.suites import (
     select_tasks,
 )
 
-ACTION_DIM = 7
+ACTION_DIM = 7  # OSC_POSE delta (6), gripper (1)
 RENDER_MODES = ("rgb_array", "rgb_array_list")
 MAX_BUILT_TASKS = 4  # compiled tasks that one environment keeps, so that switching is quick
 BOUND = 1e6  # of metres, radians and their rates: beyond anything real, but finite
@@ -103,8 +103,6 @@ class LiberoEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
         cameras: Sequence[str] = CAMERAS,
         image_quality: Quality = "benchmark",
     ) -> None:
-        if isinstance(init_states, str) and init_states not in ("benchmark", "random"):
-            raise ValueError(f"init_states must be {_INIT_STATES}; got {init_states!r:.100}")
         check_known("render_mode", render_mode, (None, *RENDER_MODES))
         check_known("image_quality", image_quality, QUALITIES)
         named = as_list("cameras", cameras, f"a list of some of {CAMERAS}")
@@ -122,12 +120,10 @@ class LiberoEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
         self.image_size = image_size
         self.max_episode_steps = max_episode_steps or episode_limit(suite)
         self.settle_steps = settle_steps
-        self.init_states: str | tuple[int, ...] = (
-            init_states if isinstance(init_states, str) else _state_ids(init_states)
-        )
-        if not isinstance(init_states, str):
+        self.init_states = _init_states(init_states)
+        if not isinstance(self.init_states, str):
             for listed_for in self._tasks:
-                self.init_state_ids(listed_for)  # says which of them there aren't
+                self.init_state_ids(listed_for)  # refuses states that the task doesn't have
         self.render_mode = render_mode
         self.cameras = tuple(camera for camera in CAMERAS if camera in named)
         self.image_quality: Quality = image_quality
@@ -377,7 +373,9 @@ class LiberoEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
         return info if fault is None else info | {"unstable_reason": fault}
 
 
-def _state_ids(given: Any) -> tuple[int, ...]:
+def _init_states(given: Any) -> str | tuple[int, ...]:
+    if isinstance(given, str) and given in ("benchmark", "random"):
+        return given
     ids = as_list("init_states", given, _INIT_STATES)
     if not all(is_int(one) for one in ids):
         raise ValueError(f"init_states must be {_INIT_STATES}, ints; got {given!r:.100}")

@@ -103,11 +103,7 @@ def select_tasks(suite: str, task_id: TaskIds) -> tuple[Task, ...]:
     :raises ValueError: an id that the suite does not have
     """
     tasks = load_tasks(suite)
-    if isinstance(task_id, str):
-        if task_id != "all":
-            raise ValueError(
-                f"task_id must be an int, a sequence of ints or 'all'; got {task_id!r:.100}"
-            )
+    if isinstance(task_id, str) and task_id == "all":
         return tasks
     kinds = "an int, a sequence of ints or 'all'"
     one = isinstance(task_id, (int, np.integer))
@@ -153,16 +149,13 @@ def read_init_states(file: Path) -> np.ndarray:
             with zipfile.ZipFile(file) as archive:  # torch.save's
                 (name,) = (n for n in archive.namelist() if n.endswith("/data.pkl"))
                 states = read_pickled_array(archive.read(name))
+        if not isinstance(states, np.ndarray) or states.ndim != 2 or states.dtype.kind not in "fiu":
+            raise ValueError(f"it holds {states!r:.80}")
     except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(
-            f"initial states '{file}' can't be read ({error}); expected an array of numbers as "
-            "LIBERO keeps it: install LIBERO again"
+            f"initial states '{file}' can't be read ({error}); expected an array of numbers "
+            "(n, size) as LIBERO keeps it: install LIBERO again"
         ) from error
-    if not isinstance(states, np.ndarray) or states.ndim != 2 or states.dtype.kind not in "fiu":
-        raise ValueError(
-            f"initial states '{file}' hold {states!r:.80}; expected an array of numbers (n, size): "
-            "install LIBERO again"
-        )
     return states
 
 
