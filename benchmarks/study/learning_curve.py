@@ -9,12 +9,13 @@ where it was. Writes <results>/learning_curve.json and .png.
     python benchmarks/study/learning_curve.py --help
 """
 
+from argparse import Namespace
 from typing import Any
 
 from controls import AdvantageWeighted, FilteredBC
 from jobs import Job, evaluation, run_jobs
 from results import describe, result_json, results_of, seen_states, training_json, write_result
-from settings import NOISE_SEEDS, Study, parse_study, training_options
+from settings import NOISE_SEEDS, parse_study, training_options
 
 from cfgrl_gym.algorithms import CFGRL
 from cfgrl_gym.cli.reporting.curves import learning_curves
@@ -40,7 +41,7 @@ def guidance(algorithm: type[CFGRL], cfg_scale: float) -> float:
     return cfg_scale if algorithm is CFGRL else 0.0
 
 
-def training(study: Study, algorithm: type[CFGRL], task: int, seed: int) -> Job:
+def training(study: Namespace, algorithm: type[CFGRL], task: int, seed: int) -> Job:
     """The main task is evaluated half way too; the others, and a small study, before and after."""
     half_way = task == study.main_task and not study.small
     # The controls have no conditions to draw more or less often.
@@ -59,14 +60,14 @@ def training(study: Study, algorithm: type[CFGRL], task: int, seed: int) -> Job:
     return Job(folder, options, algorithm)
 
 
-def trainings(study: Study) -> list[Job]:
+def trainings(study: Namespace) -> list[Job]:
     """Every training, those with several seeds first."""
     pairs = [(study.main_task, seed) for seed in study.seeds]
     pairs += [(task, study.seeds[0]) for task in study.other_tasks]
     return [training(study, a, task, seed) for task, seed in pairs for a in ALGORITHMS]
 
 
-def evaluations(study: Study, trained: Job) -> list[Job]:
+def evaluations(study: Namespace, trained: Job) -> list[Job]:
     """Of a training's policy at the end: CFGRL's at `BEST` too, with two seeds of noise."""
     folder, task = trained.folder, trained.options["task_id"]
     if study.small or trained.algorithm is None:
@@ -114,7 +115,7 @@ def before_after(outcomes: list[Outcome], cfg_scale: float) -> dict[str, Any]:
     }
 
 
-def plot(outcomes: list[Outcome], study: Study) -> None:
+def plot(outcomes: list[Outcome], study: Namespace) -> None:
     """A row for each task, over episodes and over seconds."""
     trained = [training for training, _ in outcomes]
     methods = [

@@ -195,13 +195,9 @@ def against_baseline(row: Comparison, comparisons: Sequence[Comparison]) -> str 
     """How the method did afterwards compared with the baseline at the same cfg_scale."""
     if row.method.is_baseline:
         return None
-    baseline = [
-        other.after
-        for other in comparisons
-        if other.method.is_baseline
-        and (other.setting, other.cfg_scale) == (row.setting, row.cfg_scale)
-    ]
-    return verdict(baseline[0], row.after) if baseline else None
+    place = row.setting, row.cfg_scale
+    same = (r for r in comparisons if r.method.is_baseline and (r.setting, r.cfg_scale) == place)
+    return verdict(next((baseline.after for baseline in same), None), row.after)
 
 
 @dataclass(frozen=True)
@@ -297,23 +293,19 @@ def sweeps(
 
 def method_sweeps(comparisons: Sequence[Comparison]) -> list[Sweep]:
     """What each method's trainings gave in each setting, however few scales there are."""
-    groups: dict[tuple[Method, Setting], list[Result]] = {}
-    by_training: dict[tuple[Method, Setting], dict[Training, list[Result]]] = {}
+    groups: dict[tuple[Method, Setting], list[Comparison]] = {}
     for row in comparisons:
         if row.after is not None:
-            group = row.method, row.setting
-            groups.setdefault(group, []).append(row.after)
-            for training, result in row.by_seed:
-                by_training.setdefault(group, {}).setdefault(training, []).append(result)
-    return [
-        Sweep(
-            f"{group[0].label} (after training)",
-            group[0],
-            tuple(points),
-            tuple(map(tuple, by_training[group].values())),
-        )
-        for group, points in groups.items()
-    ]
+            groups.setdefault((row.method, row.setting), []).append(row)
+    found = []
+    for (method, _), rows in groups.items():
+        by_training: dict[Training, list[Result]] = {}
+        for training, result in (pair for row in rows for pair in row.by_seed):
+            by_training.setdefault(training, []).append(result)
+        points = tuple(row.after for row in rows if row.after is not None)
+        by_run = tuple(map(tuple, by_training.values()))
+        found.append(Sweep(f"{method.label} (after training)", method, points, by_run))
+    return found
 
 
 def best_scales(comparisons: Sequence[Comparison]) -> list[str]:

@@ -13,7 +13,7 @@ import matplotlib as mpl
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import PercentFormatter
 
 # Okabe and Ito's colours; black is the page's ink. Yellow, hard to see on white, comes last.
 INK, PAPER = "#010203", "#fcfdfe"  # replaced by the page's
@@ -95,11 +95,6 @@ def percent_axis(axes: Axes, which: str = "y") -> None:
     axis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     (axes.set_ylim if which == "y" else axes.set_xlim)(-0.02, 1.02)
     axis.set_ticks([0, 0.25, 0.5, 0.75, 1.0])
-
-
-def whole_numbers(axes: Axes) -> None:
-    """Ticks of the x axis at whole numbers only."""
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
 
 
 def legend_on_top(figure: Figure, handles: Sequence[Any], labels: Sequence[str]) -> None:

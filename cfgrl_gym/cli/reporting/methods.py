@@ -134,9 +134,9 @@ def _changes(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, Any, A
 
 
 def varied_options(methods: Sequence[Method]) -> list[str]:
-    """The options that aren't the same in all methods."""
-    counts = Counter(name for method in methods for name, _, _ in method.changes)
-    return [ALGORITHM] * (ALGORITHM in counts) + [n for n in counts if n != ALGORITHM]
+    """The options, beside the algorithm, that aren't the same in all methods."""
+    names = dict.fromkeys(name for method in methods for name, _, _ in method.changes)
+    return [name for name in names if name != ALGORITHM]
 
 
 def repeated_seeds(method: Method) -> list[str]:

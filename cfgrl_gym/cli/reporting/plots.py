@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
 
 from cfgrl_gym.cli.reporting.comparison import Comparison, Sweep
 from cfgrl_gym.cli.reporting.curves import Line, Panel, Point
@@ -23,7 +24,6 @@ from cfgrl_gym.cli.reporting.figures import (
     legend_on_top,
     percent_axis,
     time_unit,
-    whole_numbers,
 )
 from cfgrl_gym.cli.reporting.methods import Method
 from cfgrl_gym.cli.reporting.rates import Rate
@@ -95,8 +95,7 @@ def comparison_plot(rows: Sequence[Comparison], palette: Palette) -> Figure:
     labels = {"before training": PAPER, "after training": INK}
     handles = [Line2D([], [], ls="", marker="o", color=INK, mfc=fill) for fill in labels.values()]
     legend_on_top(figure, handles, list(labels))
-    about = f"Success before and after training on {rows[0].setting}, with 95% intervals"
-    figure.set_label(about)
+    figure.set_label(f"Success before and after training on {rows[0].setting}, with 95% intervals")
     return figure
 
 
@@ -255,7 +254,7 @@ def log_plot(methods: Sequence[Method], palette: Palette) -> Figure | None:
             axes.plot(xs, ys, color=palette.colour(method), lw=1.1, alpha=0.8, marker=mark)
         axes.set_title(label)
         axes.set_ylim(bottom=0)
-        whole_numbers(axes)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
     for axes in every[-3:]:
         axes.set_xlabel("iteration")
     handles = [Line2D([], [], color=palette.colour(method)) for method in methods]

@@ -175,15 +175,19 @@ def read_training(folder: Path, name: str) -> Training:
     run = _read_run(folder, name)
     table, file = folder / CSV_FILE, folder / EVALUATIONS_FILE
 
-    def evaluation(content: Any, suite: str) -> Evaluation:
-        source = f"{name}, iteration {content['iteration']}"
-        results = _results(content, suite, run.guidance, source)
-        iteration, episodes = int(content["iteration"]), int(content["episodes"])
-        return Evaluation(iteration, episodes, float(content["seconds"]), results)
-
     def evaluations(content: Any) -> list[Evaluation]:
         suite = str(content["suite"])
-        return [evaluation(part, suite) for part in content["evaluations"]]
+        return [
+            Evaluation(
+                iteration=int(part["iteration"]),
+                episodes=int(part["episodes"]),
+                seconds=float(part["seconds"]),
+                results=_results(
+                    part, suite, run.guidance, f"{name}, iteration {part['iteration']}"
+                ),
+            )
+            for part in content["evaluations"]
+        ]
 
     measured = read_json(file, evaluations) if file.is_file() else []
     return Training(
