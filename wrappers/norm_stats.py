@@ -94,14 +94,9 @@ class NormStats:
             flat = flat.reshape(-1, size)
             if not np.isfinite(flat).all():
                 raise ValueError(f"{name} holds NaN or infinite numbers; drop those samples first")
-            moments.append(
-                Moments(
-                    tuple(flat.mean(0)),
-                    tuple(np.maximum(flat.std(0), std_floor)),
-                    tuple(np.quantile(flat, 0.01, axis=0)),
-                    tuple(np.quantile(flat, 0.99, axis=0)),
-                )
-            )
+            std = np.maximum(flat.std(0), std_floor)
+            vectors = (flat.mean(0), std, *np.quantile(flat, (0.01, 0.99), axis=0))
+            moments.append(Moments(*map(tuple, vectors)))
         return cls(*moments)
 
     @classmethod

@@ -1,7 +1,7 @@
 """The LIBERO environments of a command, in workers that are replaced when they fail."""
 
-import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
+from contextlib import closing
 from functools import partial
 from typing import Any
 
@@ -49,9 +49,7 @@ def environment_arguments(
     }
 
 
-@contextlib.contextmanager
-def vec_env(arguments: dict[str, Any], n_envs: int) -> Iterator[VecEnv]:
-    """A `VecEnv` of `LiberoChunked-v0`, closed at the end."""
+def vec_env(arguments: dict[str, Any], n_envs: int) -> closing[VecEnv]:
+    """A `VecEnv` of `LiberoChunked-v0`, closed at the end of the `with` block."""
     make: Callable[[], gym.Env[Any, Any]] = partial(gym.make, ENVIRONMENT, **arguments)
-    with contextlib.closing(WorkerVecEnv([make] * n_envs)) as env:
-        yield env
+    return closing(WorkerVecEnv([make] * n_envs))

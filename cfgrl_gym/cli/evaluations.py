@@ -39,10 +39,8 @@ def find_starts(
     starts = []
     for task in select_tasks(suite, task_id):
         count = len(load_init_states(suite, task.task_id))
-        chosen = init_states
-        if chosen is None:
-            chosen = list(range(count if episodes is None else episodes))
-        for state in chosen:
+        first = range(count if episodes is None else episodes)
+        for state in first if init_states is None else init_states:
             if not 0 <= state < count:
                 raise ValueError(
                     f"{suite} task {task.task_id} has the initial states 0 to {count - 1}; "
@@ -144,29 +142,24 @@ class Evaluations:
             results = [measure(model.policy, self.env, self.starts, w, seed, check) for w in scales]
             model.policy.set_training_mode(training)
             self._seconds_here += perf_counter() - began
-            self._note(model, iteration, seconds, results)
+            self.done.append(
+                {
+                    "iteration": iteration,
+                    "episodes": model.num_episodes,
+                    "timesteps": model.num_timesteps,
+                    "control_steps": model.num_control_steps,
+                    "seconds": seconds,
+                    "results": results,
+                }
+            )
+            content = {"suite": self.config.suite, "evaluations": self.done}
+            with whole_file(self.file) as new:
+                new.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+            for result in results:
+                for name in ("success_rate", "guidance_gap"):
+                    self.logger.record(f"eval/{name}/w_{result['cfg_scale']:g}", result[name])
+            self.logger.dump(model.num_timesteps)
         return max(float(result["success_rate"]) for result in self.done[-1]["results"])
-
-    def _note(
-        self, model: CFGRL, iteration: int, seconds: float, results: list[dict[str, Any]]
-    ) -> None:
-        self.done.append(
-            {
-                "iteration": iteration,
-                "episodes": model.num_episodes,
-                "timesteps": model.num_timesteps,
-                "control_steps": model.num_control_steps,
-                "seconds": seconds,
-                "results": results,
-            }
-        )
-        content = {"suite": self.config.suite, "evaluations": self.done}
-        with whole_file(self.file) as new:
-            new.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        for result in results:
-            for name in ("success_rate", "guidance_gap"):
-                self.logger.record(f"eval/{name}/w_{result['cfg_scale']:g}", result[name])
-        self.logger.dump(model.num_timesteps)
 
 
 class _KeepFrames(gym.Wrapper[Any, Any, Any, Any]):

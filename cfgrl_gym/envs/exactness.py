@@ -59,17 +59,16 @@ def compare(
     task: Task,
     actions: np.ndarray,
     *,
-    init_state_id: int = 0,
     others: int = 2,
     image_size: int = 128,
 ) -> ExactnessReport:
     """Play an episode in LIBERO's `OffScreenRenderEnv`, and twice in one `FastSimulator`.
 
-    State, success and observations are compared after the reset and after every step, the images
-    of both cameras after the reset, in the middle and at the end.
+    It starts from the first benchmark state, the episodes in between from the next ones. State,
+    success and observations are compared after the reset and after every step, the images of both
+    cameras after the reset, in the middle and at the end.
 
     :param actions: (steps, 7) in [-1, 1], at least one; they go on after a success
-    :param init_state_id: benchmark state of the episode; those after it are for the others
     :param others: episodes from other states that the fast simulator plays between its two
     :param image_size: side of the images in pixels
     :raises UnknownUpstreamError: the fast simulator doesn't take part with the installed LIBERO
@@ -79,24 +78,22 @@ def compare(
     if actions.ndim != 2 or actions.shape[1] != 7 or not len(actions):
         raise ValueError(f"actions must have shape (steps, 7) with steps > 0; got {actions.shape}")
     states = load_init_states(task.suite, task.task_id)
-    state = states[init_state_id]
     pictured = {0, len(actions) // 2, len(actions)}
     # The fast one first: it refuses what it doesn't know before anything long has begun.
     with closing(FastSimulator(task, image_size)) as fast:
         with closing(PlainSimulator(task, image_size)) as plain:
             contacts = 0
             wanted = []
-            for moment in play(plain, state, actions, pictured):
+            for moment in play(plain, states[0], actions, pictured):
                 contacts = max(contacts, touches(plain))
                 wanted.append(moment)
-        difference = first_difference(wanted, play(fast, state, actions, pictured), "first")
+        difference = first_difference(wanted, play(fast, states[0], actions, pictured), "first")
         if difference is None:
             for other in range(others):
-                other_state = states[(init_state_id + 1 + other) % len(states)]
-                fast.reset(LIBERO_SEED, other_state)
+                fast.reset(LIBERO_SEED, states[(1 + other) % len(states)])
                 for action in downward_actions(_OTHER_STEPS, seed=other + 1):
                     fast.advance(action)
-            difference = first_difference(wanted, play(fast, state, actions, pictured), "later")
+            difference = first_difference(wanted, play(fast, states[0], actions, pictured), "later")
     return ExactnessReport(
         steps=len(actions),
         others=others,
