@@ -31,22 +31,6 @@ COLD = "construct cold/here"
 Row = dict[str, Any]
 
 
-def parse() -> argparse.Namespace:
-    parser = arguments(__doc__, "env_throughput.json")
-    add_task(parser)
-    repeats = "of each measurement (%(default)s)"
-    parser.add_argument("--repeats", type=int, default=3, help=repeats)
-    parser.add_argument(
-        "--lerobot-python",
-        help="the python of another environment in which LeRobot is installed; its LiberoEnv is "
-        "then timed too (lerobot_env.py says how to install it)",
-    )
-    args = parser.parse_args()
-    if args.repeats < 1:
-        parser.error("--repeats must be at least 1")
-    return args
-
-
 def plan(args: argparse.Namespace) -> list[tuple[str, list[str]]]:
     """Key and command of all that is measured, in order."""
     task = [f"--suite={args.suite}", f"--task-id={args.task_id}", f"--seed={args.seed}"]
@@ -159,7 +143,18 @@ def print_rows(title: str, other: str, rows: list[Row]) -> None:
 
 
 def main() -> None:
-    args = parse()
+    parser = arguments(__doc__, "env_throughput.json")
+    add_task(parser)
+    repeats = "of each measurement (%(default)s)"
+    parser.add_argument("--repeats", type=int, default=3, help=repeats)
+    parser.add_argument(
+        "--lerobot-python",
+        help="the python of another environment in which LeRobot is installed; its LiberoEnv is "
+        "then timed too (lerobot_env.py says how to install it)",
+    )
+    args = parser.parse_args()
+    if args.repeats < 1:
+        parser.error("--repeats must be at least 1")
     choose_backend()  # the same for all processes
     values = Values()
     load = os.getloadavg()

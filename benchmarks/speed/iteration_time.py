@@ -20,8 +20,8 @@ from timing_common import arguments
 
 from cfgrl_gym import CFGRL, ThreadVecEnv
 from cfgrl_gym.cli.policies import find_checkpoint
+from cfgrl_gym.cli.reporting.times import PARTS
 
-PARTS = ("simulation", "inference", "update")
 CHUNK, IMAGE_SIZE = 16, 112  # of a random policy
 
 

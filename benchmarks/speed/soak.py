@@ -13,7 +13,6 @@ within 5% of their median after the warm-up, and whether the 200 episodes are eq
 import hashlib
 import itertools
 import statistics
-from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -52,16 +51,11 @@ def actions(start: tuple[int, int]) -> np.ndarray:
     return np.random.default_rng(start).uniform(-1, 1, shape).astype(np.float32)
 
 
-def processes(env: WorkerVecEnv) -> Iterator[tuple[str, psutil.Process]]:
-    yield "trainer", psutil.Process()
-    for number, worker in enumerate(env.workers):
-        yield f"worker {number}", psutil.Process(worker.pid)
-
-
 def sample(env: WorkerVecEnv, chunks: int) -> dict[str, Any]:
+    workers = {f"worker {n}": psutil.Process(w.pid) for n, w in enumerate(env.workers)}
     of_each = {
         name: {"pss_mib": pss_mib(process), "files": process.num_fds()}
-        for name, process in processes(env)
+        for name, process in {"trainer": psutil.Process(), **workers}.items()
     }
     return {"chunks": chunks, "processes": of_each}
 
@@ -76,12 +70,10 @@ def run(env: WorkerVecEnv, total: int) -> tuple[dict[int, str], list[dict[str, A
     planned = starts(total // CHUNKS_OF_EPISODE)
     hashes: dict[int, str] = {}
     samples = []
-    numbers = range(0, len(planned), WORKERS)
-    first = [{"task_id": t, "init_state_id": s} for t, s in planned[:WORKERS]]
-    env.set_options(first)
+    env.set_options([{"task_id": t, "init_state_id": s} for t, s in planned[:WORKERS]])
     observation: Any = env.reset()
     with tqdm(total=total, unit="chunk") as bar:
-        for number in numbers:
+        for number in range(0, len(planned), WORKERS):
             now = planned[number : number + WORKERS]
             then = planned[number + WORKERS :][:WORKERS] or [SAME] * WORKERS  # no random ones
             for worker, (task, state) in enumerate(then):

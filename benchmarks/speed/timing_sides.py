@@ -140,17 +140,15 @@ class Here:
             given = actions(kind, seed)
             self.start()
             replay, contacts = recorded_physics(self.simulator, given)
-            passes: dict[str, list[float]] = {
-                "step_ms": [], "advance_ms": [], "physics_floor_ms": [], "share_outside": []
-            }  # fmt: skip
+            rows = []
             for _ in range(PASSES):
-                passes["step_ms"].append(self._step_ms(given, observed=True))
-                advance = self._step_ms(given, observed=False)
+                row = {"step_ms": self._step_ms(given, observed=True)}
+                row["advance_ms"] = self._step_ms(given, observed=False)
                 spent, state = replay()
-                floor = 1000 * spent / len(given)
-                passes["advance_ms"].append(advance)
-                passes["physics_floor_ms"].append(floor)
-                passes["share_outside"].append(1 - floor / advance)
+                row["physics_floor_ms"] = 1000 * spent / len(given)
+                row["share_outside"] = 1 - row["physics_floor_ms"] / row["advance_ms"]
+                rows.append(row)
+            passes = {name: [row[name] for row in rows] for name in rows[0]}
             result[kind] = {name: float(np.median(each)) for name, each in passes.items()} | {
                 "passes": passes,
                 "contacts_mean": float(np.mean(contacts)),
@@ -251,15 +249,12 @@ def chunk(side: Side, args: argparse.Namespace) -> dict[str, Any]:
     return {"chunk_s": spent, "cpu_per_wall": cpu / spent, "image_ms": medians}
 
 
-def steps(side: Side, args: argparse.Namespace) -> dict[str, Any]:
-    return side(args, cameras=False).steps(args.seed)
-
-
-def reset(side: Side, args: argparse.Namespace) -> dict[str, Any]:
-    return side(args).resets()
-
-
-MEASUREMENTS = {"construct": construct, "chunk": chunk, "steps": steps, "reset": reset}
+MEASUREMENTS: dict[str, Callable[[Side, argparse.Namespace], dict[str, Any]]] = {
+    "construct": construct,
+    "chunk": chunk,
+    "steps": lambda side, args: side(args, cameras=False).steps(args.seed),
+    "reset": lambda side, args: side(args).resets(),
+}
 
 
 def main() -> None:

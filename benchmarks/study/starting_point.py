@@ -66,9 +66,8 @@ def forget_condition(folder: Path) -> None:
     because o = 1 and ∅ were the same data (docs/study.md has what that costs).
     """
     weights = load_file(folder / "model.safetensors")
-    shape = weights["condition.embedding"].shape
     kept = {name: w for name, w in weights.items() if not name.startswith("condition.")}
-    kept["condition.embedding"] = torch.zeros(shape)
+    kept["condition.embedding"] = torch.zeros_like(weights["condition.embedding"])
     save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
     for name in ("config.json", "pi0_policy.json"):
         content = json.loads((folder / name).read_text()) | {"condition_mode": "bias"}
