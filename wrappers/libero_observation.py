@@ -26,7 +26,7 @@ CAMERA_SLOTS = {"base_0_rgb": "agentview_image", "left_wrist_0_rgb": "robot0_eye
 
 
 def two_test_space(images: Mapping[str, spaces.Space[Any]]) -> spaces.Dict:
-    """The observation space of `TwoTestObservation`, given the spaces of its camera images."""
+    """Return `TwoTestObservation`'s observation space, given the spaces of its camera images."""
     state = spaces.Box(-BOUND, BOUND, (STATE_DIM,), np.float32)
     prompt = spaces.Box(0, 255, (PROMPT_BYTES,), np.uint8)
     return spaces.Dict({**images, "state": state, "prompt": prompt})
@@ -38,7 +38,7 @@ def rotate_image(raw: np.ndarray) -> np.ndarray:
 
 
 def robot_state(raw: dict[str, np.ndarray]) -> np.ndarray:
-    """float32 (8,): gripper position (3, m), its axis-angle (3, rad), finger joints (2, m)."""
+    """Return float32 (8,): gripper position (3, m), axis-angle (3, rad), finger joints (2, m)."""
     return np.concatenate(
         [
             raw["robot0_eef_pos"],
@@ -115,7 +115,7 @@ class LiberoChunked(ActionChunk):
 def make_libero_chunked(
     chunk_size: int = 50, observation_stride: int | None = None, **libero: Any
 ) -> gym.Env:
-    """`Libero-v0` with the 2-test observation and action chunks.
+    """Make `Libero-v0` with the 2-test observation and action chunks.
 
     :param chunk_size: actions executed open loop in one step
     :param observation_stride: see `ActionChunk`

@@ -64,7 +64,7 @@ class NormStats:
 
     @classmethod
     def identity(cls) -> "NormStats":
-        """Mean 0 and standard deviation 1: states and actions reach the model as they are."""
+        """Return mean 0 and standard deviation 1, with which nothing is normalised."""
         return cls(
             Moments((0.0,) * STATE_DIM, (1.0,) * STATE_DIM),
             Moments((0.0,) * ACTION_DIM, (1.0,) * ACTION_DIM),
@@ -74,7 +74,7 @@ class NormStats:
     def compute(
         cls, states: np.ndarray, actions: np.ndarray, std_floor: float = 0.0
     ) -> "NormStats":
-        """Statistics of demonstrations.
+        """Compute the statistics of demonstrations.
 
         :param states: (N, 8), not normalised
         :param actions: (..., 7), as the model sees them (already minus the state, where the extra
@@ -144,7 +144,7 @@ def _member(container: Any, key: str, file: str, where: str) -> Any:
 
 
 def moments_of(vectors: Any, name: str, size: int, where: str) -> Moments:
-    """The statistics of the first `size` numbers of each vector.
+    """Build the statistics of the first `size` numbers of each vector.
 
     :param vectors: {"mean": [...], "std": [...]} and, if known, "q01" and "q99"
     :param name: of the quantity, for error messages

@@ -48,7 +48,7 @@ class Unnormalize:
 
 
 def to_delta(actions: Array, state: Array) -> Array:
-    """Environment actions to what PI0's LIBERO checkpoints predict: minus the state, first 6 dims.
+    """Subtract the state in the first 6 dims, as PI0's LIBERO checkpoints predict actions.
 
     :param actions: (..., H, dim)
     :param state: (..., 8), not normalised
@@ -57,7 +57,7 @@ def to_delta(actions: Array, state: Array) -> Array:
 
 
 def to_absolute(actions: Array, state: Array) -> Array:
-    """Plus the state, first 6 dims; the inverse of `to_delta`."""
+    """Add the state in the first 6 dims; the inverse of `to_delta`."""
     return actions + _pose(state, actions.shape[-1])
 
 
@@ -79,13 +79,13 @@ def pad_last(x: Array, width: int) -> Array:
 
 
 def unpad_last(x: Array, width: int) -> Array:
-    """The first `width` of the last dimension; the inverse of `pad_last`."""
+    """Keep the first `width` of the last dimension; the inverse of `pad_last`."""
     return x[..., :width]
 
 
 @dataclass(frozen=True)
 class ActionsToModel:
-    """Environment actions to model space: delta (where on), normalise, zero-pad.
+    """Turns environment actions into model space: delta (where on), normalise, zero-pad.
 
     :param normalize: statistics of the actions as the model sees them, 7 numbers
     :param width: the model's action width
@@ -105,7 +105,7 @@ class ActionsToModel:
 
 @dataclass(frozen=True)
 class ActionsFromModel:
-    """Model space to environment actions; the inverse of `ActionsToModel`."""
+    """Turns model space into environment actions; the inverse of `ActionsToModel`."""
 
     unnormalize: Unnormalize
     action_dim: int
@@ -118,12 +118,12 @@ class ActionsFromModel:
 
 
 def image_to_model(image: Array) -> Array:
-    """uint8 pixels to [-1, 1]: x / 127.5 - 1, as a float array of any shape."""
+    """Map uint8 pixels to [-1, 1]: x / 127.5 - 1, as a float array of any shape."""
     return image / 127.5 - 1.0
 
 
 def image_from_model(image: Array) -> Array:
-    """[-1, 1] to 0..255, as floats; the inverse of `image_to_model`."""
+    """Map [-1, 1] to 0..255, as floats; the inverse of `image_to_model`."""
     return (image + 1.0) * 127.5
 
 
@@ -168,7 +168,7 @@ def resize_with_pad(images: Array, height: int, width: int) -> Array:
 
 
 def quat2axisangle(quat: np.ndarray) -> np.ndarray:
-    """Quaternion (x, y, z, w) to axis-angle in radians, (3,); w is clipped to [-1, 1].
+    """Convert a quaternion (x, y, z, w) to axis-angle in radians, (3,); w is clipped to [-1, 1].
 
     The same maths as robosuite's `utils.transform_utils.quat2axisangle`, without its side effect
     on the argument.

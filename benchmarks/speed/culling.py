@@ -23,7 +23,7 @@ TASKS = (("libero_object", 0), ("libero_goal", 0), ("libero_10", 0), ("libero_sp
 
 
 def measure(suite: str, task_id: int, pairs: int) -> dict[str, Any]:
-    """Seconds of each chunk and of its images, in pairs."""
+    """Time chunks and their images with and without culling, in pairs."""
     found: dict[str, list[dict[str, float]]] = {"culled": [], "whole": []}
     images: dict[str, Any] = {}
     with closing(

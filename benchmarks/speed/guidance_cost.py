@@ -35,7 +35,7 @@ VARIANTS = (UNGUIDED, GUIDED, TWO_PASSES, NOTHING_SHARED)
 
 @torch.no_grad()
 def time_chunk(policy: Pi0Policy, obs: Any, noise: Tensor, variant: str) -> dict[str, float]:
-    """Seconds of a chunk's parts."""
+    """Return the seconds that each part of a chunk takes."""
     spent_inputs, inputs = seconds(lambda: policy.encode_observation(obs))
     spent_prefix, prefix = seconds(lambda: policy.encode_prefix(inputs))
     other = prefix
@@ -63,7 +63,7 @@ def time_chunk(policy: Pi0Policy, obs: Any, noise: Tensor, variant: str) -> dict
 
 
 def measure(policy: Pi0Policy, args: Any, batch: int) -> dict[str, Any]:
-    """All variants in turns; the first round warms up and doesn't count."""
+    """Time all variants in turns; the first round warms up and doesn't count."""
     obs = make_observation(policy, batch, args.seed)
     generator = torch.Generator().manual_seed(args.seed)
     shape = (batch, policy.horizon, policy.action_width)

@@ -26,7 +26,7 @@ CHUNK, IMAGE_SIZE = 16, 112  # of a random policy
 
 
 class Clock(BaseCallback):
-    """Knows when the iteration began; what `learn` does once, before, is no part of it."""
+    """Notes when the iteration begins, after what `learn` does once at its start."""
 
     began = 0.0
 
@@ -54,7 +54,7 @@ class Recorder(KVWriter):
         print(f"iteration {len(self.iterations)}: {shown}", flush=True)
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Do nothing, since no file is open."""
 
 
 def measure(env: Any, trainable: str, policy: dict[str, Any], args: Any) -> dict[str, Any]:

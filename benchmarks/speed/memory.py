@@ -40,7 +40,7 @@ TRAINABLE = ("expert", "lora", "all")
 
 
 def full_model(trainable: str, checkpointing: bool) -> Pi0ForCFGRL:
-    """The 3.3 B model on the meta device; the VLM's weights in bfloat16 unless all are trained."""
+    """Build the 3.3 B model on the meta device; the VLM is in bfloat16 unless it is trained."""
     with torch.device("meta"):
         model = Pi0ForCFGRL(Pi0CFGRLConfig())
         model.drop_unused_embeddings()
@@ -58,7 +58,7 @@ def gib(estimate: MemoryEstimate) -> dict[str, float]:
 
 
 def full_size_estimates(args: Any) -> list[dict[str, Any]]:
-    """What each way to train needs at the effective batch, and what fits the budget."""
+    """Estimate what each way to train needs at the effective batch, and what fits the budget."""
     found = []
     for trainable, checkpointing, average in product(TRAINABLE, (False, True), (False, True)):
         model = full_model(trainable, checkpointing)
@@ -82,7 +82,7 @@ def full_size_estimates(args: Any) -> list[dict[str, Any]]:
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
-    """Full-size estimates, GiB by part."""
+    """Print the full-size estimates, in GiB by part."""
     parts = list(rows[0]["whole_batch_gib"])
     print(f"{'':34}" + "".join(f"{name:>12}" for name in parts))
     for row in rows:
@@ -95,7 +95,7 @@ def print_table(rows: list[dict[str, Any]]) -> None:
 
 
 def measure_on_gpu(args: Any) -> dict[str, Any]:
-    """Peaks of torch's CUDA allocator, phase by phase, beside the estimate."""
+    """Measure the peaks of torch's CUDA allocator, phase by phase, beside the estimate."""
     device = torch.device("cuda")
     model = full_model(args.trainable, args.gradient_checkpointing)
     budget = min(available_bytes(device, model), int(args.budget_gb * 1e9))

@@ -21,7 +21,6 @@ from cfgrl_gym.cli.environments import libero_spaces
 from cfgrl_gym.cli.run_folder import versions
 from cfgrl_gym.wrappers.prompt import encode_prompt
 
-SIZES = ("tiny", "full")
 CHUNK = 50
 # With <bos> and newline 48 tokens of the byte-level tokenizer: as many as PI0 pads its prompts to.
 PROMPT = "pick up the soup and place it in a basket now!"
@@ -44,7 +43,7 @@ def make_policy(size: str, device: str, seed: int, **kwargs: Any) -> Pi0Policy:
 
 
 def make_observation(policy: Pi0Policy, batch: int, seed: int) -> dict[str, np.ndarray]:
-    """Random images and states, one prompt for all."""
+    """Make a batch of random images and states with one prompt."""
     rng = np.random.default_rng(seed)
     shape = (batch, policy.image_size, policy.image_size, 3)
     obs = {name: rng.integers(0, 256, shape, dtype=np.uint8) for name in policy.cameras}
@@ -62,7 +61,7 @@ def precision(policy: Pi0Policy, size: str) -> AbstractContextManager[Any]:
 
 
 def seconds(work: Callable[[], Any]) -> tuple[float, Any]:
-    """Wall-clock seconds, the GPU's work included, and what `work` returned."""
+    """Return the wall-clock seconds of `work`, the GPU's included, and its result."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     began = perf_counter()
@@ -73,9 +72,11 @@ def seconds(work: Callable[[], Any]) -> tuple[float, Any]:
 
 
 def pi0_arguments(description: str | None, result: str) -> argparse.ArgumentParser:
-    """The command line of a timing of PI0 alone: its size, the device, the seed."""
+    """Make the command line of a timing of PI0 alone: its size, the device, the seed."""
     parser = arguments(description, result)
-    parser.add_argument("--size", choices=SIZES, default="tiny", help="of PI0 (%(default)s)")
+    parser.add_argument(
+        "--size", choices=("tiny", "full"), default="tiny", help="of PI0 (%(default)s)"
+    )
     parser.add_argument(
         "--device",
         choices=("cpu", "cuda"),

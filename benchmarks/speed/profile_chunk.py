@@ -30,7 +30,7 @@ SUBSTEPS = 25
 
 @contextmanager
 def timed(owner: Any, name: str) -> Iterator[list[float]]:
-    """Within, the seconds of every call of a function are noted."""
+    """Note the seconds of every call of a function within the block."""
     function, spent = getattr(owner, name), []
 
     def call(*args: Any, **kwargs: Any) -> Any:

@@ -35,7 +35,7 @@ SAMPLE_EVERY = 20  # chunks
 
 
 def starts(count: int) -> list[tuple[int, int]]:
-    """So many starts: the same one, then mixed ones, then the same one again.
+    """List `count` starts: the same one, then mixed ones, then the same one again.
 
     From state to state the tasks move on by one, and with them the worker that gets each.
     """
@@ -46,7 +46,7 @@ def starts(count: int) -> list[tuple[int, int]]:
 
 
 def actions(start: tuple[int, int]) -> np.ndarray:
-    """Of an episode, (CHUNKS_OF_EPISODE, CHUNK, 7): they depend on its start alone."""
+    """Draw an episode's actions, (CHUNKS_OF_EPISODE, CHUNK, 7), from its start alone."""
     shape = (CHUNKS_OF_EPISODE, CHUNK, 7)
     return np.random.default_rng(start).uniform(-1, 1, shape).astype(np.float32)
 
@@ -66,7 +66,7 @@ def hash_row(digest: Any, observation: dict[str, np.ndarray], row: int) -> None:
 
 
 def run(env: WorkerVecEnv, total: int) -> tuple[dict[int, str], list[dict[str, Any]]]:
-    """Hash of every episode by its number, and the samples."""
+    """Run the chunks; returns the hash of every episode by its number, and the samples."""
     planned = starts(total // CHUNKS_OF_EPISODE)
     hashes: dict[int, str] = {}
     samples = []
@@ -101,7 +101,7 @@ def run(env: WorkerVecEnv, total: int) -> tuple[dict[int, str], list[dict[str, A
 
 
 def steadiness(samples: list[dict[str, Any]], warm: int) -> list[dict[str, Any]]:
-    """How far each process's numbers went from their median after the warm-up."""
+    """Tell how far each process's numbers went from their median after the warm-up."""
     after = [s for s in samples if s["chunks"] > warm]
     rows = []
     for name in after[0]["processes"]:
@@ -140,8 +140,7 @@ def growth(samples: list[dict[str, Any]], warm: int, total: int) -> list[dict[st
 
 def main() -> None:
     parser = arguments(__doc__, "soak.json")
-    chunks = "of all workers (%(default)s)"
-    parser.add_argument("--chunks", type=int, default=2000, help=chunks)
+    parser.add_argument("--chunks", type=int, default=2000, help="of all workers (%(default)s)")
     args = parser.parse_args()
     make = partial(
         gym.make,

@@ -20,7 +20,7 @@ NO_LIMIT = 10**6  # control steps of an episode
 
 
 def arguments(description: str | None, result: str | None = None) -> argparse.ArgumentParser:
-    """A command line that shows a script's documentation as it is.
+    """Make a command line whose help shows a script's docstring as it is.
 
     :param result: name of the script's result file; None: it prints its result
     """
@@ -41,7 +41,7 @@ def add_task(parser: argparse.ArgumentParser) -> None:
 
 
 def random_actions(steps: int, seed: int) -> np.ndarray:
-    """float64 (steps, 7), uniform: the arm moves about in the air."""
+    """Draw uniform actions, float64 (steps, 7), with which the arm moves about in the air."""
     return np.random.default_rng(seed).uniform(-1, 1, (steps, 7))
 
 
@@ -52,13 +52,13 @@ def seconds(work: Callable[[], Any]) -> float:
 
 
 def processes() -> list[psutil.Process]:
-    """This process and its descendants."""
+    """List this process and its descendants."""
     this = psutil.Process()
     return [this, *this.children(recursive=True)]
 
 
 def cpu_seconds() -> float:
-    """User and system time of this process and its descendants."""
+    """Sum the user and system time of this process and its descendants."""
     spent = 0.0
     for process in processes():
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -68,7 +68,7 @@ def cpu_seconds() -> float:
 
 
 def pss_mib(process: psutil.Process) -> float:
-    """Proportional set size: the memory of a process, what is shared counted in parts."""
+    """Return the proportional set size: a process's memory, what is shared counted in parts."""
     return float(process.memory_full_info().pss / 2**20)
 
 

@@ -39,7 +39,7 @@ CAMERAS = ("agentview", "robot0_eye_in_hand")
 
 
 def actions(kind: str, seed: int) -> np.ndarray:
-    """float64 (CONTROL_STEPS, 7): in the air ("free"), or pushing down on things ("contact")."""
+    """Draw float64 (CONTROL_STEPS, 7): in the air ("free"), or pushing down ("contact")."""
     from cfgrl_gym.envs.exactness import downward_actions
 
     return (random_actions if kind == "free" else downward_actions)(CONTROL_STEPS, seed)
@@ -127,7 +127,7 @@ class Here:
         self.env.reset(options={"init_state_id": 0})
 
     def run(self, actions: np.ndarray) -> None:
-        """A chunk, images at its end."""
+        """Execute a chunk, with images at its end."""
         self.env.step(actions.astype(np.float32))
 
     def image(self, camera: str) -> None:
@@ -172,7 +172,7 @@ class Here:
 
 
 def recorded_physics(simulator: Any, actions: np.ndarray) -> tuple[Callable[[], Any], list[int]]:
-    """The physics of an episode without anything around it.
+    """Record an episode's torques, to replay its physics without anything around them.
 
     robosuite's own Python controller gives the torques of every substep; MuJoCo's `rollout` steps
     through them, 25 `mj_step` a control step, within one call of C++ on the calling thread.
@@ -220,7 +220,7 @@ SIDES: dict[str, Side] = {"libero": Libero, "here": Here}
 
 
 def import_all() -> None:
-    """What both sides need, so that constructing has nothing left to import."""
+    """Import what both sides need, so that constructing has nothing left to import."""
     from cfgrl_gym.envs.installation import import_libero
     from cfgrl_gym.wrappers import libero_observation
 

@@ -52,7 +52,7 @@ class Update:
         self.windows = make_windows(policy, args)
 
     def act(self) -> None:
-        """What acting leaves behind: the prefix of every window."""
+        """Keep the prefix of every window, as acting does."""
         for part in torch.arange(self.args.windows).split(self.args.micro_batch):
             batch = self.windows[part]
             with precision(self.policy, self.args.size):
@@ -65,7 +65,7 @@ class Update:
             return self.micro_batches.backward(self.policy.optimizer, self.losses, batch, t, noise)
 
     def losses(self, batch: WindowBatch, t: Tensor, noise: Tensor) -> Tensor:
-        """As in `CFGRL.train`."""
+        """Compute the losses of windows as `CFGRL.train` does."""
         return self.policy.flow_matching_loss(
             batch.observations,
             batch.model_actions,
@@ -77,7 +77,7 @@ class Update:
         )
 
     def epoch(self, name: str) -> list[float]:
-        """One pass over the windows; returns each step's loss."""
+        """Make one pass over the windows; returns each step's loss."""
         order = torch.randperm(self.args.windows, generator=self.generator)
         losses = []
         for indices in tqdm(order.split(self.args.step), desc=name, leave=False, disable=None):
@@ -105,7 +105,7 @@ def first_gradients(update: Update) -> list[Tensor]:
 
 
 def compare_gradients(policy: Pi0Policy, args: Any) -> dict[str, float]:
-    """Distance of the two ways' gradients of a few windows, relative to their norm."""
+    """Return the distance of the two ways' gradients of a few windows, relative to their norm."""
     number = min(8, args.micro_batch)
     few = argparse.Namespace(**{**vars(args), "windows": number, "step": number})
     kept = Update(policy, few, kept=True)
@@ -120,7 +120,7 @@ def compare_gradients(policy: Pi0Policy, args: Any) -> dict[str, float]:
 
 
 def compare_epochs(policy: Pi0Policy, args: Any) -> dict[str, Any]:
-    """Seconds of an epoch both ways, in turns."""
+    """Time an epoch both ways, in turns."""
     weights = {name: value.clone() for name, value in trained(policy).items()}
     found: dict[str, Any] = {"kept": [], "recomputed": []}
     kept = Update(policy, args, kept=True)
@@ -143,14 +143,14 @@ def trained(policy: Pi0Policy) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def restore(policy: Pi0Policy, weights: dict[str, Tensor]) -> None:
-    """Weights as given, and an optimizer that has not stepped yet."""
+    """Restore these weights, and an optimizer that has not stepped yet."""
     for name, parameter in trained(policy).items():
         parameter.copy_(weights[name])
     policy.optimizer.state.clear()
 
 
 def full_size_flops() -> dict[str, float]:
-    """Floating-point operations of one window at full size."""
+    """Count the floating-point operations of one window at full size."""
     with torch.device("meta"):
         model = Pi0ForCFGRL(Pi0CFGRLConfig())
         model.model.vlm.requires_grad_(False)

@@ -56,7 +56,7 @@ def make(chunk_size: int, plain: bool = False) -> gym.Env:
 
 
 def built(kind: str, count: int, chunk_size: int) -> VecEnv:
-    """Environments of a kind, all at one benchmark state."""
+    """Build environments of a kind and reset all to one benchmark state."""
     makers = [functools.partial(make, chunk_size, plain=kind == LIBERO)] * count
     env: VecEnv = KINDS.get(kind, Processes)(makers)
     env.set_options([{"init_state_id": 0}] * count)
@@ -65,7 +65,7 @@ def built(kind: str, count: int, chunk_size: int) -> VecEnv:
 
 
 def speed(count: int, rounds: int, chunk_size: int) -> dict[str, Any]:
-    """Seconds in which all environments step a chunk, round by round, and processor time."""
+    """Time a chunk in all environments, round by round, with the processor time."""
     with ExitStack() as stack:
         envs = {
             kind: stack.enter_context(closing(built(kind, count, chunk_size))) for kind in KINDS
@@ -90,7 +90,7 @@ def speed(count: int, rounds: int, chunk_size: int) -> dict[str, Any]:
 
 
 def memory(kind: str, count: int) -> dict[str, Any]:
-    """MiB of this process and its descendants (Pss) when a kind's environments have stepped."""
+    """Measure the MiB (Pss) of all processes when a kind's environments have stepped."""
     with closing(built(kind, count, chunk_size=1)) as env:
         for action in random_actions(2, 0).astype(np.float32):
             env.step(np.broadcast_to(action, (count, 1, 7)))

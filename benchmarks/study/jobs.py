@@ -50,7 +50,7 @@ class Job:
 def evaluation(
     policy: Path | str, folder: Path, task: int, scales: Sequence[float], **changed: Any
 ) -> Job:
-    """An evaluation of a policy on all 50 states of a task, at each cfg_scale.
+    """Make a job that evaluates a policy on all 50 states of a task, at each cfg_scale.
 
     :param policy: its folder, or the run that trained it
     :param folder: for the results

@@ -49,7 +49,7 @@ def training_options(
 
 
 def new_parser(description: str | None) -> argparse.ArgumentParser:
-    """A command line that shows a script's documentation as it is."""
+    """Make a command line whose help shows a script's docstring as it is."""
     return argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -47,14 +47,14 @@ class Finding:
 
 
 def check_python() -> Finding:
-    """Python's version."""
+    """Check that Python is new enough."""
     detail = f"{platform.python_version()} at {sys.executable}"
     wanted = ".".join(map(str, LEAST_PYTHON))
     return Finding(sys.version_info >= LEAST_PYTHON, detail, f"install Python {wanted} or newer")
 
 
 def check_packages() -> Finding:
-    """Every requirement of the project is installed in a version that it accepts."""
+    """Check that every requirement of the project is installed in a version that it accepts."""
     from packaging.requirements import Requirement
 
     found: list[str] = []
@@ -75,7 +75,7 @@ def check_packages() -> Finding:
 
 
 def check_rendering() -> Finding:
-    """An image of a small scene comes out of the back end that LIBERO would use."""
+    """Check that the back end that LIBERO would use renders an image of a small scene."""
     from cfgrl_gym.envs.compiled_models import CompiledModel
     from cfgrl_gym.envs.render_backend import FIX, choose_backend
     from cfgrl_gym.envs.rendering import render
@@ -97,7 +97,7 @@ def check_rendering() -> Finding:
 
 
 def check_libero() -> Finding:
-    """LIBERO can be imported; which distribution it is and where."""
+    """Check that LIBERO can be imported, and find which distribution it is and where."""
     from cfgrl_gym.envs.installation import import_libero, libero_root
 
     root = libero_root()
@@ -108,7 +108,7 @@ def check_libero() -> Finding:
 
 
 def check_suites() -> Finding:
-    """Assets, and the task files and initial states of every suite."""
+    """Check that assets, and the task files and initial states of every suite, are there."""
     from cfgrl_gym.envs.installation import import_libero
     from cfgrl_gym.envs.suites import available_suites, load_tasks
 
@@ -129,7 +129,7 @@ def check_suites() -> Finding:
 
 
 def check_torch() -> Finding:
-    """torch computes on the device that would be used."""
+    """Check that torch computes on the device that would be used."""
     import torch
     from stable_baselines3.common.utils import get_device
 
@@ -144,7 +144,7 @@ def check_torch() -> Finding:
 
 
 def check_pi0() -> Finding:
-    """transformers has PI0, and the project's policy can be imported on top of it."""
+    """Check that transformers has PI0, and that the project's policy can be imported."""
     import transformers
     from transformers import PI0ForConditionalGeneration
 
@@ -155,7 +155,7 @@ def check_pi0() -> Finding:
 
 
 def check_disk() -> Finding:
-    """The temporary folder can be written to and has room."""
+    """Check that the temporary folder can be written to and has room."""
     folder = tempfile.gettempdir()
     with tempfile.NamedTemporaryFile() as file:
         file.write(b"cfgrl")
@@ -168,7 +168,7 @@ def check_disk() -> Finding:
 
 
 def check_exactness(suite: str) -> Finding:
-    """The simulator gives what LIBERO's own environment gives, on one task of a suite."""
+    """Check that the simulator equals LIBERO's own environment on one task of a suite."""
     from cfgrl_gym.envs.compiled_models import cache_folder
     from cfgrl_gym.envs.exactness import compare, downward_actions
     from cfgrl_gym.envs.simulator import IMAGE_KEYS
@@ -214,7 +214,7 @@ CHECKS = {check.__name__.removeprefix("check_"): check for check in _CHECKS}
 
 
 def find(name: str) -> Finding:
-    """The finding of one check; an exception of any kind is one too."""
+    """Run one check; an exception of any kind is a finding too."""
     kind, _, suite = name.partition(":")
     try:
         finding = check_exactness(suite) if kind == EXACTNESS else CHECKS[name]()

@@ -25,7 +25,7 @@ SLOT_OF_CAMERA = {key.removesuffix("_image"): slot for slot, key in CAMERA_SLOTS
 def libero_spaces(
     image_size: int, chunk_size: int, slots: Iterable[str] = tuple(CAMERA_SLOTS)
 ) -> tuple[spaces.Dict, spaces.Box]:
-    """Observation and action space of `LiberoChunked-v0`, without building one.
+    """Return observation and action space of `LiberoChunked-v0`, without building one.
 
     :param slots: PI0's names of the cameras
     """
@@ -37,7 +37,7 @@ def libero_spaces(
 def environment_arguments(
     options: PolicyOptions, chunk_size: int, image_size: int, slots: Iterable[str]
 ) -> dict[str, Any]:
-    """Arguments of `LiberoChunked-v0`; the two sizes are the policy's where the user gave none.
+    """Return arguments of `LiberoChunked-v0`; sizes that the user didn't give are the policy's.
 
     :param slots: PI0's names of the cameras that the policy looks at: no other image is drawn
     """
@@ -50,6 +50,6 @@ def environment_arguments(
 
 
 def vec_env(arguments: dict[str, Any], n_envs: int) -> closing[VecEnv]:
-    """A `VecEnv` of `LiberoChunked-v0`, closed at the end of the `with` block."""
+    """Make a `VecEnv` of `LiberoChunked-v0` that is closed at the end of the `with` block."""
     make: Callable[[], gym.Env[Any, Any]] = partial(gym.make, ENVIRONMENT, **arguments)
     return closing(WorkerVecEnv([make] * n_envs))

@@ -30,7 +30,7 @@ from cfgrl_gym.whole_files import whole_file
 def find_starts(
     suite: str, task_id: Any, episodes: int | None, init_states: list[int] | None = None
 ) -> list[Start]:
-    """Every episode to run, task by task.
+    """List the starts of every episode to run, task by task.
 
     :param episodes: how many initial states of each task, from the first; None: all
     :param init_states: exactly these instead
@@ -51,7 +51,7 @@ def find_starts(
 
 
 def as_list(given: float | list[float] | None) -> list[float]:
-    """The values that an option for one or several names; none for None."""
+    """Return an option's one or several values as a list, empty for None."""
     if given is None:
         return []
     return [float(value) for value in (given if isinstance(given, list) else [given])]
@@ -125,7 +125,7 @@ class Evaluations:
 
     @property
     def training_seconds(self) -> float:
-        """Since the training began, without the evaluations."""
+        """The seconds of training so far, without the evaluations."""
         return perf_counter() - self._began - self._seconds_here
 
     def run(self, model: CFGRL, iteration: int, check: Callable[[], None]) -> float:

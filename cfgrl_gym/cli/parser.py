@@ -75,7 +75,7 @@ def _refuse(message: str, prog: str) -> NoReturn:
 
 
 def build_parser() -> jsonargparse.ArgumentParser:
-    """The parser of `cfgrl` itself, which knows the commands but not their options."""
+    """Make the parser of `cfgrl` itself, which knows the commands but not their options."""
     parser = _Parser(
         prog="cfgrl",
         formatter_class=_Formatter,

@@ -42,7 +42,7 @@ _DISTRIBUTIONS = (
 
 
 def choose_folder(command: str, out: str | None) -> Path:
-    """Where a run will write; nothing is created yet.
+    """Choose where a run will write; nothing is created yet.
 
     :param out: what the user asked for; None makes a name from the time
     :raises FileExistsError: there is something already
@@ -66,7 +66,7 @@ def choose_folder(command: str, out: str | None) -> Path:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Within, no other process may write a run there; a process that dies leaves no lock behind.
+    """Let no other process write a run there within the block; the lock ends with the process.
 
     :raises FileExistsError: another one does
     """
@@ -97,14 +97,14 @@ def create_folder(folder: Path, config: Any, **about: str) -> None:
 
 
 def write_config(path: Path, config: Any) -> None:
-    """Every option with its value, as a file for --config."""
+    """Write every option with its value, as a file for --config."""
     text = yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True)
     with whole_file(path) as new:
         new.write_text(text, encoding="utf-8")
 
 
 def installed(names: Iterable[str]) -> dict[str, str]:
-    """The versions of those distributions that are installed."""
+    """Return the versions of those distributions that are installed."""
     found = {}
     for name in names:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -113,7 +113,7 @@ def installed(names: Iterable[str]) -> dict[str, str]:
 
 
 def versions() -> dict[str, Any]:
-    """Packages, Python, machine and command line of this process."""
+    """Return packages, Python, machine and command line of this process."""
     return {
         "packages": installed(_DISTRIBUTIONS),
         "python": platform.python_version(),

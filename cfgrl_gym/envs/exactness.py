@@ -105,7 +105,7 @@ def compare(
 
 
 def downward_actions(steps: int, seed: int = 0) -> np.ndarray:
-    """float64 (steps, 7): random, but for a push down to where there is something to touch."""
+    """Draw float64 (steps, 7): random, but pushed down to where there is something to touch."""
     actions = np.random.default_rng(seed).uniform(-1, 1, (steps, 7))
     actions[:, 2] -= 0.7
     return np.clip(actions, -1, 1)
@@ -114,7 +114,7 @@ def downward_actions(steps: int, seed: int = 0) -> np.ndarray:
 def play(
     simulator: Simulator, init_state: np.ndarray, actions: np.ndarray, pictured: Collection[int]
 ) -> Iterator[Moment]:
-    """One episode: the moment after the reset, then the one after each action.
+    """Play one episode: yields the moment after the reset, then the one after each action.
 
     :param init_state: (1 + nq + nv,)
     :param actions: float64 (steps, 7)
@@ -136,7 +136,7 @@ def play(
 def first_difference(
     wanted: Iterable[Moment], given: Iterable[Moment], episode: str
 ) -> Difference | None:
-    """Where two episodes of the same length first differ in a bit, or None."""
+    """Find where two episodes of the same length first differ in a bit, or None."""
     for step, (one, other) in enumerate(zip(wanted, given, strict=True)):
         for key in dict.fromkeys((*one, *other)):
             size = _difference(one.get(key), other.get(key))
@@ -146,7 +146,7 @@ def first_difference(
 
 
 def touches(simulator: Simulator) -> int:
-    """Contacts that the robot has now with anything else."""
+    """Count the contacts that the robot has now with anything else."""
     model, contact = simulator.model, simulator.data.contact
     robot = np.array([model.body(body).name.startswith(_ROBOT) for body in range(model.nbody)])
     one, other = (robot[model.geom_bodyid[geoms]] for geoms in (contact.geom1, contact.geom2))

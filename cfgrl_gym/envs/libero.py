@@ -160,13 +160,13 @@ class LiberoEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
         return tuple(self._tasks)
 
     def num_init_states(self, task_id: int) -> int | None:
-        """Benchmark states of a task; None with init_states="random", where any seed will do."""
+        """Count a task's benchmark states; None with init_states="random", where any seed does."""
         if self.init_states == "random":
             return None
         return len(load_init_states(self.suite, task_id))
 
     def init_state_ids(self, task_id: int) -> Sequence[int] | None:
-        """Those that episodes of a task are drawn from; None with init_states="random".
+        """Return the states that a task's episodes are drawn from; None with init_states="random".
 
         :raises ValueError: `init_states` names a state that the task hasn't
         """
@@ -273,7 +273,7 @@ class LiberoEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
     def step(
         self, action: np.ndarray
     ) -> tuple[dict[str, np.ndarray], float, bool, bool, dict[str, Any]]:
-        """One control step.
+        """Execute one control step.
 
         :param action: (7,) in [-1, 1]: OSC_POSE delta (6) and gripper (-1 opens, 1 closes)
         :raises ValueError: wrong shape, NaN or infinity, or no numbers; the simulator has not
@@ -298,7 +298,7 @@ class LiberoEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
         return self._last_observation, float(success), success, truncated, info
 
     def render(self) -> Any:
-        """The scene for people, uint8 (256, 256, 3); in list mode, the frames since last asked."""
+        """Return the scene for people, uint8 (256, 256, 3); in list mode, all since last asked."""
         if self.render_mode is None:
             raise ValueError('make the environment with render_mode="rgb_array" to render it')
         if self.render_mode == "rgb_array_list":
@@ -327,7 +327,7 @@ class LiberoEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
         return self._simulator
 
     def sim_state(self) -> np.ndarray:
-        """Flat float64 (1 + nq + nv,): time, qpos, qvel of the simulator."""
+        """Return the simulator's state, flat float64 (1 + nq + nv,): time, qpos, qvel."""
         return self.simulator.state()
 
     # ------------------------------------------------------------------------------------------

@@ -41,7 +41,7 @@ class Task:
 
 
 def suggest(given: str, known: Sequence[str]) -> str:
-    """'; did you mean ...? Known: ...' for an error message about a name."""
+    """Word the end of an error message about a name: "; did you mean ...? Known: ..."."""
     near = difflib.get_close_matches(given, known, n=3)
     hint = f"; did you mean {' or '.join(repr(n) for n in near)}?" if near else "."
     return f"{hint} Known: {', '.join(known)}"
@@ -56,7 +56,7 @@ def _benchmark(suite: str) -> Any:
 
 @functools.cache
 def available_suites() -> tuple[str, ...]:
-    """Every registered suite that the installation has task and initial-state files for."""
+    """List every registered suite that the installation has task and initial-state files for."""
     module = import_libero("benchmark")
     root = import_libero("__init__")
     bddl, states = (Path(root.get_libero_path(key)) for key in ("bddl_files", "init_states"))
@@ -68,7 +68,7 @@ def available_suites() -> tuple[str, ...]:
 
 
 def load_tasks(suite: str) -> tuple[Task, ...]:
-    """All tasks of a suite, in the benchmark's order.
+    """List all tasks of a suite, in the benchmark's order.
 
     :raises ValueError: the suite is unknown; the message names the nearest ones
     """
@@ -98,7 +98,7 @@ def load_tasks(suite: str) -> tuple[Task, ...]:
 
 
 def select_tasks(suite: str, task_id: TaskIds) -> tuple[Task, ...]:
-    """The tasks that `task_id` names: an int, a sequence of ints, or "all".
+    """Return the tasks that `task_id` names: an int, a sequence of ints, or "all".
 
     :raises ValueError: an id that the suite does not have
     """
@@ -123,7 +123,7 @@ def select_tasks(suite: str, task_id: TaskIds) -> tuple[Task, ...]:
 
 @functools.lru_cache(maxsize=16)
 def load_init_states(suite: str, task_id: int) -> np.ndarray:
-    """The benchmark's initial states of a task: float64 (n, 1 + nq + nv), read-only.
+    """Load the benchmark's initial states of a task: float64 (n, 1 + nq + nv), read-only.
 
     :raises ValueError: a file that holds anything but numbers, or is damaged
     """
@@ -134,7 +134,7 @@ def load_init_states(suite: str, task_id: int) -> np.ndarray:
 
 
 def read_init_states(file: Path) -> np.ndarray:
-    """The array in an initial-states file, without running code: `.npz`, or the original LIBERO's.
+    """Read an initial-states file without running code: `.npz`, or the original LIBERO's.
 
     LIBERO itself has torch unpickle the original's, where code can run. torch's restricted reading
     would need NumPy's dtypes, by which a file's bytes can be taken for pointers.
@@ -160,13 +160,13 @@ def read_init_states(file: Path) -> np.ndarray:
 
 
 def episode_limit(suite: str) -> int:
-    """Time limit of a suite in control steps; a LIBERO-PRO suite has its original's."""
+    """Return a suite's time limit in control steps; a LIBERO-PRO suite has its original's."""
     base = [name for name in _LIMITS if suite == name or suite.startswith(name + "_")]
     return _LIMITS[max(base, key=len)] if base else max(_LIMITS.values())
 
 
 def object_names(tasks: Sequence[Task]) -> tuple[str, ...]:
-    """Movable objects that all the tasks have, in the first one's order, from their BDDL files."""
+    """List the movable objects that all the tasks have, in the first one's order."""
     parse = import_libero("envs.bddl_utils").robosuite_parse_problem
     names: list[list[str]] = []
     for task in tasks:

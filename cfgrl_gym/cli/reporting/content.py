@@ -40,7 +40,7 @@ class Report:
 
 
 def collect(runs: Runs, title: str, embed_videos: bool) -> Report:
-    """Group, link, count; reads the videos.
+    """Group, link and count the runs, and read their videos.
 
     :raises ValueError: a video is damaged
     """
@@ -92,7 +92,7 @@ def _notes(runs: Runs, methods: Sequence[Method], links: Links) -> list[str]:
 
 
 def as_json(report: Report) -> dict[str, Any]:
-    """The figures of the report, with counts and sources."""
+    """Return the numbers of the report, with counts and sources."""
     return {
         "title": report.title,
         "created": report.created.isoformat(timespec="seconds"),

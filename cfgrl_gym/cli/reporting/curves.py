@@ -57,7 +57,7 @@ class Panel:
 
 
 def learning_curves(methods: Sequence[Method]) -> list[Panel]:
-    """Evaluations where a method has some, else its training episodes."""
+    """Make the curves from a method's evaluations, or without them from its training episodes."""
     lines: dict[tuple[Setting, str], list[Line]] = {}
     for method in methods:
         for setting, line in _evaluated(method) or _trained(method):
@@ -165,7 +165,7 @@ def _trained_on(training: Training) -> Setting:
 
 
 def without_curve(methods: Sequence[Method]) -> list[str]:
-    """Trainings whose logs say how often they succeeded, but not of how many episodes."""
+    """List trainings whose logs have a success rate, but not of how many episodes."""
     return [
         training.name
         for method in methods

@@ -55,7 +55,7 @@ def save_picture(figure: Figure, path: Path) -> None:
 
 
 def inline_svg(figure: Figure, name: str) -> Markup:
-    """The figure as an <svg> element; its label is what a screen reader says instead.
+    """Render the figure as an <svg> element; screen readers read its label.
 
     :param name: unique in the page; keeps the figure's ids the same every time
     """
@@ -79,7 +79,7 @@ def inline_svg(figure: Figure, name: str) -> Markup:
 
 
 def grid(count: int, columns: int, height: float, **arguments: Any) -> tuple[Figure, list[Axes]]:
-    """A figure of so many panels, `height` inches each."""
+    """Make a figure of `count` panels, `height` inches each."""
     columns = min(columns, count)
     rows = -(-count // columns)
     figure = Figure(figsize=(WIDTH, height * rows + 0.4), layout="constrained")
@@ -90,7 +90,7 @@ def grid(count: int, columns: int, height: float, **arguments: Any) -> tuple[Fig
 
 
 def percent_axis(axes: Axes, which: str = "y") -> None:
-    """From 0 to 100%."""
+    """Scale an axis from 0 to 100%."""
     axis = axes.yaxis if which == "y" else axes.xaxis
     axis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     (axes.set_ylim if which == "y" else axes.set_xlim)(-0.02, 1.02)
@@ -98,7 +98,7 @@ def percent_axis(axes: Axes, which: str = "y") -> None:
 
 
 def legend_on_top(figure: Figure, handles: Sequence[Any], labels: Sequence[str]) -> None:
-    """A legend above all panels, in as many columns as fit."""
+    """Put a legend above all panels, in as many columns as fit."""
     if not handles:
         return
     widest = max(map(len, labels)) + 7
@@ -118,7 +118,7 @@ def legend_on_top(figure: Figure, handles: Sequence[Any], labels: Sequence[str])
 
 
 def time_unit(longest: float) -> tuple[str, float]:
-    """The unit that suits this many seconds, and how many it has."""
+    """Choose a unit that suits this many seconds; returns its name and its seconds."""
     if longest >= 3 * 3600:
         return "hours", 3600.0
     return ("minutes", 60.0) if longest >= 300 else ("seconds", 1.0)

@@ -53,7 +53,7 @@ class Film:
 def films(
     runs: Runs, methods: Sequence[Method], links: Links, embed_videos: bool
 ) -> tuple[Film, ...]:
-    """Before training, then method by method, then the rest.
+    """Make the filmstrips: before training, then method by method, then the rest.
 
     :raises ValueError: a video is damaged
     """
@@ -93,7 +93,7 @@ def _caption(run: Run, video: Path) -> str:
 
 
 def read_clip(file: Path, caption: str, embed_video: bool) -> Clip:
-    """Evenly spaced frames of a video.
+    """Take evenly spaced frames of a video.
 
     :raises ValueError: it can't be read
     """

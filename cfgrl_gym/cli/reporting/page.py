@@ -29,7 +29,7 @@ _HERE = Path(__file__).parent
 
 
 def render(report: Report) -> str:
-    """The page."""
+    """Render the report as one HTML page."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_HERE),
         autoescape=True,

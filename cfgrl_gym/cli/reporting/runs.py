@@ -70,16 +70,16 @@ class Training(Run):
         return str(self.versions.get("algorithm", "CFGRL"))
 
     def column(self, name: str) -> list[float]:
-        """The values of a column, in the rows that have one."""
+        """Return the values of a column, in the rows that have one."""
         return [row[name] for row in self.rows if name in row]
 
     def ends(self, name: str) -> tuple[float, float] | None:
-        """The first and the last value of a column."""
+        """Return the first and the last value of a column."""
         values = self.column(name)
         return (values[0], values[-1]) if values else None
 
     def total(self, name: str) -> int:
-        """The sum of a column of counts."""
+        """Sum a column of counts."""
         return round(sum(self.column(name)))
 
     @property
@@ -168,7 +168,7 @@ def _run_folders(root: Path) -> Iterable[Path]:
 
 
 def read_training(folder: Path, name: str) -> Training:
-    """A folder of `cfgrl train`, as far as it came.
+    """Read a folder of `cfgrl train`, as far as the training came.
 
     :raises ValueError: a file is damaged
     """
@@ -255,7 +255,7 @@ def _rate(content: Any) -> Rate:
 
 
 def refuse(file: Path, reason: str) -> ValueError:
-    """The error for a file that can't be read."""
+    """Make the error for a file that can't be read."""
     return ValueError(
         f"'{file}' is damaged ({reason}); copy it again from where it was made, or leave this run "
         "out of the report"
@@ -263,7 +263,7 @@ def refuse(file: Path, reason: str) -> ValueError:
 
 
 def read_yaml(file: Path) -> dict[str, Any]:
-    """A YAML file with options."""
+    """Read a YAML file with options."""
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -274,7 +274,7 @@ def read_yaml(file: Path) -> dict[str, Any]:
 
 
 def read_json(file: Path, build: Callable[[Any], T]) -> T:
-    """A JSON file, turned into what the caller needs.
+    """Read a JSON file and turn it into what the caller needs.
 
     :param build: raises KeyError, TypeError, ValueError or AttributeError for other content
     """
@@ -291,7 +291,7 @@ def read_json(file: Path, build: Callable[[Any], T]) -> T:
 
 
 def read_table(file: Path) -> tuple[dict[str, float], ...]:
-    """SB3's CSV log: the numbers of each row, without empty cells."""
+    """Read SB3's CSV log: the numbers of each row, without empty cells."""
     rows = []
     try:
         with file.open(encoding="utf-8", newline="") as lines:

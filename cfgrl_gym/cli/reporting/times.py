@@ -22,7 +22,7 @@ class TimeSpent:
 
 
 def time_spent(methods: Sequence[Method]) -> list[TimeSpent]:
-    """One for each method whose logs have times."""
+    """Average the times of each method whose logs have them."""
     spent = []
     for method in methods:
         each = [
