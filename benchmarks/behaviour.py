@@ -99,12 +99,6 @@ def policy_digest(run: Path) -> str:
     return digest_of(load_file(run / "policy" / "model.safetensors"))
 
 
-def episodes_of(run: Path) -> list[dict[str, Any]]:
-    """An evaluation's results, with every episode."""
-    results: list[dict[str, Any]] = json.loads((run / "eval.json").read_text())["results"]
-    return results
-
-
 def wheel_modules() -> list[str]:
     """Import names of the modules in the wheel, and its data files."""
     with tempfile.TemporaryDirectory() as folder:
@@ -131,7 +125,7 @@ def record(runs: Path, before: Path | None) -> dict[str, Any]:
     cfgrl("train", "--resume", str(resumed), "--max_iterations", "2")
     content["resumed_weights"] = policy_digest(resumed)
     cfgrl("eval", "--policy", str(whole), *EVALUATE, "--out", str(evaluation))
-    content["evaluation"] = episodes_of(evaluation)
+    content["evaluation"] = json.loads((evaluation / "eval.json").read_text())["results"]
     if before is not None:
         earlier = runs / "resumed_earlier"
         shutil.copytree(before / STOPPED, earlier)

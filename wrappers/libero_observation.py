@@ -6,6 +6,7 @@ vertical flip before it, the image is turned by 180° and its colours stay as th
 what openpi's own LIBERO evaluation does (`examples/libero/main.py`).
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import gymnasium as gym
@@ -16,12 +17,19 @@ from gymnasium.utils import RecordConstructorArgs
 
 from cfgrl_gym.envs.libero import BOUND, LiberoEnv
 from cfgrl_gym.wrappers.action_chunk import ActionChunk
+from cfgrl_gym.wrappers.norm_stats import STATE_DIM
 from cfgrl_gym.wrappers.prompt import PROMPT_BYTES, encode_prompt
 from cfgrl_gym.wrappers.transforms import quat2axisangle
 
-STATE_DIM = 8
 # the model's camera slot: LIBERO's image
 CAMERA_SLOTS = {"base_0_rgb": "agentview_image", "left_wrist_0_rgb": "robot0_eye_in_hand_image"}
+
+
+def two_test_space(images: Mapping[str, spaces.Space[Any]]) -> spaces.Dict:
+    """Return `TwoTestObservation`'s observation space, given the spaces of its camera images."""
+    state = spaces.Box(-BOUND, BOUND, (STATE_DIM,), np.float32)
+    prompt = spaces.Box(0, 255, (PROMPT_BYTES,), np.uint8)
+    return spaces.Dict({**images, "state": state, "prompt": prompt})
 
 
 def rotate_image(raw: np.ndarray) -> np.ndarray:
@@ -30,7 +38,7 @@ def rotate_image(raw: np.ndarray) -> np.ndarray:
 
 
 def robot_state(raw: dict[str, np.ndarray]) -> np.ndarray:
-    """float32 (8,): gripper position (3, m), its axis-angle (3, rad), finger joints (2, m)."""
+    """Return float32 (8,): gripper position (3, m), axis-angle (3, rad), finger joints (2, m)."""
     return np.concatenate(
         [
             raw["robot0_eef_pos"],
@@ -70,12 +78,8 @@ class TwoTestObservation(gym.Wrapper[Any, np.ndarray, Any, np.ndarray], RecordCo
             raise ValueError(
                 f"the environment's observations lack {sorted(missing)}; wrap Libero-v0 itself"
             )
-        self.observation_space = spaces.Dict(
+        self.observation_space = two_test_space(
             {slot: raw[key] for slot, key in self._slots.items()}  # type: ignore[index]
-            | {
-                "state": spaces.Box(-BOUND, BOUND, (STATE_DIM,), np.float32),
-                "prompt": spaces.Box(0, 255, (PROMPT_BYTES,), np.uint8),
-            }
         )
 
     def reset(
@@ -111,7 +115,7 @@ class LiberoChunked(ActionChunk):
 def make_libero_chunked(
     chunk_size: int = 50, observation_stride: int | None = None, **libero: Any
 ) -> gym.Env:
-    """`Libero-v0` with the 2-test observation and action chunks.
+    """Make `Libero-v0` with the 2-test observation and action chunks.
 
     :param chunk_size: actions executed open loop in one step
     :param observation_stride: see `ActionChunk`

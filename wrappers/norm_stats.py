@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from cfgrl_gym.envs.libero import ACTION_DIM
 from cfgrl_gym.json_files import read_json_object
 
 STATE_DIM = 8  # end-effector position (3), axis-angle (3), gripper fingers (2)
-ACTION_DIM = 7  # OSC_POSE delta (6), gripper (1)
 _FORMAT = '{"norm_stats": {"state": {"mean": [...], "std": [...]}, "actions": {...}}}'
 
 
@@ -64,7 +64,7 @@ class NormStats:
 
     @classmethod
     def identity(cls) -> "NormStats":
-        """Mean 0 and standard deviation 1: states and actions reach the model as they are."""
+        """Return mean 0 and standard deviation 1, with which nothing is normalised."""
         return cls(
             Moments((0.0,) * STATE_DIM, (1.0,) * STATE_DIM),
             Moments((0.0,) * ACTION_DIM, (1.0,) * ACTION_DIM),
@@ -74,7 +74,7 @@ class NormStats:
     def compute(
         cls, states: np.ndarray, actions: np.ndarray, std_floor: float = 0.0
     ) -> "NormStats":
-        """Statistics of demonstrations.
+        """Compute the statistics of demonstrations.
 
         :param states: (N, 8), not normalised
         :param actions: (..., 7), as the model sees them (already minus the state, where the extra
@@ -94,14 +94,9 @@ class NormStats:
             flat = flat.reshape(-1, size)
             if not np.isfinite(flat).all():
                 raise ValueError(f"{name} holds NaN or infinite numbers; drop those samples first")
-            moments.append(
-                Moments(
-                    tuple(flat.mean(0)),
-                    tuple(np.maximum(flat.std(0), std_floor)),
-                    tuple(np.quantile(flat, 0.01, axis=0)),
-                    tuple(np.quantile(flat, 0.99, axis=0)),
-                )
-            )
+            std = np.maximum(flat.std(0), std_floor)
+            vectors = (flat.mean(0), std, *np.quantile(flat, (0.01, 0.99), axis=0))
+            moments.append(Moments(*map(tuple, vectors)))
         return cls(*moments)
 
     @classmethod
@@ -149,7 +144,7 @@ def _member(container: Any, key: str, file: str, where: str) -> Any:
 
 
 def moments_of(vectors: Any, name: str, size: int, where: str) -> Moments:
-    """The statistics of the first `size` numbers of each vector.
+    """Build the statistics of the first `size` numbers of each vector.
 
     :param vectors: {"mean": [...], "std": [...]} and, if known, "q01" and "q99"
     :param name: of the quantity, for error messages

@@ -6,7 +6,7 @@ PROMPT_BYTES = 256  # more than twice the longest LIBERO instruction
 
 
 def encode_prompt(text: str, size: int = PROMPT_BYTES) -> np.ndarray:
-    """UTF-8 bytes of `text`, zero-padded: uint8 (size,).
+    """Encode `text` as zero-padded UTF-8 bytes: uint8 (size,).
 
     :raises ValueError: the text is too long or contains the padding character
     """
@@ -19,7 +19,7 @@ def encode_prompt(text: str, size: int = PROMPT_BYTES) -> np.ndarray:
 
 
 def decode_prompt(encoded: np.ndarray) -> str:
-    """The text that `encode_prompt` was given.
+    """Decode the text that `encode_prompt` was given.
 
     :param encoded: uint8 (n,)
     :raises ValueError: not one row of bytes, or not UTF-8

@@ -48,19 +48,22 @@ class Unnormalize:
 
 
 def to_delta(actions: Array, state: Array) -> Array:
-    """Environment actions to what PI0's LIBERO checkpoints predict: minus the state, first 6 dims.
+    """Subtract the state in the first 6 dims, as PI0's LIBERO checkpoints predict actions.
 
     :param actions: (..., H, dim)
     :param state: (..., 8), not normalised
     """
-    pose = actions[..., :POSE_DIM] - state[..., None, :POSE_DIM]
-    return _concatenate([pose, actions[..., POSE_DIM:]])
+    return actions - _pose(state, actions.shape[-1])
 
 
 def to_absolute(actions: Array, state: Array) -> Array:
-    """Plus the state, first 6 dims; the inverse of `to_delta`."""
-    pose = actions[..., :POSE_DIM] + state[..., None, :POSE_DIM]
-    return _concatenate([pose, actions[..., POSE_DIM:]])
+    """Add the state in the first 6 dims; the inverse of `to_delta`."""
+    return actions + _pose(state, actions.shape[-1])
+
+
+def _pose(state: Array, width: int) -> Array:
+    """What the delta transform subtracts from each action, 0 beyond the first 6 dimensions."""
+    return pad_last(state[..., None, :POSE_DIM], width)
 
 
 def pad_last(x: Array, width: int) -> Array:
@@ -69,20 +72,20 @@ def pad_last(x: Array, width: int) -> Array:
     if missing < 0:
         raise ValueError(f"can't pad {x.shape[-1]} dimensions to {width}; it would cut {-missing}")
     if isinstance(x, np.ndarray):
-        zeros = np.zeros((*x.shape[:-1], missing), dtype=x.dtype)
-    else:
-        zeros = x.new_zeros((*x.shape[:-1], missing))
-    return _concatenate([x, zeros])
+        return np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, missing)])
+    import torch.nn.functional as F  # here, so that environment processes need not load it
+
+    return F.pad(x, (0, missing))
 
 
 def unpad_last(x: Array, width: int) -> Array:
-    """The first `width` of the last dimension; the inverse of `pad_last`."""
+    """Keep the first `width` of the last dimension; the inverse of `pad_last`."""
     return x[..., :width]
 
 
 @dataclass(frozen=True)
 class ActionsToModel:
-    """Environment actions to model space: delta (where on), normalise, zero-pad.
+    """Turns environment actions into model space: delta (where on), normalise, zero-pad.
 
     :param normalize: statistics of the actions as the model sees them, 7 numbers
     :param width: the model's action width
@@ -102,7 +105,7 @@ class ActionsToModel:
 
 @dataclass(frozen=True)
 class ActionsFromModel:
-    """Model space to environment actions; the inverse of `ActionsToModel`."""
+    """Turns model space into environment actions; the inverse of `ActionsToModel`."""
 
     unnormalize: Unnormalize
     action_dim: int
@@ -115,12 +118,12 @@ class ActionsFromModel:
 
 
 def image_to_model(image: Array) -> Array:
-    """uint8 pixels to [-1, 1]: x / 127.5 - 1, as a float array of any shape."""
+    """Map uint8 pixels to [-1, 1]: x / 127.5 - 1, as a float array of any shape."""
     return image / 127.5 - 1.0
 
 
 def image_from_model(image: Array) -> Array:
-    """[-1, 1] to 0..255, as floats; the inverse of `image_to_model`."""
+    """Map [-1, 1] to 0..255, as floats; the inverse of `image_to_model`."""
     return (image + 1.0) * 127.5
 
 
@@ -141,7 +144,7 @@ def resize_with_pad(images: Array, height: int, width: int) -> Array:
     given_height, given_width = images.shape[-3:-1]
     if (given_height, given_width) == (height, width):
         return images
-    import torch  # here, so that environment processes need not load it
+    import torch  # here, as in `pad_last`
     import torch.nn.functional as F
 
     tensor = torch.from_numpy(images.copy()) if isinstance(images, np.ndarray) else images
@@ -165,7 +168,7 @@ def resize_with_pad(images: Array, height: int, width: int) -> Array:
 
 
 def quat2axisangle(quat: np.ndarray) -> np.ndarray:
-    """Quaternion (x, y, z, w) to axis-angle in radians, (3,); w is clipped to [-1, 1].
+    """Convert a quaternion (x, y, z, w) to axis-angle in radians, (3,); w is clipped to [-1, 1].
 
     The same maths as robosuite's `utils.transform_utils.quat2axisangle`, without its side effect
     on the argument.
@@ -175,11 +178,3 @@ def quat2axisangle(quat: np.ndarray) -> np.ndarray:
     if math.isclose(denominator, 0.0):  # (close to) no rotation
         return np.zeros(3)
     return np.asarray(quat[:3]) * 2.0 * math.acos(w) / denominator
-
-
-def _concatenate(parts: list[Array]) -> Array:
-    if isinstance(parts[0], np.ndarray):
-        return np.concatenate(parts, axis=-1)
-    import torch
-
-    return torch.cat(parts, dim=-1)

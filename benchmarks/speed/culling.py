@@ -6,17 +6,14 @@ culling: the same actions from the same start.
     python benchmarks/speed/culling.py    # about five minutes
 """
 
-import argparse
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
-from pathlib import Path
+from contextlib import closing, nullcontext
 from statistics import median
 from typing import Any
 from unittest.mock import patch
 
 import gymnasium as gym
 import numpy as np
-from timing_common import CHUNK, IMAGE_SIZE, random_actions, seconds, write_timing
+from timing_common import CHUNK, IMAGE_SIZE, arguments, random_actions, seconds, write_timing
 from tqdm import tqdm
 
 from cfgrl_gym.envs.culling import Culler
@@ -25,13 +22,8 @@ from cfgrl_gym.envs.culling import Culler
 TASKS = (("libero_object", 0), ("libero_goal", 0), ("libero_10", 0), ("libero_spatial", 0))
 
 
-@contextmanager
-def everything_drawn(*_: Any) -> Iterator[None]:
-    yield
-
-
 def measure(suite: str, task_id: int, pairs: int) -> dict[str, Any]:
-    """Seconds of each chunk and of its images, in pairs."""
+    """Time chunks and their images with and without culling, in pairs."""
     found: dict[str, list[dict[str, float]]] = {"culled": [], "whole": []}
     images: dict[str, Any] = {}
     with closing(
@@ -53,10 +45,8 @@ def measure(suite: str, task_id: int, pairs: int) -> dict[str, Any]:
             actions = random_actions(CHUNK, pair + 1).astype(np.float32)
             whole: dict[str, Any] = {}
             for kind in ("culled", "whole") if pair % 2 else ("whole", "culled"):
-                if kind == "whole":
-                    with patch.object(Culler, "culled", everything_drawn):
-                        values = chunk(actions)
-                else:
+                everything = patch.object(Culler, "culled", lambda *_: nullcontext())
+                with everything if kind == "whole" else nullcontext():
                     values = chunk(actions)
                 if whole:
                     assert all(np.array_equal(whole[key], images[key]) for key in whole)
@@ -76,11 +66,8 @@ def measure(suite: str, task_id: int, pairs: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = arguments(__doc__, "culling.json")
     parser.add_argument("--pairs", type=int, default=20, help="of chunks, a task (%(default)s)")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/culling.json"))
     args = parser.parse_args()
     rows = [measure(suite, task, args.pairs) for suite, task in tqdm(TASKS, unit="task")]
     write_timing(args.out, image_size=IMAGE_SIZE, chunk=CHUNK, tasks=rows)

@@ -19,7 +19,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
-from timing_common import IMAGE_SIZE, write_timing
+from timing_common import IMAGE_SIZE, add_task, arguments, write_timing
 from tqdm import tqdm
 
 from cfgrl_gym.envs.compiled_models import CACHE_VARIABLE
@@ -31,29 +31,8 @@ COLD = "construct cold/here"
 Row = dict[str, Any]
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    add("--suite", default="libero_object")
-    add("--task-id", type=int, default=0)
-    add("--repeats", type=int, default=3, help="of each measurement (default: %(default)s)")
-    add("--seed", type=int, default=0, help="of the actions (default: %(default)s)")
-    add("--out", type=Path, default=Path("benchmarks/results/env_throughput.json"))
-    add(
-        "--lerobot-python",
-        help="the python of another environment in which LeRobot is installed; its LiberoEnv is "
-        "then timed too (lerobot_env.py says how to install it)",
-    )
-    args = parser.parse_args()
-    if args.repeats < 1:
-        parser.error("--repeats must be at least 1")
-    return args
-
-
 def plan(args: argparse.Namespace) -> list[tuple[str, list[str]]]:
-    """Key and command of all that is measured, in order."""
+    """List the key and the command of every measurement, in order."""
     task = [f"--suite={args.suite}", f"--task-id={args.task_id}", f"--seed={args.seed}"]
 
     def here(what: str, side: str) -> list[str]:
@@ -73,7 +52,7 @@ def plan(args: argparse.Namespace) -> list[tuple[str, list[str]]]:
 
 
 def run(key: str, command: list[str]) -> dict[str, Any]:
-    """What a process of its own prints, for `COLD` with an empty cache of compiled models."""
+    """Run a command and return what it prints; `COLD` starts with an empty cache of models."""
     with tempfile.TemporaryDirectory() as folder:
         environment = os.environ | ({CACHE_VARIABLE: folder} if key == COLD else {})
         done = subprocess.run(
@@ -89,7 +68,7 @@ class Values(dict[str, list[dict[str, Any]]]):
     """What the processes printed, for each kind of measurement a list of its repetitions."""
 
     def median(self, path: str) -> float:
-        """Of one value in all repetitions: "<key of the measurement>:<name>:<name>..."."""
+        """Return a value's median over repetitions: "<key of the measurement>:<name>:<name>..."."""
         key, *names = path.split(":")
         found: list[Any] = self[key]
         for name in names:
@@ -97,7 +76,7 @@ class Values(dict[str, list[dict[str, Any]]]):
         return median(found)
 
     def row(self, what: str, unit: str, other: str | None, here: str, goal: float = 0) -> Row:
-        """A line of the table: two medians of which less is better, and their ratio."""
+        """Make a row of the table: two medians, of which less is better, and their ratio."""
         mine = self.median(here)
         row: Row = {"what": what, "unit": unit, "other": None, "here": mine, "ratio": None}
         if other is not None:
@@ -164,7 +143,17 @@ def print_rows(title: str, other: str, rows: list[Row]) -> None:
 
 
 def main() -> None:
-    args = parse()
+    parser = arguments(__doc__, "env_throughput.json")
+    add_task(parser)
+    parser.add_argument("--repeats", type=int, default=3, help="of each measurement (%(default)s)")
+    parser.add_argument(
+        "--lerobot-python",
+        help="the python of another environment in which LeRobot is installed; its LiberoEnv is "
+        "then timed too (lerobot_env.py says how to install it)",
+    )
+    args = parser.parse_args()
+    if args.repeats < 1:
+        parser.error("--repeats must be at least 1")
     choose_backend()  # the same for all processes
     values = Values()
     load = os.getloadavg()

@@ -8,7 +8,6 @@ A chunk is one observation to 50 actions in 10 denoising steps, two cameras, ran
 full size computes in bfloat16. Results of each size and device stand side by side in the file.
 """
 
-import sys
 from functools import partial
 from statistics import median
 from typing import Any
@@ -16,11 +15,10 @@ from typing import Any
 import torch
 from pi0_timing import (
     CHUNK,
-    arguments,
     keep,
-    machine,
     make_observation,
     make_policy,
+    pi0_arguments,
     precision,
     seconds,
 )
@@ -37,7 +35,7 @@ VARIANTS = (UNGUIDED, GUIDED, TWO_PASSES, NOTHING_SHARED)
 
 @torch.no_grad()
 def time_chunk(policy: Pi0Policy, obs: Any, noise: Tensor, variant: str) -> dict[str, float]:
-    """Seconds of a chunk's parts."""
+    """Return the seconds that each part of a chunk takes."""
     spent_inputs, inputs = seconds(lambda: policy.encode_observation(obs))
     spent_prefix, prefix = seconds(lambda: policy.encode_prefix(inputs))
     other = prefix
@@ -65,7 +63,7 @@ def time_chunk(policy: Pi0Policy, obs: Any, noise: Tensor, variant: str) -> dict
 
 
 def measure(policy: Pi0Policy, args: Any, batch: int) -> dict[str, Any]:
-    """All variants in turns; the first round warms up and doesn't count."""
+    """Time all variants in turns; the first round warms up and doesn't count."""
     obs = make_observation(policy, batch, args.seed)
     generator = torch.Generator().manual_seed(args.seed)
     shape = (batch, policy.horizon, policy.action_width)
@@ -93,34 +91,26 @@ def measure(policy: Pi0Policy, args: Any, batch: int) -> dict[str, Any]:
     return {"batch": batch, "median_seconds": medians, "to_unguided": ratios, "runs": runs}
 
 
-def main() -> int:
-    parser = arguments(__doc__, "guidance_cost.json")
+def main() -> None:
+    parser = pi0_arguments(__doc__, "guidance_cost.json")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8], help="(%(default)s)")
     parser.add_argument("--repeats", type=int, default=5, help="rounds that count (%(default)s)")
-    parser.add_argument("--compile", action="store_true", help="the denoising steps, by torch")
+    compiled = "compile the denoising steps with torch"
+    parser.add_argument("--compile", dest="compiled", action="store_true", help=compiled)
     args = parser.parse_args()
-    policy = make_policy(args.size, args.device, args.seed, compile_denoising=args.compile)
+    policy = make_policy(args.size, args.device, args.seed, compile_denoising=args.compiled)
     policy.set_training_mode(False)
-    report = {
-        "command": " ".join(["python", *sys.argv]),
-        "settings": {
-            "size": args.size,
-            "parameters": sum(p.numel() for p in policy.model.parameters()),
-            "precision": "bfloat16" if args.size == "full" else "float32",
-            "actions": CHUNK,
-            "cameras": len(policy.cameras),
-            "denoising_steps": policy.num_inference_steps,
-            "repeats": args.repeats,
-            "compiled": args.compile,
-            "seed": args.seed,
-        },
-        "machine": machine(args.device),
-        "batches": [measure(policy, args, batch) for batch in args.batch],
+    settings = {
+        "parameters": sum(p.numel() for p in policy.model.parameters()),
+        "precision": "bfloat16" if args.size == "full" else "float32",
+        "actions": CHUNK,
+        "cameras": len(policy.cameras),
+        "denoising_steps": policy.num_inference_steps,
     }
-    name = f"{args.size}, {args.device}" + (", compiled" if args.compile else "")
-    keep(args.out, name, report)
-    return 0
+    name = f"{args.size}, {args.device}" + (", compiled" if args.compiled else "")
+    batches = [measure(policy, args, batch) for batch in args.batch]
+    keep(args, name, settings, batches=batches)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -8,25 +8,25 @@ are learned from, because a policy with random weights never succeeds; episodes 
 With --policy the iterations start from a trained policy instead.
 """
 
-import sys
 from statistics import median
 from time import perf_counter
 from typing import Any
 
-from pi0_timing import arguments, keep, machine
+from pi0_timing import keep
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.logger import KVWriter, Logger
+from timing_common import arguments
 
 from cfgrl_gym import CFGRL, ThreadVecEnv
 from cfgrl_gym.cli.policies import find_checkpoint
+from cfgrl_gym.cli.reporting.times import PARTS
 
-PARTS = ("simulation", "inference", "update")
 CHUNK, IMAGE_SIZE = 16, 112  # of a random policy
 
 
 class Clock(BaseCallback):
-    """Knows when the iteration began; what `learn` does once, before, is no part of it."""
+    """Notes when the iteration begins, after what `learn` does once at its start."""
 
     began = 0.0
 
@@ -54,7 +54,7 @@ class Recorder(KVWriter):
         print(f"iteration {len(self.iterations)}: {shown}", flush=True)
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Do nothing, since no file is open."""
 
 
 def measure(env: Any, trainable: str, policy: dict[str, Any], args: Any) -> dict[str, Any]:
@@ -86,8 +86,9 @@ def measure(env: Any, trainable: str, policy: dict[str, Any], args: Any) -> dict
     }
 
 
-def main() -> int:
-    parser = arguments(__doc__, "iteration_time.json", sizes=False)
+def main() -> None:
+    parser = arguments(__doc__, "iteration_time.json")
+    parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
     parser.add_argument("--n_envs", type=int, default=2, help="(%(default)s)")
     parser.add_argument("--policy", help="folder of a trained one (a random one)")
     parser.add_argument("--chunk_size", type=int, help=f"(the policy's; a random one's: {CHUNK})")
@@ -108,19 +109,14 @@ def main() -> int:
         vec_env_cls=ThreadVecEnv,  # type: ignore[arg-type]
         env_kwargs={"task_id": 0, "chunk_size": args.chunk_size, "image_size": image_size},
     )
-    report: dict[str, Any] = {
-        "command": " ".join(["python", *sys.argv]),
-        "settings": {**vars(args), "out": str(args.out), "task": "libero_object 0"},
-        "machine": machine("cpu"),
-        "runs": [measure(env, trainable, policy, args) for trainable in ("all", "expert")],
-    }
+    runs = [measure(env, trainable, policy, args) for trainable in ("all", "expert")]
     env.close()
-    keep(args.out, "trained, cpu" if args.policy else "tiny, cpu", report)
-    for run in report["runs"]:
+    name = "trained, cpu" if args.policy else "tiny, cpu"
+    keep(args, name, {"task": "libero_object 0"}, runs=runs)
+    for run in runs:
         shares = ", ".join(f"{part} {share:.0%}" for part, share in run["shares"].items())
         print(f"{run['trainable']}: {shares}")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

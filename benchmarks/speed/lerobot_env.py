@@ -31,7 +31,7 @@ from time import perf_counter, process_time
 from typing import Any
 
 import numpy as np
-from timing_common import CHUNK, IMAGE_SIZE, random_actions, seconds
+from timing_common import CHUNK, IMAGE_SIZE, add_task, arguments, random_actions, seconds
 
 SETTLE_STEPS = 20
 SEED = 0
@@ -136,12 +136,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--suite", default="libero_object")
-    parser.add_argument("--task-id", type=int, default=0)
-    parser.add_argument("--seed", type=int, default=0, help="of the actions (default: %(default)s)")
+    parser = arguments(__doc__)
+    add_task(parser)
     parser.add_argument("--soft-reset", action="store_true", help="LiberoEnv(hard_reset=False)")
     args = parser.parse_args()
     with contextlib.redirect_stdout(sys.stderr):

@@ -16,7 +16,7 @@ from itertools import product
 from typing import Any
 
 import torch
-from pi0_timing import arguments
+from timing_common import arguments, write_json
 from torch import Tensor
 
 from cfgrl_gym.algorithms.flow import NULL, POSITIVE
@@ -40,7 +40,7 @@ TRAINABLE = ("expert", "lora", "all")
 
 
 def full_model(trainable: str, checkpointing: bool) -> Pi0ForCFGRL:
-    """The 3.3 B model on the meta device; the VLM's weights in bfloat16 unless all are trained."""
+    """Build the 3.3 B model on the meta device; the VLM is in bfloat16 unless it is trained."""
     with torch.device("meta"):
         model = Pi0ForCFGRL(Pi0CFGRLConfig())
         model.drop_unused_embeddings()
@@ -58,7 +58,7 @@ def gib(estimate: MemoryEstimate) -> dict[str, float]:
 
 
 def full_size_estimates(args: Any) -> list[dict[str, Any]]:
-    """What each way to train needs at the effective batch, and what fits the budget."""
+    """Estimate what each way to train needs at the effective batch, and what fits the budget."""
     found = []
     for trainable, checkpointing, average in product(TRAINABLE, (False, True), (False, True)):
         model = full_model(trainable, checkpointing)
@@ -82,7 +82,7 @@ def full_size_estimates(args: Any) -> list[dict[str, Any]]:
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
-    """Full-size estimates, GiB by part."""
+    """Print the full-size estimates, in GiB by part."""
     parts = list(rows[0]["whole_batch_gib"])
     print(f"{'':34}" + "".join(f"{name:>12}" for name in parts))
     for row in rows:
@@ -95,7 +95,7 @@ def print_table(rows: list[dict[str, Any]]) -> None:
 
 
 def measure_on_gpu(args: Any) -> dict[str, Any]:
-    """Peaks of torch's CUDA allocator, phase by phase, beside the estimate."""
+    """Measure the peaks of torch's CUDA allocator, phase by phase, beside the estimate."""
     device = torch.device("cuda")
     model = full_model(args.trainable, args.gradient_checkpointing)
     budget = min(available_bytes(device, model), int(args.budget_gb * 1e9))
@@ -174,7 +174,8 @@ def random_weights(model: Pi0ForCFGRL, device: torch.device) -> None:
 
 
 def main() -> int:
-    parser = arguments(__doc__, "memory.json", sizes=False)
+    parser = arguments(__doc__, "memory.json")
+    parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
     parser.add_argument("--batch_size", type=int, default=32, help="effective (%(default)s)")
     parser.add_argument("--cameras", type=int, default=2, help="images a window (%(default)s)")
     parser.add_argument(
@@ -199,8 +200,7 @@ def main() -> int:
         deviation = measured["deviation"]
         print(json.dumps(measured, indent=1))
         print(f"estimate against the allocator: {deviation:+.2%} (at most {TOLERANCE:.0%})")
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    write_json(args.out, report)
     return 0 if abs(deviation) <= TOLERANCE else 1
 
 

@@ -1,16 +1,19 @@
-"""Policies of stated sizes on random weights, observations for them, and clocks: what the timings
-of PI0 have in common. Random weights take as much time and memory as trained ones."""
+"""What the timings of PI0 share: policies with random weights, observations, clocks, result files.
+
+Random weights take as much time and memory as trained ones.
+"""
 
 import argparse
 import json
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import numpy as np
 import torch
+from timing_common import arguments, write_json
 
 from cfgrl_gym.algorithms.pi0 import Pi0CFGRLConfig, Pi0Policy
 from cfgrl_gym.algorithms.pi0.presets import TinySizes
@@ -18,7 +21,6 @@ from cfgrl_gym.cli.environments import libero_spaces
 from cfgrl_gym.cli.run_folder import versions
 from cfgrl_gym.wrappers.prompt import encode_prompt
 
-SIZES = ("tiny", "full")
 CHUNK = 50
 # With <bos> and newline 48 tokens of the byte-level tokenizer: as many as PI0 pads its prompts to.
 PROMPT = "pick up the soup and place it in a basket now!"
@@ -41,7 +43,7 @@ def make_policy(size: str, device: str, seed: int, **kwargs: Any) -> Pi0Policy:
 
 
 def make_observation(policy: Pi0Policy, batch: int, seed: int) -> dict[str, np.ndarray]:
-    """Random images and states, one prompt for all."""
+    """Make a batch of random images and states with one prompt."""
     rng = np.random.default_rng(seed)
     shape = (batch, policy.image_size, policy.image_size, 3)
     obs = {name: rng.integers(0, 256, shape, dtype=np.uint8) for name in policy.cameras}
@@ -59,7 +61,7 @@ def precision(policy: Pi0Policy, size: str) -> AbstractContextManager[Any]:
 
 
 def seconds(work: Callable[[], Any]) -> tuple[float, Any]:
-    """Wall-clock seconds, the GPU's work included, and what `work` returned."""
+    """Return the wall-clock seconds of `work`, the GPU's included, and its result."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     began = perf_counter()
@@ -69,33 +71,37 @@ def seconds(work: Callable[[], Any]) -> tuple[float, Any]:
     return perf_counter() - began, result
 
 
-def machine(device: str) -> dict[str, Any]:
-    """What the numbers depend on."""
-    name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
-    return {"device": name, "torch_threads": torch.get_num_threads(), **versions()}
-
-
-def arguments(description: str | None, result: str, sizes: bool = True) -> argparse.ArgumentParser:
-    """The options that every timing has."""
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+def pi0_arguments(description: str | None, result: str) -> argparse.ArgumentParser:
+    """Make the command line of a timing of PI0 alone: its size, the device, the seed."""
+    parser = arguments(description, result)
+    parser.add_argument(
+        "--size", choices=("tiny", "full"), default="tiny", help="of PI0 (%(default)s)"
     )
-    if sizes:
-        parser.add_argument("--size", choices=SIZES, default="tiny", help="of PI0 (%(default)s)")
-        parser.add_argument(
-            "--device",
-            choices=("cpu", "cuda"),
-            default="cuda" if torch.cuda.is_available() else "cpu",
-            help="(%(default)s)",
-        )
+    parser.add_argument(
+        "--device",
+        choices=("cpu", "cuda"),
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="(%(default)s)",
+    )
     parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results") / result)
     return parser
 
 
-def keep(out: Path, name: str, report: dict[str, Any]) -> None:
-    """Put a report into the file under its name; what other runs put there stays."""
-    reports = json.loads(out.read_text(encoding="utf-8")) if out.is_file() else {}
-    reports[name] = report
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(reports, indent=1) + "\n", encoding="utf-8")
+def keep(args: argparse.Namespace, name: str, settings: dict[str, Any], **content: Any) -> None:
+    """Put a report into the result file under its name; what other runs put there stays.
+
+    :param settings: what the numbers depend on, beside the options
+    """
+    device = getattr(args, "device", "cpu")
+    reports = json.loads(args.out.read_text(encoding="utf-8")) if args.out.is_file() else {}
+    reports[name] = {
+        "command": " ".join(["python", *sys.argv]),
+        "settings": {**vars(args), "out": str(args.out), **settings},
+        "machine": {
+            "device": torch.cuda.get_device_name() if device == "cuda" else "CPU",
+            "torch_threads": torch.get_num_threads(),
+            **versions(),
+        },
+        **content,
+    }
+    write_json(args.out, reports)

@@ -8,17 +8,15 @@ pass, is in the result of env_throughput.py.
     python benchmarks/speed/profile_chunk.py
 """
 
-import argparse
 import statistics
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from time import perf_counter
 from typing import Any
 from unittest.mock import patch
 
 import mujoco
-from timing_common import CHUNK, NO_LIMIT, PASSES, seconds, write_timing
+from timing_common import CHUNK, NO_LIMIT, PASSES, add_task, arguments, seconds, write_timing
 from timing_sides import recorded_physics
 
 from cfgrl_gym.envs import control_loop
@@ -32,7 +30,7 @@ SUBSTEPS = 25
 
 @contextmanager
 def timed(owner: Any, name: str) -> Iterator[list[float]]:
-    """Within, the seconds of every call of a function are noted."""
+    """Note the seconds of every call of a function within the block."""
     function, spent = getattr(owner, name), []
 
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -97,16 +95,11 @@ def profile(env: LiberoEnv, steps: int, images: int, seed: int) -> dict[str, lis
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--suite", default="libero_object")
-    parser.add_argument("--task_id", type=int, default=0)
+    parser = arguments(__doc__, "profile_chunk.json")
+    add_task(parser)
     parser.add_argument("--image_size", type=int, default=224, help="pixels (%(default)s)")
     parser.add_argument("--steps", type=int, default=300, help="control steps (%(default)s)")
     parser.add_argument("--images", type=int, default=30, help="of each camera (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the actions (%(default)s)")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/profile_chunk.json"))
     args = parser.parse_args()
     env = LiberoEnv(args.suite, args.task_id, args.image_size, max_episode_steps=NO_LIMIT)
     env.reset(options={"init_state_id": 0})

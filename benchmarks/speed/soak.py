@@ -4,25 +4,23 @@ The first and the last 100 episodes start from one initial state with the same a
 are episodes of six tasks, in turn and all of them in both workers, so that an environment, which
 keeps four simulators, closes one and builds another for nearly every episode. Every episode's
 observations and rewards are hashed; memory (proportional set size) and open files of all processes
-are noted every 20 chunks. Writes <results>/soak.json and says whether memory and files stayed
+are noted every 20 chunks. Writes <out> and says whether memory and files stayed
 within 5% of their median after the warm-up, and whether the 200 episodes are equal bit for bit.
 
     python benchmarks/speed/soak.py --help
 """
 
-import argparse
 import hashlib
 import itertools
 import statistics
-from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
 import psutil
-from timing_common import pss_mib, write_timing
+from scipy.stats import linregress
+from timing_common import arguments, pss_mib, write_timing
 from tqdm import tqdm
 
 from cfgrl_gym import WorkerVecEnv
@@ -36,18 +34,8 @@ TOLERANCE = 0.05
 SAMPLE_EVERY = 20  # chunks
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    add("--chunks", type=int, default=2000, help="of all workers (default: %(default)s)")
-    add("--results", type=Path, default=Path("benchmarks/results"))
-    return parser.parse_args()
-
-
 def starts(count: int) -> list[tuple[int, int]]:
-    """So many starts: the same one, then mixed ones, then the same one again.
+    """List `count` starts: the same one, then mixed ones, then the same one again.
 
     From state to state the tasks move on by one, and with them the worker that gets each.
     """
@@ -58,21 +46,16 @@ def starts(count: int) -> list[tuple[int, int]]:
 
 
 def actions(start: tuple[int, int]) -> np.ndarray:
-    """Of an episode, (CHUNKS_OF_EPISODE, CHUNK, 7): they depend on its start alone."""
+    """Draw an episode's actions, (CHUNKS_OF_EPISODE, CHUNK, 7), from its start alone."""
     shape = (CHUNKS_OF_EPISODE, CHUNK, 7)
     return np.random.default_rng(start).uniform(-1, 1, shape).astype(np.float32)
 
 
-def processes(env: WorkerVecEnv) -> Iterator[tuple[str, psutil.Process]]:
-    yield "trainer", psutil.Process()
-    for number, worker in enumerate(env.workers):
-        yield f"worker {number}", psutil.Process(worker.pid)
-
-
 def sample(env: WorkerVecEnv, chunks: int) -> dict[str, Any]:
+    workers = {f"worker {n}": psutil.Process(w.pid) for n, w in enumerate(env.workers)}
     of_each = {
         name: {"pss_mib": pss_mib(process), "files": process.num_fds()}
-        for name, process in processes(env)
+        for name, process in {"trainer": psutil.Process(), **workers}.items()
     }
     return {"chunks": chunks, "processes": of_each}
 
@@ -83,16 +66,14 @@ def hash_row(digest: Any, observation: dict[str, np.ndarray], row: int) -> None:
 
 
 def run(env: WorkerVecEnv, total: int) -> tuple[dict[int, str], list[dict[str, Any]]]:
-    """Hash of every episode by its number, and the samples."""
+    """Run the chunks; returns the hash of every episode by its number, and the samples."""
     planned = starts(total // CHUNKS_OF_EPISODE)
     hashes: dict[int, str] = {}
     samples = []
-    numbers = range(0, len(planned), WORKERS)
-    first = [{"task_id": t, "init_state_id": s} for t, s in planned[:WORKERS]]
-    env.set_options(first)
+    env.set_options([{"task_id": t, "init_state_id": s} for t, s in planned[:WORKERS]])
     observation: Any = env.reset()
     with tqdm(total=total, unit="chunk") as bar:
-        for number in numbers:
+        for number in range(0, len(planned), WORKERS):
             now = planned[number : number + WORKERS]
             then = planned[number + WORKERS :][:WORKERS] or [SAME] * WORKERS  # no random ones
             for worker, (task, state) in enumerate(then):
@@ -120,7 +101,7 @@ def run(env: WorkerVecEnv, total: int) -> tuple[dict[int, str], list[dict[str, A
 
 
 def steadiness(samples: list[dict[str, Any]], warm: int) -> list[dict[str, Any]]:
-    """How far each process's numbers went from their median after the warm-up."""
+    """Tell how far each process's numbers went from their median after the warm-up."""
     after = [s for s in samples if s["chunks"] > warm]
     rows = []
     for name in after[0]["processes"]:
@@ -151,15 +132,16 @@ def growth(samples: list[dict[str, Any]], warm: int, total: int) -> list[dict[st
     episodes = [s["chunks"] / CHUNKS_OF_EPISODE / WORKERS for s in mixed]  # of one worker
     rows = []
     for name in (f"worker {number}" for number in range(WORKERS)):
-        memory = [s["processes"][name]["pss_mib"] for s in mixed]
-        (slope, _), covariance = np.polyfit(episodes, memory, 1, cov=True)
-        error = float(np.sqrt(covariance[0, 0]))
-        rows.append({"process": name, "mib_an_episode": float(slope), "standard_error": error})
+        line = linregress(episodes, [s["processes"][name]["pss_mib"] for s in mixed])
+        slope, error = float(line.slope), float(line.stderr)
+        rows.append({"process": name, "mib_an_episode": slope, "standard_error": error})
     return rows
 
 
 def main() -> None:
-    args = parse()
+    parser = arguments(__doc__, "soak.json")
+    parser.add_argument("--chunks", type=int, default=2000, help="of all workers (%(default)s)")
+    args = parser.parse_args()
     make = partial(
         gym.make,
         "cfgrl_gym:LiberoChunked-v0",
@@ -181,7 +163,7 @@ def main() -> None:
     last = [hashes[i] for i in sorted(hashes)[-SAME_EPISODES:]]
     equal = first == last and len(set(first)) == 1
     write_timing(
-        args.results / "soak.json",
+        args.out,
         chunks=args.chunks,
         warm_up_chunks=warm,
         same_episodes_equal=equal,

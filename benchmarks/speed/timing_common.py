@@ -1,5 +1,6 @@
-"""What the timings of LIBERO share: sizes, actions, clocks, memory, and the result file."""
+"""What the timings share: options, sizes, actions, clocks, memory, and the result file."""
 
+import argparse
 import contextlib
 import json
 import os
@@ -18,8 +19,29 @@ PASSES = 5  # of a measurement without images, within a process
 NO_LIMIT = 10**6  # control steps of an episode
 
 
+def arguments(description: str | None, result: str | None = None) -> argparse.ArgumentParser:
+    """Make a command line whose help shows a script's docstring as it is.
+
+    :param result: name of the script's result file; None: it prints its result
+    """
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    if result is not None:
+        out = Path("benchmarks/results", result)
+        parser.add_argument("--out", type=Path, default=out, help="(%(default)s)")
+    return parser
+
+
+def add_task(parser: argparse.ArgumentParser) -> None:
+    """Add the options that name a task and the actions on it."""
+    parser.add_argument("--suite", default="libero_object", help="(%(default)s)")
+    parser.add_argument("--task-id", "--task_id", type=int, default=0, help="(%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the actions (%(default)s)")
+
+
 def random_actions(steps: int, seed: int) -> np.ndarray:
-    """float64 (steps, 7), uniform: the arm moves about in the air."""
+    """Draw uniform actions, float64 (steps, 7), with which the arm moves about in the air."""
     return np.random.default_rng(seed).uniform(-1, 1, (steps, 7))
 
 
@@ -30,13 +52,13 @@ def seconds(work: Callable[[], Any]) -> float:
 
 
 def processes() -> list[psutil.Process]:
-    """This process and its descendants."""
+    """List this process and its descendants."""
     this = psutil.Process()
     return [this, *this.children(recursive=True)]
 
 
 def cpu_seconds() -> float:
-    """User and system time of this process and its descendants."""
+    """Sum the user and system time of this process and its descendants."""
     spent = 0.0
     for process in processes():
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -46,7 +68,7 @@ def cpu_seconds() -> float:
 
 
 def pss_mib(process: psutil.Process) -> float:
-    """Proportional set size: the memory of a process, what is shared counted in parts."""
+    """Return the proportional set size: a process's memory, what is shared counted in parts."""
     return float(process.memory_full_info().pss / 2**20)
 
 
@@ -70,6 +92,11 @@ def write_timing(out: Path, **content: Any) -> None:
         "load_average": os.getloadavg(),
     }
     about = {"command": " ".join(["python", *sys.argv]), "versions": versions(), "machine": machine}
+    write_json(out, about | content)
+
+
+def write_json(out: Path, content: dict[str, Any]) -> None:
+    """Write a result file and print its name."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(about | content, indent=1) + "\n", encoding="utf-8")
+    out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     print(out)

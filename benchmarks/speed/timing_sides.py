@@ -19,7 +19,16 @@ from time import perf_counter, process_time
 from typing import Any
 
 import numpy as np
-from timing_common import CHUNK, IMAGE_SIZE, NO_LIMIT, PASSES, random_actions, seconds
+from timing_common import (
+    CHUNK,
+    IMAGE_SIZE,
+    NO_LIMIT,
+    PASSES,
+    add_task,
+    arguments,
+    random_actions,
+    seconds,
+)
 
 CONTROL_STEPS = 100  # of the measurement without images
 IMAGES = 15  # of each camera
@@ -30,7 +39,7 @@ CAMERAS = ("agentview", "robot0_eye_in_hand")
 
 
 def actions(kind: str, seed: int) -> np.ndarray:
-    """float64 (CONTROL_STEPS, 7): in the air ("free"), or pushing down on things ("contact")."""
+    """Draw float64 (CONTROL_STEPS, 7): in the air ("free"), or pushing down ("contact")."""
     from cfgrl_gym.envs.exactness import downward_actions
 
     return (random_actions if kind == "free" else downward_actions)(CONTROL_STEPS, seed)
@@ -118,7 +127,7 @@ class Here:
         self.env.reset(options={"init_state_id": 0})
 
     def run(self, actions: np.ndarray) -> None:
-        """A chunk, images at its end."""
+        """Execute a chunk, with images at its end."""
         self.env.step(actions.astype(np.float32))
 
     def image(self, camera: str) -> None:
@@ -131,17 +140,15 @@ class Here:
             given = actions(kind, seed)
             self.start()
             replay, contacts = recorded_physics(self.simulator, given)
-            passes: dict[str, list[float]] = {
-                "step_ms": [], "advance_ms": [], "physics_floor_ms": [], "share_outside": []
-            }  # fmt: skip
+            rows = []
             for _ in range(PASSES):
-                passes["step_ms"].append(self._step_ms(given, observed=True))
-                advance = self._step_ms(given, observed=False)
+                row = {"step_ms": self._step_ms(given, observed=True)}
+                row["advance_ms"] = self._step_ms(given, observed=False)
                 spent, state = replay()
-                floor = 1000 * spent / len(given)
-                passes["advance_ms"].append(advance)
-                passes["physics_floor_ms"].append(floor)
-                passes["share_outside"].append(1 - floor / advance)
+                row["physics_floor_ms"] = 1000 * spent / len(given)
+                row["share_outside"] = 1 - row["physics_floor_ms"] / row["advance_ms"]
+                rows.append(row)
+            passes = {name: [row[name] for row in rows] for name in rows[0]}
             result[kind] = {name: float(np.median(each)) for name, each in passes.items()} | {
                 "passes": passes,
                 "contacts_mean": float(np.mean(contacts)),
@@ -165,7 +172,7 @@ class Here:
 
 
 def recorded_physics(simulator: Any, actions: np.ndarray) -> tuple[Callable[[], Any], list[int]]:
-    """The physics of an episode without anything around it.
+    """Record an episode's torques, to replay its physics without anything around them.
 
     robosuite's own Python controller gives the torques of every substep; MuJoCo's `rollout` steps
     through them, 25 `mj_step` a control step, within one call of C++ on the calling thread.
@@ -213,7 +220,7 @@ SIDES: dict[str, Side] = {"libero": Libero, "here": Here}
 
 
 def import_all() -> None:
-    """What both sides need, so that constructing has nothing left to import."""
+    """Import what both sides need, so that constructing has nothing left to import."""
     from cfgrl_gym.envs.installation import import_libero
     from cfgrl_gym.wrappers import libero_observation
 
@@ -242,26 +249,19 @@ def chunk(side: Side, args: argparse.Namespace) -> dict[str, Any]:
     return {"chunk_s": spent, "cpu_per_wall": cpu / spent, "image_ms": medians}
 
 
-def steps(side: Side, args: argparse.Namespace) -> dict[str, Any]:
-    return side(args, cameras=False).steps(args.seed)
-
-
-def reset(side: Side, args: argparse.Namespace) -> dict[str, Any]:
-    return side(args).resets()
-
-
-MEASUREMENTS = {"construct": construct, "chunk": chunk, "steps": steps, "reset": reset}
+MEASUREMENTS: dict[str, Callable[[Side, argparse.Namespace], dict[str, Any]]] = {
+    "construct": construct,
+    "chunk": chunk,
+    "steps": lambda side, args: side(args, cameras=False).steps(args.seed),
+    "reset": lambda side, args: side(args).resets(),
+}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = arguments(__doc__)
+    add_task(parser)
     parser.add_argument("what", choices=MEASUREMENTS)
     parser.add_argument("side", choices=SIDES)
-    parser.add_argument("--suite", default="libero_object")
-    parser.add_argument("--task-id", type=int, default=0)
-    parser.add_argument("--seed", type=int, default=0, help="of the actions (default: %(default)s)")
     args = parser.parse_args()
     with contextlib.redirect_stdout(sys.stderr):  # LIBERO prints
         result = MEASUREMENTS[args.what](SIDES[args.side], args)

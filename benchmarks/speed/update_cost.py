@@ -4,24 +4,22 @@
     python benchmarks/speed/update_cost.py --size full   # a quarter of an hour on 2 CPU cores
 
 One epoch over the same windows both ways, with CFGRL's own update: VLM frozen, random weights,
-two cameras; the full size computes in bfloat16. Also the gradients of a few windows both ways, the
-loss curves of 50 steps (tiny only: at full size they would take an hour), and the floating-point
-operations at full size, counted on the meta device.
+two cameras; the full size computes in bfloat16. Also the gradients of a few windows both ways, and
+the floating-point operations at full size, counted on the meta device. That both ways learn the
+same weights is tested in tests/test_prefix_cache.py.
 """
 
 import argparse
-import sys
 from functools import partial
 from typing import Any
 
 import torch
 from pi0_timing import (
     CHUNK,
-    arguments,
     keep,
-    machine,
     make_observation,
     make_policy,
+    pi0_arguments,
     precision,
     seconds,
 )
@@ -38,7 +36,6 @@ from cfgrl_gym.algorithms.pi0.tokenizer import PALIGEMMA_PROMPT_TOKENS
 from cfgrl_gym.algorithms.windows import WindowBatch
 
 PLENTY = 2**40
-CURVE_STEPS = 50
 # Both ways run the same operations on the same numbers; only the batch in which a prefix was
 # computed may differ, and with it the order of sums.
 GRADIENT_TOLERANCE = {"tiny": 1e-4, "full": 5e-2}  # relative; float32 and bfloat16
@@ -55,7 +52,7 @@ class Update:
         self.windows = make_windows(policy, args)
 
     def act(self) -> None:
-        """What acting leaves behind: the prefix of every window."""
+        """Keep the prefix of every window, as acting does."""
         for part in torch.arange(self.args.windows).split(self.args.micro_batch):
             batch = self.windows[part]
             with precision(self.policy, self.args.size):
@@ -68,12 +65,12 @@ class Update:
             return self.micro_batches.backward(self.policy.optimizer, self.losses, batch, t, noise)
 
     def losses(self, batch: WindowBatch, t: Tensor, noise: Tensor) -> Tensor:
-        """As in `CFGRL.train`."""
+        """Compute the losses of windows as `CFGRL.train` does."""
         prefix = self.memory.recall(batch.observations, batch.prefix_keys)
         return self.policy.flow_matching_loss(*batch.samples, t, noise, prefix)
 
     def epoch(self, name: str) -> list[float]:
-        """One pass over the windows; returns each step's loss."""
+        """Make one pass over the windows; returns each step's loss."""
         order = torch.randperm(self.args.windows, generator=self.generator)
         losses = []
         for indices in tqdm(order.split(self.args.step), desc=name, leave=False, disable=None):
@@ -101,7 +98,7 @@ def first_gradients(update: Update) -> list[Tensor]:
 
 
 def compare_gradients(policy: Pi0Policy, args: Any) -> dict[str, float]:
-    """Distance of the two ways' gradients of a few windows, relative to their norm."""
+    """Return the distance of the two ways' gradients of a few windows, relative to their norm."""
     number = min(8, args.micro_batch)
     few = argparse.Namespace(**{**vars(args), "windows": number, "step": number})
     kept = Update(policy, few, kept=True)
@@ -116,7 +113,7 @@ def compare_gradients(policy: Pi0Policy, args: Any) -> dict[str, float]:
 
 
 def compare_epochs(policy: Pi0Policy, args: Any) -> dict[str, Any]:
-    """Seconds of an epoch both ways, in turns."""
+    """Time an epoch both ways, in turns."""
     weights = {name: value.clone() for name, value in trained(policy).items()}
     found: dict[str, Any] = {"kept": [], "recomputed": []}
     kept = Update(policy, args, kept=True)
@@ -133,36 +130,20 @@ def compare_epochs(policy: Pi0Policy, args: Any) -> dict[str, Any]:
     return found
 
 
-def compare_curves(policy: Pi0Policy, args: Any) -> dict[str, Any]:
-    """Losses of 50 steps both ways from the same weights."""
-    weights = {name: value.clone() for name, value in trained(policy).items()}
-    curves: dict[str, list[float]] = {}
-    for name in ("kept", "recomputed"):
-        restore(policy, weights)
-        update = Update(policy, args, kept=name == "kept")
-        update.act()
-        curve: list[float] = []
-        while len(curve) < CURVE_STEPS:
-            curve += update.epoch(f"{name}, loss curve")
-        curves[name] = curve[:CURVE_STEPS]
-    pairs = list(zip(curves["kept"], curves["recomputed"], strict=True))
-    return {**curves, "greatest_relative_difference": max(abs(a / b - 1) for a, b in pairs)}
-
-
 def trained(policy: Pi0Policy) -> dict[str, Tensor]:
     return {n: p.detach() for n, p in policy.named_parameters() if p.requires_grad}
 
 
 @torch.no_grad()
 def restore(policy: Pi0Policy, weights: dict[str, Tensor]) -> None:
-    """Weights as given, and an optimizer that has not stepped yet."""
+    """Restore these weights, and an optimizer that has not stepped yet."""
     for name, parameter in trained(policy).items():
         parameter.copy_(weights[name])
     policy.optimizer.state.clear()
 
 
 def full_size_flops() -> dict[str, float]:
-    """Floating-point operations of one window at full size."""
+    """Count the floating-point operations of one window at full size."""
     with torch.device("meta"):
         model = Pi0ForCFGRL(Pi0CFGRLConfig())
         model.model.vlm.requires_grad_(False)
@@ -179,8 +160,8 @@ def full_size_flops() -> dict[str, float]:
     }
 
 
-def main() -> int:
-    parser = arguments(__doc__, "update_cost.json")
+def main() -> None:
+    parser = pi0_arguments(__doc__, "update_cost.json")
     parser.add_argument("--windows", type=int, default=64, help="of the epoch (%(default)s)")
     parser.add_argument("--step", type=int, default=32, help="windows a step (%(default)s)")
     parser.add_argument("--micro_batch", type=int, default=32, help="windows a pass (%(default)s)")
@@ -190,21 +171,15 @@ def main() -> int:
     policy.set_training_mode(True)
     flops = full_size_flops()
     report = {
-        "command": " ".join(["python", *sys.argv]),
-        "settings": {**vars(args), "out": str(args.out), "actions": CHUNK},
-        "machine": machine(args.device),
         "flops_of_a_window_at_full_size": flops,
         "gradients": compare_gradients(policy, args),
         "epoch": compare_epochs(policy, args),
     }
-    if args.size == "tiny":
-        report["loss_curves"] = compare_curves(policy, args)
-    keep(args.out, f"{args.size}, {args.device}", report)
+    keep(args, f"{args.size}, {args.device}", {"actions": CHUNK}, **report)
     print(f"an epoch recomputed takes {report['epoch']['ratio']:.1f} times one from kept prefixes")
     print(f"by operations at full size: {flops['recomputed_to_kept']:.1f} times")
     print(f"gradients: {report['gradients']}")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -8,12 +8,10 @@ one process. Chunks of thousands of steps show how physics alone scales.
     LP_NUM_THREADS=0 python benchmarks/speed/vec_envs.py    # Mesa's renderer without own threads
 """
 
-import argparse
 import functools
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, closing
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -24,6 +22,7 @@ from timing_common import (
     CHUNK,
     IMAGE_SIZE,
     NO_LIMIT,
+    arguments,
     cpu_seconds,
     processes,
     pss_mib,
@@ -57,7 +56,7 @@ def make(chunk_size: int, plain: bool = False) -> gym.Env:
 
 
 def built(kind: str, count: int, chunk_size: int) -> VecEnv:
-    """Environments of a kind, all at one benchmark state."""
+    """Build environments of a kind and reset all to one benchmark state."""
     makers = [functools.partial(make, chunk_size, plain=kind == LIBERO)] * count
     env: VecEnv = KINDS.get(kind, Processes)(makers)
     env.set_options([{"init_state_id": 0}] * count)
@@ -66,7 +65,7 @@ def built(kind: str, count: int, chunk_size: int) -> VecEnv:
 
 
 def speed(count: int, rounds: int, chunk_size: int) -> dict[str, Any]:
-    """Seconds in which all environments step a chunk, round by round, and processor time."""
+    """Time a chunk in all environments, round by round, with the processor time."""
     with ExitStack() as stack:
         envs = {
             kind: stack.enter_context(closing(built(kind, count, chunk_size))) for kind in KINDS
@@ -91,7 +90,7 @@ def speed(count: int, rounds: int, chunk_size: int) -> dict[str, Any]:
 
 
 def memory(kind: str, count: int) -> dict[str, Any]:
-    """MiB of this process and its descendants (Pss) when a kind's environments have stepped."""
+    """Measure the MiB (Pss) of all processes when a kind's environments have stepped."""
     with closing(built(kind, count, chunk_size=1)) as env:
         for action in random_actions(2, 0).astype(np.float32):
             env.step(np.broadcast_to(action, (count, 1, 7)))
@@ -100,15 +99,12 @@ def memory(kind: str, count: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = arguments(__doc__, "vec_envs.json")
     add = parser.add_argument
     add("--n_envs", type=int, nargs="*", default=[1, 2, 4], help="for speed (%(default)s)")
     add("--held", type=int, default=8, help="environments for memory, 0 for none (%(default)s)")
     add("--rounds", type=int, default=15, help="of each kind (%(default)s)")
     add("--chunk_size", type=int, default=CHUNK, help="control steps (%(default)s)")
-    add("--out", type=Path, default=Path("benchmarks/results/vec_envs.json"))
     args = parser.parse_args()
     held, speeds = {}, []
     for kind in (*KINDS, LIBERO) if args.held else ():

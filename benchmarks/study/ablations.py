@@ -28,7 +28,7 @@ BASELINE = "baseline"
 
 
 def cells(groups: int, unconditional: Path) -> dict[str, dict[str, Any]]:
-    """Options that differ from the baseline's, by the cell's name.
+    """Return the options that differ from the baseline's, by the cell's name.
 
     :param groups: the baseline's, of K = 8
     """
@@ -63,7 +63,7 @@ def cells(groups: int, unconditional: Path) -> dict[str, dict[str, Any]]:
 
 
 def unconditional_start(folder: Path) -> Path:
-    """The shipped policy without its condition: v_∅ alone."""
+    """Write the shipped policy without its condition: v_∅ alone."""
     source = Path(find_shipped(START))
     if not folder.is_dir():
         new = folder.with_name(f".{folder.name}.new")

@@ -59,7 +59,7 @@ class AdvantageWeighted(CFGRL):
         return chosen
 
     def train(self) -> None:
-        """One pass: `label` drew the windows of all epochs."""
+        """Make one pass, since `label` drew the windows of all epochs."""
         epochs, self.n_epochs = self.n_epochs, 1
         super().train()
         self.n_epochs = epochs

@@ -27,7 +27,7 @@ SCALES_SMALL = (0.0, 1.0, 3.0)  # w = 2 is in the curve
 
 
 def against_unguided(guided: Result, unguided: Result) -> dict[str, Any]:
-    """How a w compares with w = 0 on the same states with the same noise.
+    """Compare a w with w = 0 on the same states with the same noise.
 
     The p-value is McNemar's exact one: of the episodes in which they differ, as many should go
     either way. It takes episodes as independent, and a w that was chosen for its rate flatters it.

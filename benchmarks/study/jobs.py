@@ -50,7 +50,7 @@ class Job:
 def evaluation(
     policy: Path | str, folder: Path, task: int, scales: Sequence[float], **changed: Any
 ) -> Job:
-    """An evaluation of a policy on all 50 states of a task, at each cfg_scale.
+    """Make a job that evaluates a policy on all 50 states of a task, at each cfg_scale.
 
     :param policy: its folder, or the run that trained it
     :param folder: for the results
@@ -118,7 +118,10 @@ def _run(job: Job, slot: int) -> None:
         contextlib.redirect_stderr(file),
     ):
         try:
-            _one_core(slot)
+            # Several runs side by side are faster than each on all cores.
+            cores = sorted(os.sched_getaffinity(0))
+            os.sched_setaffinity(0, {cores[slot % len(cores)]})
+            torch.set_num_threads(1)
             out = str(job.folder)
             if job.algorithm is None:
                 eval.run(EvalConfig(**job.options, out=out))
@@ -128,10 +131,3 @@ def _run(job: Job, slot: int) -> None:
             traceback.print_exc()
             sys.exit(1)
     (job.folder / DONE_FILE).touch()
-
-
-def _one_core(slot: int) -> None:
-    """Several runs side by side are faster than each on all cores."""
-    cores = sorted(os.sched_getaffinity(0))
-    os.sched_setaffinity(0, {cores[slot % len(cores)]})
-    torch.set_num_threads(1)

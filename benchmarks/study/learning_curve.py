@@ -9,12 +9,13 @@ where it was. Writes <results>/learning_curve.json and .png.
     python benchmarks/study/learning_curve.py --help
 """
 
+from argparse import Namespace
 from typing import Any
 
 from controls import AdvantageWeighted, FilteredBC
 from jobs import Job, evaluation, run_jobs
 from results import describe, result_json, results_of, seen_states, training_json, write_result
-from settings import NOISE_SEEDS, Study, parse_study, training_options
+from settings import NOISE_SEEDS, parse_study, training_options
 
 from cfgrl_gym.algorithms import CFGRL
 from cfgrl_gym.cli.reporting.curves import learning_curves
@@ -36,12 +37,12 @@ Outcome = tuple[Training, list[Result]]  # a training, and evaluations of its po
 
 
 def guidance(algorithm: type[CFGRL], cfg_scale: float) -> float:
-    """The controls have no conditions, and act as v_∅ alone."""
+    """Return the guidance scale, 0 for the controls, which act as v_∅ alone."""
     return cfg_scale if algorithm is CFGRL else 0.0
 
 
-def training(study: Study, algorithm: type[CFGRL], task: int, seed: int) -> Job:
-    """The main task is evaluated half way too; the others, and a small study, before and after."""
+def training(study: Namespace, algorithm: type[CFGRL], task: int, seed: int) -> Job:
+    """Make a training job; a whole study's main task is also evaluated half way."""
     half_way = task == study.main_task and not study.small
     # The controls have no conditions to draw more or less often.
     changed = {} if algorithm is CFGRL else {"positive_share": None}
@@ -59,15 +60,15 @@ def training(study: Study, algorithm: type[CFGRL], task: int, seed: int) -> Job:
     return Job(folder, options, algorithm)
 
 
-def trainings(study: Study) -> list[Job]:
-    """Every training, those with several seeds first."""
+def trainings(study: Namespace) -> list[Job]:
+    """List every training, those with several seeds first."""
     pairs = [(study.main_task, seed) for seed in study.seeds]
     pairs += [(task, study.seeds[0]) for task in study.other_tasks]
     return [training(study, a, task, seed) for task, seed in pairs for a in ALGORITHMS]
 
 
-def evaluations(study: Study, trained: Job) -> list[Job]:
-    """Of a training's policy at the end: CFGRL's at `BEST` too, with two seeds of noise."""
+def evaluations(study: Namespace, trained: Job) -> list[Job]:
+    """List the evaluations at a training's end: CFGRL's at `BEST` too, with two noise seeds."""
     folder, task = trained.folder, trained.options["task_id"]
     if study.small or trained.algorithm is None:
         return []
@@ -80,7 +81,7 @@ def evaluations(study: Study, trained: Job) -> list[Job]:
 
 
 def summary(outcomes: list[Outcome]) -> list[dict[str, Any]]:
-    """Before and after of each method at each w on each task, and its mean over the tasks."""
+    """Pool before and after of each method at each w on each task, with the mean over the tasks."""
     rows = []
     for algorithm in dict.fromkeys(training.algorithm for training, _ in outcomes):
         by_task: dict[int, list[Outcome]] = {}
@@ -100,7 +101,7 @@ def summary(outcomes: list[Outcome]) -> list[dict[str, Any]]:
 
 
 def before_after(outcomes: list[Outcome], cfg_scale: float) -> dict[str, Any]:
-    """One method on one task, seeds pooled: before at the w of the curve, after at this one."""
+    """Pool the seeds of one method on one task: before at the curve's w, after at this one."""
     training, _ = outcomes[0]
     before = [r for trained, _ in outcomes for r in trained.evaluations[0].results]
     after = [r for _, results in outcomes for r in results if r.cfg_scale == cfg_scale]
@@ -114,8 +115,8 @@ def before_after(outcomes: list[Outcome], cfg_scale: float) -> dict[str, Any]:
     }
 
 
-def plot(outcomes: list[Outcome], study: Study) -> None:
-    """A row for each task, over episodes and over seconds."""
+def plot(outcomes: list[Outcome], study: Namespace) -> None:
+    """Draw a row for each task, over episodes and over seconds."""
     trained = [training for training, _ in outcomes]
     methods = [
         Method(name, {}, (), tuple(t for t in trained if t.algorithm == name))

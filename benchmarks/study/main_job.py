@@ -23,7 +23,7 @@ from cfgrl_gym.cli.run_folder import choose_folder
 
 
 def results(folder: Path, out: Path) -> None:
-    """Print, write and draw what the run gave.
+    """Print, write and draw the run's results.
 
     :param out: folder for JSON and pictures
     """

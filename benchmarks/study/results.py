@@ -14,18 +14,18 @@ from cfgrl_gym.cli.run_folder import versions
 
 
 def results_of(jobs: Sequence[Job]) -> list[Result]:
-    """What evaluations gave, one after the other."""
+    """Read the results of evaluations, in order."""
     return [r for job in jobs for r in read_evaluation(job.folder, job.folder.name).results]
 
 
 def seen_states(training: Training) -> list[int]:
-    """The initial states that a training started from, where its options list them."""
+    """Return the initial states that a training started from, where its options list them."""
     given = training.config.get("init_states")
     return given if isinstance(given, list) else []
 
 
 def result_json(result: Result, seen: Sequence[int] = ()) -> dict[str, Any]:
-    """A result with the rate on the states that weren't seen; of one policy, with its successes."""
+    """Write a result as JSON, with the rate on unseen states and, of one policy, its successes."""
     unseen = [e.success for e in result.episodes if e.init_state_id not in seen]
     content = {"cfg_scale": result.cfg_scale, **result.rate.as_json()}
     if result.guidance_gap is not None:
@@ -38,7 +38,7 @@ def result_json(result: Result, seen: Sequence[int] = ()) -> dict[str, Any]:
 
 
 def training_json(training: Training, final: Sequence[Result]) -> dict[str, Any]:
-    """A finished training: options, log, and every evaluation.
+    """Write a finished training as JSON: options, log, and every evaluation.
 
     :param final: evaluations of its policy at the end
     """
@@ -62,7 +62,7 @@ def training_json(training: Training, final: Sequence[Result]) -> dict[str, Any]
 
 
 def describe(content: dict[str, Any]) -> str:
-    """A rate as people read it: 62% (31 of 50, 95% interval 48% to 74%)."""
+    """Write a rate for people: 62% (31 of 50, 95% interval 48% to 74%)."""
     return str(Rate(content["successes"], content["n_episodes"]))
 
 

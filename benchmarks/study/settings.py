@@ -1,7 +1,6 @@
 """What the study's runs have in common: the policy they start from, tasks, budget, seeds."""
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,21 +15,6 @@ NOISE_SEEDS = (1000, 1001, 1002, 1003)  # of evaluations; trainings have the sma
 EVALUATION_SEED = NOISE_SEEDS[0]
 N_ENVS = 8
 ITERATIONS, GROUPS = 4, 8  # of each training, and of K = 8 episodes in each iteration
-
-
-class Study(argparse.Namespace):
-    """Where a study's runs and results go, and how large it is: the options of `parse_study`."""
-
-    folder: Path
-    results: Path
-    jobs: int
-    main_task: int
-    other_tasks: list[int]
-    seeds: Sequence[int]
-    iterations: int
-    groups: int
-    small: bool
-    cells: list[str]
 
 
 def training_options(
@@ -65,14 +49,17 @@ def training_options(
 
 
 def new_parser(description: str | None) -> argparse.ArgumentParser:
-    """A command line that shows a script's documentation as it is."""
+    """Make a command line whose help shows a script's docstring as it is."""
     return argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
 
 
-def parse_study(description: str | None) -> Study:
-    """The command line that all parts of the study share."""
+def parse_study(description: str | None) -> argparse.Namespace:
+    """Parse the command line that all parts of the study share.
+
+    :return: where runs and results go, and how large the study is; `seeds` as a range
+    """
     parser = new_parser(description)
     add = parser.add_argument
     folder = "runs (default: runs/study; --small: runs/study_small)"
@@ -88,7 +75,7 @@ def parse_study(description: str | None) -> Study:
     add("--groups", type=int, default=GROUPS, help="of 8 episodes, each iteration")
     add("--small", action="store_true", help="one task, one seed, 2 iterations of 8 groups")
     add("--cells", nargs="*", default=[], help="of the ablations, only these, such as K=2")
-    study = parser.parse_args(namespace=Study())
+    study = parser.parse_args()
     if study.small:
         study.seeds, study.other_tasks, study.iterations, study.groups = 1, [], 2, 8
     study.seeds = range(study.seeds)

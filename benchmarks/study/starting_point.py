@@ -28,7 +28,7 @@ CHECKSUMS = "SHA256SUMS"
 
 
 def make(out: Path) -> Path:
-    """Demonstrations and warm start; returns the policy's folder."""
+    """Record demonstrations and fit the policy; returns its folder."""
     for suite, tasks in TASKS.items():
         demos.run(
             DemosConfig(
@@ -60,15 +60,14 @@ def make(out: Path) -> Path:
 
 
 def forget_condition(folder: Path) -> None:
-    """A zero bias in place of the condition: v_1 begins as v_∅.
+    """Put a zero bias in place of the condition, so that v_1 begins as v_∅.
 
     A condition that demonstrations were fitted with is one that the network has learned to ignore,
     because o = 1 and ∅ were the same data (docs/study.md has what that costs).
     """
     weights = load_file(folder / "model.safetensors")
-    shape = weights["condition.embedding"].shape
     kept = {name: w for name, w in weights.items() if not name.startswith("condition.")}
-    kept["condition.embedding"] = torch.zeros(shape)
+    kept["condition.embedding"] = torch.zeros_like(weights["condition.embedding"])
     save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
     for name in ("config.json", "pi0_policy.json"):
         content = json.loads((folder / name).read_text()) | {"condition_mode": "bias"}
@@ -76,7 +75,7 @@ def forget_condition(folder: Path) -> None:
 
 
 def write_checksums(folder: Path) -> None:
-    """In the format of sha256sum, which can check them: sha256sum -c SHA256SUMS."""
+    """Write checksums that `sha256sum -c SHA256SUMS` can check."""
     lines = [
         f"{sha256(file)}  {file.name}\n"
         for file in sorted(folder.iterdir())

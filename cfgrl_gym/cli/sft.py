@@ -28,7 +28,7 @@ DEFAULT_HORIZON = 50
 
 
 def find_demonstrations(given: str | list[str]) -> list[Path]:
-    """Demonstration files from paths, folders (searched to any depth) and glob patterns.
+    """Find demonstration files from paths, folders (searched to any depth) and glob patterns.
 
     :raises FileNotFoundError: one of them leads to no file
     """
@@ -51,7 +51,7 @@ def find_demonstrations(given: str | list[str]) -> list[Path]:
 
 
 def build_policy(config: SftConfig, demonstrations: list[Demonstration]) -> Pi0Policy:
-    """The policy before training, with its normalisation statistics.
+    """Build the policy before training, with its normalisation statistics.
 
     :raises ValueError: options that don't fit together
     """
@@ -97,7 +97,7 @@ def build_policy(config: SftConfig, demonstrations: list[Demonstration]) -> Pi0P
 
 
 def run(config: SftConfig) -> Path:
-    """Fit and save; returns the run folder.
+    """Fit the policy and save it; returns the run folder.
 
     :raises ValueError: files that can't be read, or options that don't fit together
     :raises FileExistsError: the run folder has something in it

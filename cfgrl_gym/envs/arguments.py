@@ -10,7 +10,7 @@ LONGEST = 10_000  # control steps in a chunk or of settling: minutes
 
 
 def is_int(value: Any) -> bool:
-    """Whether a value is an integer, Python's or NumPy's, and not True or False."""
+    """Tell whether a value is an integer, Python's or NumPy's, and not True or False."""
     return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
 
 
@@ -47,7 +47,7 @@ def check_known(name: str, value: Any, known: Iterable[Any]) -> None:
 
 
 def check_action(action: Any, shape: tuple[int, ...], what: str = "an action") -> np.ndarray:
-    """The action as an array of numbers, in the dtype it has.
+    """Return the action as an array of numbers, in the dtype it has.
 
     :raises ValueError: another shape, NaN, infinity, or no numbers: text, truth values, times,
         complex, masked or structured arrays, objects

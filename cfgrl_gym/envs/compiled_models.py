@@ -61,7 +61,7 @@ class CompiledModel:
             getattr(self.mj, name)[:] = places
 
     def as_placed(self) -> "CompiledModel":
-        """A model to step with the places that this one has now, the same for all who ask.
+        """Return a model to step with the places that this one has now, the same at each call.
 
         It is this model itself where nothing has moved: then nothing ever does, for LIBERO places
         the same fixtures of a task at every reset.
@@ -83,7 +83,7 @@ _in_process: "weakref.WeakValueDictionary[str, CompiledModel]" = weakref.WeakVal
 
 
 def compiled(xml: str) -> CompiledModel:
-    """The model of an MJCF document: this process's, else the one on disk, else compiled now."""
+    """Return the model of an MJCF document: this process's, the one on disk, or compiled now."""
     key = _key(xml)
     model = _in_process.get(key)
     if model is None:
@@ -92,7 +92,7 @@ def compiled(xml: str) -> CompiledModel:
 
 
 def cache_folder() -> Path | None:
-    """Where compiled models are kept on disk; None where that is switched off."""
+    """Return the folder of compiled models on disk; None where that is switched off."""
     chosen = os.environ.get(CACHE_VARIABLE)
     if chosen:
         return None if chosen.lower() == "off" else Path(chosen).expanduser()

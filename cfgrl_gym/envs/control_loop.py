@@ -143,18 +143,13 @@ class SamplingClock:
             self._count()
 
     def control_step(self, substeps: int) -> int:
-        """Let a control step pass; the substep that robosuite measures after, or -1."""
+        """Let a control step pass; returns the substep after which robosuite measures, or -1."""
         measured = -1
         for substep in range(substeps):
-            if self._tick():
-                measured = substep
+            if not self._sampled and self._period >= self._time + self._substep:
+                self._sampled, measured = True, substep
+            self._count()
         return measured
-
-    def _tick(self) -> bool:
-        measure = not self._sampled and self._period >= self._time + self._substep
-        self._sampled = self._sampled or measure
-        self._count()
-        return measure
 
     def _count(self) -> None:
         self._time += self._substep
@@ -220,7 +215,7 @@ class ControlLoop:
         self._finger_current[:] = robot.gripper.current_action
 
     def advance(self, action: np.ndarray) -> bool:
-        """One control step; returns whether robosuite would have measured in it.
+        """Execute one control step; returns whether robosuite would have measured in it.
 
         :param action: float64 (7,)
         """

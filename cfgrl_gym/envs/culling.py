@@ -48,7 +48,7 @@ class Culler:
 
     @contextmanager
     def culled(self, scene: Any, model: Any, data: Any, size: int) -> Iterator[None]:
-        """Within, `scene` lacks what a square image of it doesn't show.
+        """Leave out of `scene`, within the block, what a square image of it doesn't show.
 
         :param scene: as `mjv_updateScene` filled it from `model` and `data`; the next call of that
             brings back what is left out
@@ -134,7 +134,7 @@ class _Camera:
         self.frustum = np.array(sides + ends) @ self._from_world
 
     def seen_in(self, mirror: Any, is_box: bool) -> np.ndarray | None:
-        """The region of what is seen in a mirror; None if it is off screen or seen from behind."""
+        """Return the region seen in a mirror; None if it is off screen or seen from behind."""
         turn, half = np.array(mirror.mat, float).reshape(3, 3), np.array(mirror.size, float)
         normal, centre = turn[:, 2], np.array(mirror.pos, float)
         if is_box:  # its upper face

@@ -59,17 +59,16 @@ def compare(
     task: Task,
     actions: np.ndarray,
     *,
-    init_state_id: int = 0,
     others: int = 2,
     image_size: int = 128,
 ) -> ExactnessReport:
     """Play an episode in LIBERO's `OffScreenRenderEnv`, and twice in one `FastSimulator`.
 
-    State, success and observations are compared after the reset and after every step, the images
-    of both cameras after the reset, in the middle and at the end.
+    It starts from the first benchmark state, the episodes in between from the next ones. State,
+    success and observations are compared after the reset and after every step, the images of both
+    cameras after the reset, in the middle and at the end.
 
     :param actions: (steps, 7) in [-1, 1], at least one; they go on after a success
-    :param init_state_id: benchmark state of the episode; those after it are for the others
     :param others: episodes from other states that the fast simulator plays between its two
     :param image_size: side of the images in pixels
     :raises UnknownUpstreamError: the fast simulator doesn't take part with the installed LIBERO
@@ -79,24 +78,22 @@ def compare(
     if actions.ndim != 2 or actions.shape[1] != 7 or not len(actions):
         raise ValueError(f"actions must have shape (steps, 7) with steps > 0; got {actions.shape}")
     states = load_init_states(task.suite, task.task_id)
-    state = states[init_state_id]
     pictured = {0, len(actions) // 2, len(actions)}
     # The fast one first: it refuses what it doesn't know before anything long has begun.
     with closing(FastSimulator(task, image_size)) as fast:
         with closing(PlainSimulator(task, image_size)) as plain:
             contacts = 0
             wanted = []
-            for moment in play(plain, state, actions, pictured):
+            for moment in play(plain, states[0], actions, pictured):
                 contacts = max(contacts, touches(plain))
                 wanted.append(moment)
-        difference = first_difference(wanted, play(fast, state, actions, pictured), "first")
+        difference = first_difference(wanted, play(fast, states[0], actions, pictured), "first")
         if difference is None:
             for other in range(others):
-                other_state = states[(init_state_id + 1 + other) % len(states)]
-                fast.reset(LIBERO_SEED, other_state)
+                fast.reset(LIBERO_SEED, states[(1 + other) % len(states)])
                 for action in downward_actions(_OTHER_STEPS, seed=other + 1):
                     fast.advance(action)
-            difference = first_difference(wanted, play(fast, state, actions, pictured), "later")
+            difference = first_difference(wanted, play(fast, states[0], actions, pictured), "later")
     return ExactnessReport(
         steps=len(actions),
         others=others,
@@ -108,7 +105,7 @@ def compare(
 
 
 def downward_actions(steps: int, seed: int = 0) -> np.ndarray:
-    """float64 (steps, 7): random, but for a push down to where there is something to touch."""
+    """Draw float64 (steps, 7): random, but pushed down to where there is something to touch."""
     actions = np.random.default_rng(seed).uniform(-1, 1, (steps, 7))
     actions[:, 2] -= 0.7
     return np.clip(actions, -1, 1)
@@ -117,7 +114,7 @@ def downward_actions(steps: int, seed: int = 0) -> np.ndarray:
 def play(
     simulator: Simulator, init_state: np.ndarray, actions: np.ndarray, pictured: Collection[int]
 ) -> Iterator[Moment]:
-    """One episode: the moment after the reset, then the one after each action.
+    """Play one episode: yields the moment after the reset, then the one after each action.
 
     :param init_state: (1 + nq + nv,)
     :param actions: float64 (steps, 7)
@@ -139,7 +136,7 @@ def play(
 def first_difference(
     wanted: Iterable[Moment], given: Iterable[Moment], episode: str
 ) -> Difference | None:
-    """Where two episodes of the same length first differ in a bit, or None."""
+    """Find where two episodes of the same length first differ in a bit, or None."""
     for step, (one, other) in enumerate(zip(wanted, given, strict=True)):
         for key in dict.fromkeys((*one, *other)):
             size = _difference(one.get(key), other.get(key))
@@ -149,7 +146,7 @@ def first_difference(
 
 
 def touches(simulator: Simulator) -> int:
-    """Contacts that the robot has now with anything else."""
+    """Count the contacts that the robot has now with anything else."""
     model, contact = simulator.model, simulator.data.contact
     robot = np.array([model.body(body).name.startswith(_ROBOT) for body in range(model.nbody)])
     one, other = (robot[model.geom_bodyid[geoms]] for geoms in (contact.geom1, contact.geom2))

@@ -45,7 +45,7 @@ def build_simulator(
     cameras: tuple[str, ...] = CAMERAS,
     quality: Quality = "benchmark",
 ) -> Simulator:
-    """A `FastSimulator`, or where that may not be exact, LIBERO as it is, with a warning."""
+    """Build a `FastSimulator` or, where that may not be exact, LIBERO as it is, with a warning."""
     global _warned
     keep_log_out_of_the_working_directory()
     try:
@@ -221,7 +221,7 @@ class FastSimulator(Simulator):
         return rendering.render(self._compiled, data, colours, cameras, size, self.quality)
 
     def close(self) -> None:
-        """Models and render contexts go with the last environment that uses them."""
+        """Free the simulator; models and contexts go with the last environment that uses them."""
         if self.robosuite_env is not None:
             # LIBERO's objects form reference cycles; dropping the large ones frees them now.
             self.robosuite_env.compiled_model = None

@@ -31,7 +31,7 @@ class LiberoNotInstalledError(ImportError):
 
 
 def libero_root() -> Path:
-    """Folder of the `libero.libero` package, found without executing it.
+    """Find the folder of the `libero.libero` package without executing it.
 
     :raises LiberoNotInstalledError: no such package
     """

@@ -35,7 +35,7 @@ from cfgrl_gym.envs.suites import (
     select_tasks,
 )
 
-ACTION_DIM = 7
+ACTION_DIM = 7  # OSC_POSE delta (6), gripper (1)
 RENDER_MODES = ("rgb_array", "rgb_array_list")
 MAX_BUILT_TASKS = 4  # compiled tasks that one environment keeps, so that switching is quick
 BOUND = 1e6  # of metres, radians and their rates: beyond anything real, but finite
@@ -103,8 +103,6 @@ class LiberoEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
         cameras: Sequence[str] = CAMERAS,
         image_quality: Quality = "benchmark",
     ) -> None:
-        if isinstance(init_states, str) and init_states not in ("benchmark", "random"):
-            raise ValueError(f"init_states must be {_INIT_STATES}; got {init_states!r:.100}")
         check_known("render_mode", render_mode, (None, *RENDER_MODES))
         check_known("image_quality", image_quality, QUALITIES)
         named = as_list("cameras", cameras, f"a list of some of {CAMERAS}")
@@ -122,12 +120,10 @@ class LiberoEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
         self.image_size = image_size
         self.max_episode_steps = max_episode_steps or episode_limit(suite)
         self.settle_steps = settle_steps
-        self.init_states: str | tuple[int, ...] = (
-            init_states if isinstance(init_states, str) else _state_ids(init_states)
-        )
-        if not isinstance(init_states, str):
+        self.init_states = _init_states(init_states)
+        if not isinstance(self.init_states, str):
             for listed_for in self._tasks:
-                self.init_state_ids(listed_for)  # says which of them there aren't
+                self.init_state_ids(listed_for)  # refuses states that the task doesn't have
         self.render_mode = render_mode
         self.cameras = tuple(camera for camera in CAMERAS if camera in named)
         self.image_quality: Quality = image_quality
@@ -164,13 +160,13 @@ class LiberoEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
         return tuple(self._tasks)
 
     def num_init_states(self, task_id: int) -> int | None:
-        """Benchmark states of a task; None with init_states="random", where any seed will do."""
+        """Count a task's benchmark states; None with init_states="random", where any seed does."""
         if self.init_states == "random":
             return None
         return len(load_init_states(self.suite, task_id))
 
     def init_state_ids(self, task_id: int) -> Sequence[int] | None:
-        """Those that episodes of a task are drawn from; None with init_states="random".
+        """Return the states that a task's episodes are drawn from; None with init_states="random".
 
         :raises ValueError: `init_states` names a state that the task hasn't
         """
@@ -277,7 +273,7 @@ class LiberoEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
     def step(
         self, action: np.ndarray
     ) -> tuple[dict[str, np.ndarray], float, bool, bool, dict[str, Any]]:
-        """One control step.
+        """Execute one control step.
 
         :param action: (7,) in [-1, 1]: OSC_POSE delta (6) and gripper (-1 opens, 1 closes)
         :raises ValueError: wrong shape, NaN or infinity, or no numbers; the simulator has not
@@ -302,7 +298,7 @@ class LiberoEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
         return self._last_observation, float(success), success, truncated, info
 
     def render(self) -> Any:
-        """The scene for people, uint8 (256, 256, 3); in list mode, the frames since last asked."""
+        """Return the scene for people, uint8 (256, 256, 3); in list mode, all since last asked."""
         if self.render_mode is None:
             raise ValueError('make the environment with render_mode="rgb_array" to render it')
         if self.render_mode == "rgb_array_list":
@@ -331,7 +327,7 @@ class LiberoEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
         return self._simulator
 
     def sim_state(self) -> np.ndarray:
-        """Flat float64 (1 + nq + nv,): time, qpos, qvel of the simulator."""
+        """Return the simulator's state, flat float64 (1 + nq + nv,): time, qpos, qvel."""
         return self.simulator.state()
 
     # ------------------------------------------------------------------------------------------
@@ -377,7 +373,9 @@ class LiberoEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
         return info if fault is None else info | {"unstable_reason": fault}
 
 
-def _state_ids(given: Any) -> tuple[int, ...]:
+def _init_states(given: Any) -> str | tuple[int, ...]:
+    if isinstance(given, str) and given in ("benchmark", "random"):
+        return given
     ids = as_list("init_states", given, _INIT_STATES)
     if not all(is_int(one) for one in ids):
         raise ValueError(f"init_states must be {_INIT_STATES}, ints; got {given!r:.100}")

@@ -37,7 +37,7 @@ class _Reader(_Python):  # type: ignore[misc]
 
 
 def read_pickled_array(content: bytes) -> np.ndarray:
-    """The array of numbers that a pickle describes, of protocol 2 to 5.
+    """Read the array of numbers that a pickle describes, of protocol 2 to 5.
 
     :raises ValueError: it is damaged, or describes anything else
     """

@@ -93,7 +93,7 @@ class GlContext:
             )
 
     def free(self) -> None:
-        """To be called once, when nothing is to be rendered any more."""
+        """Free the context; to be called once, when nothing is to be rendered any more."""
         self._context.free()
 
     def abandon(self) -> None:

@@ -36,7 +36,7 @@ def render(
     size: int,
     quality: Quality = "benchmark",
 ) -> list[np.ndarray]:
-    """Images of named cameras as robosuite gives them (OpenGL's first row is the bottom).
+    """Render images of named cameras as robosuite does (OpenGL's first row is the bottom).
 
     :param data: `mujoco.MjData` with the poses to draw
     :param colours: model arrays that differ in this environment, such as "geom_rgba"
@@ -51,7 +51,7 @@ def render(
 
 
 def free_unused() -> None:
-    """Give back what was kept for models that are gone."""
+    """Free the render contexts of models that are gone."""
     _pool.free_unused()
 
 
@@ -165,7 +165,7 @@ class _Pool:
 
     @contextmanager
     def painter(self, base: CompiledModel, size: int, quality: Quality) -> Iterator[_Painter]:
-        """A painter of this model for the calling thread's use."""
+        """Lend a painter of this model to the calling thread."""
         with self._changed:
             self._claim()
             self._changed.wait_for(lambda: self._busy < min(processors(), MAX_CONTEXTS))
@@ -242,7 +242,7 @@ class _Pool:
 
 
 def processors() -> int:
-    """Processor cores that this process may use."""
+    """Count the processor cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

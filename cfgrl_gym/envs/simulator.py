@@ -26,7 +26,7 @@ MAX_PLACEMENT_TRIES = 100
 
 
 def image_key(camera: str) -> str:
-    """LIBERO's observation key of a camera's image."""
+    """Return LIBERO's observation key of a camera's image."""
     return f"{camera}_image"
 
 
@@ -71,21 +71,21 @@ class Simulator(ABC):
         return self.robosuite_env.sim.data._data
 
     def state(self) -> np.ndarray:
-        """Flat float64 (1 + nq + nv,): time, qpos, qvel, as LIBERO's initial states are stored."""
+        """Return float64 (1 + nq + nv,): time, qpos, qvel, as LIBERO stores initial states."""
         return np.concatenate([[self.data.time], self.data.qpos, self.data.qvel])
 
     def fault(self) -> str | None:
-        """What has gone wrong in the physics since the reset, in words; None if they are sound."""
+        """Say what has gone wrong in the physics since the reset; None if they are sound."""
         return find_fault(self.model, self.data)
 
     def settle(self, steps: int) -> None:
-        """Let things come to rest: so many control steps without a motion, the gripper open."""
+        """Let things come to rest: `steps` control steps without a motion, the gripper open."""
         for _ in range(steps):
             self.advance(SETTLE_ACTION)
 
     @abstractmethod
     def reset(self, seed: int, init_state: np.ndarray | None) -> None:
-        """As LIBERO's hard reset after `seed(seed)`, then `set_init_state(init_state)`.
+        """Reset as LIBERO's hard reset after `seed(seed)`, then `set_init_state(init_state)`.
 
         :param seed: for LIBERO's placement sampler
         :param init_state: (1 + nq + nv,), or None for what the sampler placed
@@ -95,25 +95,25 @@ class Simulator(ABC):
 
     @abstractmethod
     def advance(self, action: np.ndarray) -> bool:
-        """One control step (25 physics substeps of 2 ms); returns LIBERO's success.
+        """Execute one control step (25 physics substeps of 2 ms); returns LIBERO's success.
 
         :param action: float64 (7,)
         """
 
     @abstractmethod
     def observe(self) -> dict[str, np.ndarray]:
-        """LIBERO's observation keys other than the images, as robosuite measured them last."""
+        """Return LIBERO's observation without the images, as robosuite measured it last."""
 
     @abstractmethod
     def images(self) -> dict[str, np.ndarray]:
-        """LIBERO's image keys: uint8 (image_size, image_size, 3), as robosuite gives them.
+        """Return LIBERO's image keys: uint8 (image_size, image_size, 3), as robosuite gives them.
 
         Of the cameras that the simulator was made with.
         """
 
     @abstractmethod
     def frame(self) -> np.ndarray:
-        """The agent's view for people: upright, uint8 (256, 256, 3)."""
+        """Render the agent's view for people: upright, uint8 (256, 256, 3)."""
 
     @abstractmethod
     def close(self) -> None:

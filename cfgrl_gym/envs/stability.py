@@ -30,7 +30,7 @@ Result = TypeVar("Result")
 
 
 def find_fault(model: Any, data: Any) -> str | None:
-    """What has gone wrong in the physics since MuJoCo's last reset, or None.
+    """Say what has gone wrong in the physics since MuJoCo's last reset, or None.
 
     :param model: `mujoco.MjModel`
     :param data: `mujoco.MjData`

@@ -41,7 +41,7 @@ class Task:
 
 
 def suggest(given: str, known: Sequence[str]) -> str:
-    """'; did you mean ...? Known: ...' for an error message about a name."""
+    """Word the end of an error message about a name: "; did you mean ...? Known: ..."."""
     near = difflib.get_close_matches(given, known, n=3)
     hint = f"; did you mean {' or '.join(repr(n) for n in near)}?" if near else "."
     return f"{hint} Known: {', '.join(known)}"
@@ -56,7 +56,7 @@ def _benchmark(suite: str) -> Any:
 
 @functools.cache
 def available_suites() -> tuple[str, ...]:
-    """Every registered suite that the installation has task and initial-state files for."""
+    """List every registered suite that the installation has task and initial-state files for."""
     module = import_libero("benchmark")
     root = import_libero("__init__")
     bddl, states = (Path(root.get_libero_path(key)) for key in ("bddl_files", "init_states"))
@@ -68,7 +68,7 @@ def available_suites() -> tuple[str, ...]:
 
 
 def load_tasks(suite: str) -> tuple[Task, ...]:
-    """All tasks of a suite, in the benchmark's order.
+    """List all tasks of a suite, in the benchmark's order.
 
     :raises ValueError: the suite is unknown; the message names the nearest ones
     """
@@ -98,16 +98,12 @@ def load_tasks(suite: str) -> tuple[Task, ...]:
 
 
 def select_tasks(suite: str, task_id: TaskIds) -> tuple[Task, ...]:
-    """The tasks that `task_id` names: an int, a sequence of ints, or "all".
+    """Return the tasks that `task_id` names: an int, a sequence of ints, or "all".
 
     :raises ValueError: an id that the suite does not have
     """
     tasks = load_tasks(suite)
-    if isinstance(task_id, str):
-        if task_id != "all":
-            raise ValueError(
-                f"task_id must be an int, a sequence of ints or 'all'; got {task_id!r:.100}"
-            )
+    if isinstance(task_id, str) and task_id == "all":
         return tasks
     kinds = "an int, a sequence of ints or 'all'"
     one = isinstance(task_id, (int, np.integer))
@@ -127,7 +123,7 @@ def select_tasks(suite: str, task_id: TaskIds) -> tuple[Task, ...]:
 
 @functools.lru_cache(maxsize=16)
 def load_init_states(suite: str, task_id: int) -> np.ndarray:
-    """The benchmark's initial states of a task: float64 (n, 1 + nq + nv), read-only.
+    """Load the benchmark's initial states of a task: float64 (n, 1 + nq + nv), read-only.
 
     :raises ValueError: a file that holds anything but numbers, or is damaged
     """
@@ -138,7 +134,7 @@ def load_init_states(suite: str, task_id: int) -> np.ndarray:
 
 
 def read_init_states(file: Path) -> np.ndarray:
-    """The array in an initial-states file, without running code: `.npz`, or the original LIBERO's.
+    """Read an initial-states file without running code: `.npz`, or the original LIBERO's.
 
     LIBERO itself has torch unpickle the original's, where code can run. torch's restricted reading
     would need NumPy's dtypes, by which a file's bytes can be taken for pointers.
@@ -153,27 +149,24 @@ def read_init_states(file: Path) -> np.ndarray:
             with zipfile.ZipFile(file) as archive:  # torch.save's
                 (name,) = (n for n in archive.namelist() if n.endswith("/data.pkl"))
                 states = read_pickled_array(archive.read(name))
+        if not isinstance(states, np.ndarray) or states.ndim != 2 or states.dtype.kind not in "fiu":
+            raise ValueError(f"it holds {states!r:.80}")
     except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(
-            f"initial states '{file}' can't be read ({error}); expected an array of numbers as "
-            "LIBERO keeps it: install LIBERO again"
+            f"initial states '{file}' can't be read ({error}); expected an array of numbers "
+            "(n, size) as LIBERO keeps it: install LIBERO again"
         ) from error
-    if not isinstance(states, np.ndarray) or states.ndim != 2 or states.dtype.kind not in "fiu":
-        raise ValueError(
-            f"initial states '{file}' hold {states!r:.80}; expected an array of numbers (n, size): "
-            "install LIBERO again"
-        )
     return states
 
 
 def episode_limit(suite: str) -> int:
-    """Time limit of a suite in control steps; a LIBERO-PRO suite has its original's."""
+    """Return a suite's time limit in control steps; a LIBERO-PRO suite has its original's."""
     base = [name for name in _LIMITS if suite == name or suite.startswith(name + "_")]
     return _LIMITS[max(base, key=len)] if base else max(_LIMITS.values())
 
 
 def object_names(tasks: Sequence[Task]) -> tuple[str, ...]:
-    """Movable objects that all the tasks have, in the first one's order, from their BDDL files."""
+    """List the movable objects that all the tasks have, in the first one's order."""
     parse = import_libero("envs.bddl_utils").robosuite_parse_problem
     names: list[list[str]] = []
     for task in tasks:

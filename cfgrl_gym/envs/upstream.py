@@ -117,7 +117,7 @@ def check_upstream(control: Any) -> None:
 
 
 def digests(control: Any) -> dict[str, str]:
-    """The start of the source's SHA-256 of each function, as this very environment would call it.
+    """Return the start of the SHA-256 of each function's source, as this environment calls it.
 
     Of the classes of each part that has a class in `KNOWN`, those of the functions named there, in
     whatever class they are: what calls `super()` depends on the overridden ones too.

@@ -1,6 +1,6 @@
 """The parts of `cfgrl report`, in the order in which a report is made.
 
-runs.py reads run folders; methods.py, comparison.py, curves.py, checks.py group, pool and compare
+runs.py reads run folders; methods.py, comparison.py, curves.py, times.py group, pool and compare
 what is in them, with the counts of rates.py. content.py collects all of it, also as the page's
 embedded JSON. plots.py draws it in the style of figures.py, films.py takes frames from videos, and
 page.py fills page.html.j2. A table's columns are in page.html.j2; the same numbers for machines are

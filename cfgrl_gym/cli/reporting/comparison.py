@@ -40,7 +40,7 @@ class Links:
     before: dict[Training, list[EvaluationRun]] = field(default_factory=dict)
 
     def role(self, evaluation: EvaluationRun) -> str:
-        """before, after, or neither."""
+        """Tell whether an evaluation came "before" or "after" a training, else "evaluation"."""
         for name, groups in (("after", self.after), ("before", self.before)):
             if any(evaluation in group for group in groups.values()):
                 return name
@@ -53,7 +53,9 @@ def link(runs: Runs) -> Links:
     links = Links()
     owners = {evaluation: _owner(evaluation, runs.trainings) for evaluation in runs.evaluations}
     for training in runs.trainings:
-        own, start = _own_policies(training), start_policy(training)
+        out, start = training.config.get("out"), start_policy(training)
+        own = {str(training.folder)} | ({plain_policy(str(out))} if out else set())
+        own |= {f"{name}/{MODEL_FILE}" for name in own}
         links.after[training], links.before[training] = [], []
         for evaluation, owner in owners.items():
             policy = plain_policy(evaluation.policy)
@@ -73,13 +75,6 @@ def _owner(evaluation: EvaluationRun, trainings: Sequence[Training]) -> Training
     """The training in whose folder it lies, the innermost."""
     owners = [t for t in trainings if t.folder in evaluation.folder.parents]
     return max(owners, key=lambda t: len(t.folder.parts), default=None)
-
-
-def _own_policies(training: Training) -> set[str]:
-    names = {str(training.folder)}
-    if training.config.get("out"):
-        names.add(plain_policy(str(training.config["out"])))
-    return names | {f"{name}/{MODEL_FILE}" for name in names}
 
 
 # Before and after --------------------------------------------------------------------------------
@@ -103,12 +98,12 @@ class Comparison:
 
     @property
     def verdict(self) -> str | None:
-        """Of after against before."""
+        """The verdict of after against before."""
         return verdict(self.before, self.after)
 
 
 def compare(method: Method, links: Links) -> list[Comparison]:
-    """Before and after for every setting and cfg_scale that was evaluated."""
+    """Compare before and after for every setting and cfg_scale that was evaluated."""
     before: dict[tuple[Setting, float], list[Result]] = {}
     for start in dict.fromkeys(map(start_policy, method.trainings)):
         for result in _before(start, links):
@@ -170,7 +165,7 @@ def _of_policy(evaluations: Sequence[EvaluationRun]) -> list[Result]:
 
 
 def distinct(results: Iterable[Result]) -> list[Result]:
-    """Without those whose episodes are, one by one, another's: a policy measured again."""
+    """Drop results whose episodes equal another's one by one: a policy measured again."""
     kept: dict[object, Result] = {}
     for result in results:
         kept.setdefault(result.episodes or result.sources, result)
@@ -178,7 +173,7 @@ def distinct(results: Iterable[Result]) -> list[Result]:
 
 
 def protocol_notes(method: Method, links: Links) -> list[str]:
-    """Options in which evaluations before and after differ, so that a change may come from them."""
+    """List options in which evaluations before and after differ: they may explain a change."""
     notes = set()
     for training in method.trainings:
         for after in links.after[training]:
@@ -192,16 +187,12 @@ def protocol_notes(method: Method, links: Links) -> list[str]:
 
 
 def against_baseline(row: Comparison, comparisons: Sequence[Comparison]) -> str | None:
-    """How the method did afterwards compared with the baseline at the same cfg_scale."""
+    """Compare a method after training with the baseline at the same cfg_scale."""
     if row.method.is_baseline:
         return None
-    baseline = [
-        other.after
-        for other in comparisons
-        if other.method.is_baseline
-        and (other.setting, other.cfg_scale) == (row.setting, row.cfg_scale)
-    ]
-    return verdict(baseline[0], row.after) if baseline else None
+    place = row.setting, row.cfg_scale
+    same = (r for r in comparisons if r.method.is_baseline and (r.setting, r.cfg_scale) == place)
+    return verdict(next((baseline.after for baseline in same), None), row.after)
 
 
 @dataclass(frozen=True)
@@ -221,12 +212,12 @@ class Highlight:
 
     @property
     def verdict(self) -> str | None:
-        """Of after against before."""
+        """The verdict of after against before."""
         return verdict(self.before, self.after)
 
     @property
     def sentence(self) -> str:
-        """What may be said of the two."""
+        """The conclusion that the intervals allow, as a sentence."""
         if self.verdict is None:
             return "Nothing was evaluated before training, so there is no change to speak of."
         if self.verdict == UNDECIDED:
@@ -235,7 +226,7 @@ class Highlight:
 
 
 def highlights(comparisons: Sequence[Comparison]) -> list[Highlight]:
-    """One for each setting that was evaluated after a training."""
+    """Find the best before and after in each setting that was evaluated after a training."""
     found = []
     for setting in dict.fromkeys(row.setting for row in comparisons):
         rows = [row for row in comparisons if row.setting == setting]
@@ -267,7 +258,7 @@ class Sweep:
 
     @property
     def best(self) -> Result:
-        """The highest success; of equals, the lowest cfg_scale."""
+        """The point of the highest success; of equals, the lowest cfg_scale."""
         return max(self.points, key=lambda point: point.rank)
 
     @property
@@ -296,28 +287,24 @@ def sweeps(
 
 
 def method_sweeps(comparisons: Sequence[Comparison]) -> list[Sweep]:
-    """What each method's trainings gave in each setting, however few scales there are."""
-    groups: dict[tuple[Method, Setting], list[Result]] = {}
-    by_training: dict[tuple[Method, Setting], dict[Training, list[Result]]] = {}
+    """Collect each method's results over cfg_scale in each setting, however few scales."""
+    groups: dict[tuple[Method, Setting], list[Comparison]] = {}
     for row in comparisons:
         if row.after is not None:
-            group = row.method, row.setting
-            groups.setdefault(group, []).append(row.after)
-            for training, result in row.by_seed:
-                by_training.setdefault(group, {}).setdefault(training, []).append(result)
-    return [
-        Sweep(
-            f"{group[0].label} (after training)",
-            group[0],
-            tuple(points),
-            tuple(map(tuple, by_training[group].values())),
-        )
-        for group, points in groups.items()
-    ]
+            groups.setdefault((row.method, row.setting), []).append(row)
+    found = []
+    for (method, _), rows in groups.items():
+        by_training: dict[Training, list[Result]] = {}
+        for training, result in (pair for row in rows for pair in row.by_seed):
+            by_training.setdefault(training, []).append(result)
+        points = tuple(row.after for row in rows if row.after is not None)
+        by_run = tuple(map(tuple, by_training.values()))
+        found.append(Sweep(f"{method.label} (after training)", method, points, by_run))
+    return found
 
 
 def best_scales(comparisons: Sequence[Comparison]) -> list[str]:
-    """For each method and setting with several scales: the one with the highest success."""
+    """Say which cfg_scale had the highest success, for each method and setting with several."""
     sentences = []
     every = method_sweeps(comparisons)
     several_settings = len({sweep.best.setting for sweep in every}) > 1
@@ -338,5 +325,5 @@ def best_scales(comparisons: Sequence[Comparison]) -> list[str]:
 
 
 def scales_text(scales: Iterable[float]) -> str:
-    """1, 1.5."""
+    """Format guidance scales as text: 1, 1.5."""
     return ", ".join(f"{scale:g}" for scale in scales)

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from cfgrl_gym.cli.reporting.checks import PARTS, Check, TimeSpent, checks, time_spent
 from cfgrl_gym.cli.reporting.comparison import (
     Comparison,
     Links,
@@ -20,6 +19,7 @@ from cfgrl_gym.cli.reporting.curves import Panel, learning_curves, without_curve
 from cfgrl_gym.cli.reporting.films import Film, films
 from cfgrl_gym.cli.reporting.methods import Method, group_methods, repeated_seeds
 from cfgrl_gym.cli.reporting.runs import Runs
+from cfgrl_gym.cli.reporting.times import PARTS, TimeSpent, time_spent
 
 
 @dataclass(frozen=True)
@@ -35,13 +35,12 @@ class Report:
     panels: tuple[Panel, ...]
     sweeps: tuple[Sweep, ...]
     times: tuple[TimeSpent, ...]
-    checks: tuple[Check, ...]
     films: tuple[Film, ...]
     notes: tuple[str, ...]
 
 
 def collect(runs: Runs, title: str, embed_videos: bool) -> Report:
-    """Group, link, count; reads the videos.
+    """Group, link and count the runs, and read their videos.
 
     :raises ValueError: a video is damaged
     """
@@ -65,7 +64,6 @@ def collect(runs: Runs, title: str, embed_videos: bool) -> Report:
         panels=tuple(learning_curves(methods)),
         sweeps=tuple(sweeps(comparisons, runs.evaluations, links)),
         times=tuple(time_spent(methods)),
-        checks=tuple(checks(methods)),
         films=films(runs, methods, links, embed_videos),
         notes=tuple(_notes(runs, methods, links)),
     )
@@ -94,7 +92,7 @@ def _notes(runs: Runs, methods: Sequence[Method], links: Links) -> list[str]:
 
 
 def as_json(report: Report) -> dict[str, Any]:
-    """The figures of the report, with counts and sources."""
+    """Return the numbers of the report, with counts and sources."""
     return {
         "title": report.title,
         "created": report.created.isoformat(timespec="seconds"),
@@ -164,22 +162,24 @@ def as_json(report: Report) -> dict[str, Any]:
         ],
         "checks": [
             {
-                "training": check.training.name,
-                "iterations": check.iterations,
-                "loss": check.loss,
-                "dropout_prob": check.dropout_prob,
-                "dropped": check.dropped
+                "training": training.name,
+                "iterations": len(training.rows),
+                "loss": training.ends("train/loss"),
+                "dropout_prob": training.config.get("dropout_prob"),
+                "dropped": training.dropped
                 and {
-                    "count": check.dropped.successes,
-                    "of": check.dropped.episodes,
-                    "interval_95": list(check.dropped.interval),
-                    "holds_dropout_prob": check.dropped_as_asked,
+                    "count": training.dropped.successes,
+                    "of": training.dropped.episodes,
+                    "interval_95": list(training.dropped.interval),
+                    "holds_dropout_prob": training.dropped_as_asked,
                 },
-                "groups_kept": check.groups[0],
-                "groups_discarded": check.groups[1],
-                "grad_norm": check.grad_norm,
+                "groups_kept": training.total("rollout/groups_kept"),
+                "groups_discarded": training.total("rollout/groups_discarded"),
+                "grad_norm": training.ends("train/grad_norm"),
             }
-            for check in report.checks
+            for method in report.methods
+            for training in method.trainings
+            if training.rows
         ],
         "notes": list(report.notes),
     }

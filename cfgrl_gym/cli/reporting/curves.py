@@ -8,7 +8,7 @@ from typing import Any
 from cfgrl_gym.cli.reporting.comparison import distinct
 from cfgrl_gym.cli.reporting.methods import Method
 from cfgrl_gym.cli.reporting.rates import Rate, Result, Setting, total
-from cfgrl_gym.cli.reporting.runs import Evaluation, Training
+from cfgrl_gym.cli.reporting.runs import Training
 
 EVALUATED, TRAINING = "evaluated", "while training"
 BINS = 12  # points of a curve that is made of training episodes
@@ -57,7 +57,7 @@ class Panel:
 
 
 def learning_curves(methods: Sequence[Method]) -> list[Panel]:
-    """Evaluations where a method has some, else its training episodes."""
+    """Make the curves from a method's evaluations, or without them from its training episodes."""
     lines: dict[tuple[Setting, str], list[Line]] = {}
     for method in methods:
         for setting, line in _evaluated(method) or _trained(method):
@@ -93,7 +93,8 @@ def _evaluated(method: Method) -> list[tuple[Setting, Line]]:
         for evaluation in training.evaluations:
             for part in (part for result in evaluation.results for part in result.parts):
                 curve = found.setdefault(part.key, {}).setdefault(training, {})
-                curve[evaluation.iteration] = _point(evaluation, part), part
+                point = Point(float(evaluation.episodes), evaluation.seconds, part.rate)
+                curve[evaluation.iteration] = point, part
     lines = []
     for (setting, scale), by_training in found.items():
         curves = list(by_training.values())
@@ -111,10 +112,6 @@ def _evaluated(method: Method) -> list[tuple[Setting, Line]]:
         by_seed = tuple(_sorted(point for point, _ in curve.values()) for curve in curves)
         lines.append((setting, Line(method, scale, _sorted(pooled), by_seed)))
     return lines
-
-
-def _point(evaluation: Evaluation, result: Result) -> Point:
-    return Point(float(evaluation.episodes), evaluation.seconds, result.rate)
 
 
 def _sorted(points: Iterable[Point]) -> tuple[Point, ...]:
@@ -168,7 +165,7 @@ def _trained_on(training: Training) -> Setting:
 
 
 def without_curve(methods: Sequence[Method]) -> list[str]:
-    """Trainings whose logs say how often they succeeded, but not of how many episodes."""
+    """List trainings whose logs have a success rate, but not of how many episodes."""
     return [
         training.name
         for method in methods

@@ -13,7 +13,7 @@ import matplotlib as mpl
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import PercentFormatter
 
 # Okabe and Ito's colours; black is the page's ink. Yellow, hard to see on white, comes last.
 INK, PAPER = "#010203", "#fcfdfe"  # replaced by the page's
@@ -55,7 +55,7 @@ def save_picture(figure: Figure, path: Path) -> None:
 
 
 def inline_svg(figure: Figure, name: str) -> Markup:
-    """The figure as an <svg> element; its label is what a screen reader says instead.
+    """Render the figure as an <svg> element; screen readers read its label.
 
     :param name: unique in the page; keeps the figure's ids the same every time
     """
@@ -79,7 +79,7 @@ def inline_svg(figure: Figure, name: str) -> Markup:
 
 
 def grid(count: int, columns: int, height: float, **arguments: Any) -> tuple[Figure, list[Axes]]:
-    """A figure of so many panels, `height` inches each."""
+    """Make a figure of `count` panels, `height` inches each."""
     columns = min(columns, count)
     rows = -(-count // columns)
     figure = Figure(figsize=(WIDTH, height * rows + 0.4), layout="constrained")
@@ -90,20 +90,15 @@ def grid(count: int, columns: int, height: float, **arguments: Any) -> tuple[Fig
 
 
 def percent_axis(axes: Axes, which: str = "y") -> None:
-    """From 0 to 100%."""
+    """Scale an axis from 0 to 100%."""
     axis = axes.yaxis if which == "y" else axes.xaxis
     axis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     (axes.set_ylim if which == "y" else axes.set_xlim)(-0.02, 1.02)
     axis.set_ticks([0, 0.25, 0.5, 0.75, 1.0])
 
 
-def whole_numbers(axes: Axes) -> None:
-    """Ticks of the x axis at whole numbers only."""
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
-
-
 def legend_on_top(figure: Figure, handles: Sequence[Any], labels: Sequence[str]) -> None:
-    """A legend above all panels, in as many columns as fit."""
+    """Put a legend above all panels, in as many columns as fit."""
     if not handles:
         return
     widest = max(map(len, labels)) + 7
@@ -123,7 +118,7 @@ def legend_on_top(figure: Figure, handles: Sequence[Any], labels: Sequence[str])
 
 
 def time_unit(longest: float) -> tuple[str, float]:
-    """The unit that suits this many seconds, and how many it has."""
+    """Choose a unit that suits this many seconds; returns its name and its seconds."""
     if longest >= 3 * 3600:
         return "hours", 3600.0
     return ("minutes", 60.0) if longest >= 300 else ("seconds", 1.0)

@@ -23,23 +23,16 @@ _OUTCOMES = {"success": True, "failure": False}
 
 
 @dataclass(frozen=True)
-class Frame:
-    """A frame as a data URI, and its time in the video."""
-
-    uri: str
-    seconds: float
-
-
-@dataclass(frozen=True)
 class Clip:
     """Frames of one video from the first to the last.
 
     :param caption: outcome, task, cfg_scale
+    :param frames: each as a data URI, with its time in the video in seconds
     :param video: the whole file as a data URI, where it was asked for
     """
 
     caption: str
-    frames: tuple[Frame, ...]
+    frames: tuple[tuple[str, float], ...]
     video: str | None
 
 
@@ -60,7 +53,7 @@ class Film:
 def films(
     runs: Runs, methods: Sequence[Method], links: Links, embed_videos: bool
 ) -> tuple[Film, ...]:
-    """Before training, then method by method, then the rest.
+    """Make the filmstrips: before training, then method by method, then the rest.
 
     :raises ValueError: a video is damaged
     """
@@ -100,7 +93,7 @@ def _caption(run: Run, video: Path) -> str:
 
 
 def read_clip(file: Path, caption: str, embed_video: bool) -> Clip:
-    """Evenly spaced frames of a video.
+    """Take evenly spaced frames of a video.
 
     :raises ValueError: it can't be read
     """
@@ -114,7 +107,7 @@ def read_clip(file: Path, caption: str, embed_video: bool) -> Clip:
         raise refuse(file, f"not a video: {' '.join(str(error).split())[:120]}") from error
     if not images:
         raise refuse(file, "a video without frames")
-    strip = tuple(Frame(_jpeg(image), i / FPS) for i, image in zip(chosen, images, strict=True))
+    strip = tuple((_jpeg(image), i / FPS) for i, image in zip(chosen, images, strict=True))
     return Clip(caption, strip, _uri("video/mp4", file.read_bytes()) if embed_video else None)
 
 

@@ -46,7 +46,7 @@ class Method:
 
     @property
     def training_episodes(self) -> str:
-        """How many episodes its trainings had, as far as their logs say."""
+        """The number of episodes of its trainings, as far as their logs say."""
         known = [t.episodes for t in self.trainings if t.episodes is not None]
         if not known:
             return "not logged"
@@ -57,14 +57,14 @@ class Method:
 
     @property
     def change(self) -> str:
-        """In words: dropout_prob 0.1 → 0."""
+        """The changes as text: dropout_prob 0.1 → 0."""
         return "; ".join(
             f"{name} {value_text(old)} → {value_text(new)}" for name, old, new in self.changes
         )
 
 
 def value_text(value: Any) -> str:
-    """An option's value as a user would write it."""
+    """Format an option's value as a user would write it."""
     if value is None:
         return "null"
     if isinstance(value, bool):
@@ -77,14 +77,14 @@ def value_text(value: Any) -> str:
 
 
 def plain_policy(policy: str) -> str:
-    """One spelling of a policy's folder: a run folder stands for the policy in it."""
+    """Normalise a policy's path: a run folder stands for the policy in it."""
     path = posixpath.normpath(policy)
     name = posixpath.basename(path)
     return posixpath.dirname(path) or "." if name == POLICY_FOLDER else path
 
 
 def method_options(training: Training) -> dict[str, Any]:
-    """The algorithm and every option that can change what is learned.
+    """Return the algorithm and every option that can change what is learned.
 
     An option that an older run doesn't know has today's default. Warm starts that differ only in
     the number of their seed count as one.
@@ -105,7 +105,7 @@ def method_options(training: Training) -> dict[str, Any]:
 
 
 def group_methods(trainings: Sequence[Training]) -> list[Method]:
-    """The methods, the baseline first: the most common one, then the one most like the others."""
+    """Group trainings into methods, the baseline first: the most common, then the most typical."""
     groups: dict[str, tuple[dict[str, Any], list[Training]]] = {}
     for training in trainings:
         options = method_options(training)
@@ -134,11 +134,11 @@ def _changes(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, Any, A
 
 
 def varied_options(methods: Sequence[Method]) -> list[str]:
-    """The options that aren't the same in all methods."""
-    counts = Counter(name for method in methods for name, _, _ in method.changes)
-    return [ALGORITHM] * (ALGORITHM in counts) + [n for n in counts if n != ALGORITHM]
+    """List the options, beside the algorithm, that aren't the same in all methods."""
+    names = dict.fromkeys(name for method in methods for name, _, _ in method.changes)
+    return [name for name in names if name != ALGORITHM]
 
 
 def repeated_seeds(method: Method) -> list[str]:
-    """Seeds that occur more than once: their runs aren't independent of each other."""
+    """List seeds that occur more than once: their runs aren't independent of each other."""
     return [seed for seed, count in Counter(method.seeds).items() if count > 1]

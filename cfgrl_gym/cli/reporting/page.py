@@ -29,7 +29,7 @@ _HERE = Path(__file__).parent
 
 
 def render(report: Report) -> str:
-    """The page."""
+    """Render the report as one HTML page."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_HERE),
         autoescape=True,
@@ -46,7 +46,7 @@ def render(report: Report) -> str:
         style=Markup((_HERE / "page.css").read_text(encoding="utf-8")),
         highlights=highlights(comparisons),
         scales=best_scales(comparisons),
-        options=[n for n in varied_options(report.methods) if n != "algorithm"],
+        options=varied_options(report.methods),
         rows={m.label: [r for r in comparisons if r.method is m] for m in report.methods},
         settings={row.setting for row in comparisons},
         against_baseline=lambda row: against_baseline(row, comparisons),

@@ -9,8 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
 
-from cfgrl_gym.cli.reporting.checks import PARTS, TimeSpent
 from cfgrl_gym.cli.reporting.comparison import Comparison, Sweep
 from cfgrl_gym.cli.reporting.curves import Line, Panel, Point
 from cfgrl_gym.cli.reporting.figures import (
@@ -24,10 +24,10 @@ from cfgrl_gym.cli.reporting.figures import (
     legend_on_top,
     percent_axis,
     time_unit,
-    whole_numbers,
 )
 from cfgrl_gym.cli.reporting.methods import Method
 from cfgrl_gym.cli.reporting.rates import Rate
+from cfgrl_gym.cli.reporting.times import PARTS, TimeSpent
 
 SUCCESS = "success"
 # of the parts, and of the text on them
@@ -51,7 +51,7 @@ class Palette:
         self._numbers = {method: number for number, method in enumerate(methods)}
 
     def colour(self, method: Method | None) -> str:
-        """Ink for what belongs to no method."""
+        """Return the method's colour; ink for what belongs to no method."""
         return INK if method is None else PALETTE[self._numbers[method] % len(PALETTE)]
 
     def marker(self, method: Method) -> str:
@@ -59,14 +59,14 @@ class Palette:
 
 
 def bars(rates: Sequence[Rate]) -> list[list[float]]:
-    """Error bars down to and up to the ends of the intervals."""
+    """Return error bars that reach down and up to the ends of the intervals."""
     below = [max(0.0, rate.share - rate.interval[0]) for rate in rates]
     return [below, [max(0.0, rate.interval[1] - rate.share) for rate in rates]]
 
 
 @mpl.rc_context(STYLE)
 def comparison_plot(rows: Sequence[Comparison], palette: Palette) -> Figure:
-    """Before and after with their intervals, a line for each method and cfg_scale of a setting."""
+    """Draw before and after with their intervals, a line for each method and cfg_scale."""
     places: list[float] = []
     for number, row in enumerate(rows):
         apart = number and row.method is not rows[number - 1].method
@@ -95,14 +95,13 @@ def comparison_plot(rows: Sequence[Comparison], palette: Palette) -> Figure:
     labels = {"before training": PAPER, "after training": INK}
     handles = [Line2D([], [], ls="", marker="o", color=INK, mfc=fill) for fill in labels.values()]
     legend_on_top(figure, handles, list(labels))
-    about = f"Success before and after training on {rows[0].setting}, with 95% intervals"
-    figure.set_label(about)
+    figure.set_label(f"Success before and after training on {rows[0].setting}, with 95% intervals")
     return figure
 
 
 @mpl.rc_context(STYLE)
 def curve_plot(panels: Sequence[Panel], palette: Palette) -> list[Figure]:
-    """Success over training episodes and over time: side by side where panels are few."""
+    """Draw success over training episodes and over time, side by side where panels are few."""
     if not panels:
         return []
     points = [p for panel in panels for line in panel.lines for seed in line.by_seed for p in seed]
@@ -162,7 +161,7 @@ def _draw_intervals(axes: Axes, xs: list[float], line: Line, colour: str, band: 
 
 @mpl.rc_context(STYLE)
 def sweep_plot(sweep: Sweep, palette: Palette) -> Figure:
-    """Success over cfg_scale above the guidance gap, on one axis."""
+    """Draw success over cfg_scale above the guidance gap, on one axis."""
     colour = palette.colour(sweep.method)
     scales = [point.cfg_scale for point in sweep.points]
     rates = [point.rate for point in sweep.points]
@@ -206,7 +205,7 @@ def sweep_plot(sweep: Sweep, palette: Palette) -> Figure:
 
 @mpl.rc_context(STYLE)
 def time_plot(spent: Sequence[TimeSpent]) -> Figure:
-    """A bar for each method, in parts."""
+    """Draw each method's time as a bar in parts."""
     longest = max(one.total for one in spent)
     unit, length = time_unit(longest)
     figure, (axes,) = grid(1, 1, 0.6 + 0.42 * len(spent))
@@ -231,7 +230,7 @@ def time_plot(spent: Sequence[TimeSpent]) -> Figure:
 
 @mpl.rc_context(STYLE)
 def log_plot(methods: Sequence[Method], palette: Palette) -> Figure | None:
-    """What the logs hold, iteration by iteration, a thin line for each training."""
+    """Draw what the logs hold, iteration by iteration, a thin line for each training."""
     trainings = [(method, training) for method in methods for training in method.trainings]
     shown = [
         (column, label)
@@ -255,7 +254,7 @@ def log_plot(methods: Sequence[Method], palette: Palette) -> Figure | None:
             axes.plot(xs, ys, color=palette.colour(method), lw=1.1, alpha=0.8, marker=mark)
         axes.set_title(label)
         axes.set_ylim(bottom=0)
-        whole_numbers(axes)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
     for axes in every[-3:]:
         axes.set_xlabel("iteration")
     handles = [Line2D([], [], color=palette.colour(method)) for method in methods]

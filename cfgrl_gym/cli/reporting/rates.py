@@ -11,7 +11,7 @@ VELOCITY = "velocity"  # the guidance of a run that doesn't name one
 
 @dataclass(frozen=True)
 class Rate:
-    """So many successes of so many episodes (or anything else that is counted)."""
+    """The number of successes among a number of episodes, or of anything else that is counted."""
 
     successes: int
     episodes: int
@@ -29,7 +29,7 @@ class Rate:
         return wilson_interval(self.successes, self.episodes)
 
     def contains(self, probability: float) -> bool:
-        """Whether the interval holds this value; its ends are rounded numbers."""
+        """Tell whether the interval holds this value, up to the rounding of its ends."""
         low, high = self.interval
         return low - 1e-9 <= probability <= high + 1e-9
 
@@ -52,7 +52,7 @@ class Rate:
 
 
 def total(rates: Iterable[Rate]) -> Rate:
-    """All episodes taken together."""
+    """Pool the counts of several rates."""
     rates = list(rates)
     return Rate(sum(r.successes for r in rates), sum(r.episodes for r in rates))
 
@@ -116,7 +116,7 @@ class Result:
 
     @property
     def parts(self) -> list["Result"]:
-        """Itself, and where it has several tasks the result on each of them."""
+        """The result itself, and where it has several tasks the result on each of them."""
         single = [
             replace(
                 self,
@@ -131,13 +131,13 @@ class Result:
         return [self, *(single if len(single) > 1 else [])]
 
     def as_json(self) -> dict[str, Any]:
-        """The rate and where it comes from."""
+        """Return the rate and where it comes from."""
         about = {"policies": self.policies, "sources": list(self.sources)}
         return self.rate.as_json() | about
 
 
 def pool(results: Sequence[Result], policies: int = 1) -> Result:
-    """Results with the same key as one; the guidance gap is the mean of those that are known."""
+    """Pool results with the same key; the guidance gap is the mean of those that are known."""
     gaps = [result.guidance_gap for result in results if result.guidance_gap is not None]
     return replace(
         results[0],
@@ -151,12 +151,12 @@ def pool(results: Sequence[Result], policies: int = 1) -> Result:
 
 
 def percent(share: float, episodes: int) -> str:
-    """Without decimals that the number of episodes doesn't support."""
+    """Format a share without decimals that the number of episodes doesn't support."""
     return f"{share:.1%}" if episodes > 200 else f"{share:.0%}"
 
 
 def count(number: int, noun: str) -> str:
-    """1 seed, 2 seeds."""
+    """Format a number with its noun: 1 seed, 2 seeds."""
     if number == 1:
         return f"1 {noun}"
     return f"{number} {noun[:-1]}ies" if noun.endswith("y") else f"{number} {noun}s"

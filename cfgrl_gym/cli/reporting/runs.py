@@ -70,8 +70,29 @@ class Training(Run):
         return str(self.versions.get("algorithm", "CFGRL"))
 
     def column(self, name: str) -> list[float]:
-        """The values of a column, in the rows that have one."""
+        """Return the values of a column, in the rows that have one."""
         return [row[name] for row in self.rows if name in row]
+
+    def ends(self, name: str) -> tuple[float, float] | None:
+        """Return the first and the last value of a column."""
+        values = self.column(name)
+        return (values[0], values[-1]) if values else None
+
+    def total(self, name: str) -> int:
+        """Sum a column of counts."""
+        return round(sum(self.column(name)))
+
+    @property
+    def dropped(self) -> Rate | None:
+        """Conditions dropped, of the positives' uses; None if the log doesn't count them."""
+        uses = self.total("train/conditioned_count")
+        return Rate(self.total("train/dropout_count"), uses) if uses else None
+
+    @property
+    def dropped_as_asked(self) -> bool | None:
+        """Whether dropout_prob lies in the interval of what was dropped."""
+        asked = self.config.get("dropout_prob")
+        return None if self.dropped is None or asked is None else self.dropped.contains(asked)
 
     @property
     def episodes(self) -> int | None:
@@ -147,22 +168,26 @@ def _run_folders(root: Path) -> Iterable[Path]:
 
 
 def read_training(folder: Path, name: str) -> Training:
-    """A folder of `cfgrl train`, as far as it came.
+    """Read a folder of `cfgrl train`, as far as the training came.
 
     :raises ValueError: a file is damaged
     """
     run = _read_run(folder, name)
     table, file = folder / CSV_FILE, folder / EVALUATIONS_FILE
 
-    def evaluation(content: Any, suite: str) -> Evaluation:
-        source = f"{name}, iteration {content['iteration']}"
-        results = _results(content, suite, run.guidance, source)
-        iteration, episodes = int(content["iteration"]), int(content["episodes"])
-        return Evaluation(iteration, episodes, float(content["seconds"]), results)
-
     def evaluations(content: Any) -> list[Evaluation]:
         suite = str(content["suite"])
-        return [evaluation(part, suite) for part in content["evaluations"]]
+        return [
+            Evaluation(
+                iteration=int(part["iteration"]),
+                episodes=int(part["episodes"]),
+                seconds=float(part["seconds"]),
+                results=_results(
+                    part, suite, run.guidance, f"{name}, iteration {part['iteration']}"
+                ),
+            )
+            for part in content["evaluations"]
+        ]
 
     measured = read_json(file, evaluations) if file.is_file() else []
     return Training(
@@ -230,7 +255,7 @@ def _rate(content: Any) -> Rate:
 
 
 def refuse(file: Path, reason: str) -> ValueError:
-    """The error for a file that can't be read."""
+    """Make the error for a file that can't be read."""
     return ValueError(
         f"'{file}' is damaged ({reason}); copy it again from where it was made, or leave this run "
         "out of the report"
@@ -238,7 +263,7 @@ def refuse(file: Path, reason: str) -> ValueError:
 
 
 def read_yaml(file: Path) -> dict[str, Any]:
-    """A YAML file with options."""
+    """Read a YAML file with options."""
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -249,7 +274,7 @@ def read_yaml(file: Path) -> dict[str, Any]:
 
 
 def read_json(file: Path, build: Callable[[Any], T]) -> T:
-    """A JSON file, turned into what the caller needs.
+    """Read a JSON file and turn it into what the caller needs.
 
     :param build: raises KeyError, TypeError, ValueError or AttributeError for other content
     """
@@ -266,7 +291,7 @@ def read_json(file: Path, build: Callable[[Any], T]) -> T:
 
 
 def read_table(file: Path) -> tuple[dict[str, float], ...]:
-    """SB3's CSV log: the numbers of each row, without empty cells."""
+    """Read SB3's CSV log: the numbers of each row, without empty cells."""
     rows = []
     try:
         with file.open(encoding="utf-8", newline="") as lines:
