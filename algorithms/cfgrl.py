@@ -13,7 +13,13 @@ from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
-from cfgrl_gym.algorithms.checks import check_env, check_parameters, check_starts, check_stride
+from cfgrl_gym.algorithms.checks import (
+    check_env,
+    check_parameters,
+    check_policy_kwargs,
+    check_starts,
+    check_stride,
+)
 from cfgrl_gym.algorithms.collector import Collector, Episode
 from cfgrl_gym.algorithms.groups import (
     PLAN,
@@ -136,6 +142,7 @@ class CFGRL(IterationLoop):
         device: torch.device | str = "auto",
         _init_setup_model: bool = True,
     ) -> None:
+        check_parameters(locals())
         self.rloo_batch_size = rloo_batch_size
         self.groups_per_iteration = groups_per_iteration
         self.enable_dynamic_sampling = enable_dynamic_sampling
@@ -180,7 +187,7 @@ class CFGRL(IterationLoop):
             self._setup_model()
 
     def _setup_model(self) -> None:
-        check_parameters(vars(self))
+        check_policy_kwargs(self.policy_class, self.policy_kwargs)
         self._setup_lr_schedule()
         self.set_random_seed(self.seed)
         self.policy = self.policy_class(  # type: ignore[assignment]
@@ -195,6 +202,8 @@ class CFGRL(IterationLoop):
 
     def _setup_learn(self, *arguments: Any, **kwargs: Any) -> tuple[int, BaseCallback]:
         check_env(self.env)
+        check_parameters(vars(self))  # attributes may have been set since
+        check_stride(self.stride, self.policy.chunk_size)
         self._micro_batches = plan_memory(
             self._prefixes, self.batch_size, self.device_memory, self.prefix_memory, self.verbose
         )

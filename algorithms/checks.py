@@ -1,27 +1,36 @@
 """What CFGRL can't work with, refused with what to do instead: parameters, environments, starts."""
 
-import math
+import difflib
+import inspect
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, get_args
 
 import numpy as np
+from stable_baselines3.common.policies import BaseModel, BasePolicy
 from stable_baselines3.common.vec_env import VecEnv
 
 from cfgrl_gym.algorithms.collector import Episode, Row
 from cfgrl_gym.algorithms.groups import groups_needed
 from cfgrl_gym.algorithms.labels import LabelSource, Negatives
-from cfgrl_gym.envs.arguments import is_int
+from cfgrl_gym.envs.arguments import is_finite, is_int
 
 _INTS = (
     *("rloo_batch_size", "groups_per_iteration", "n_epochs", "batch_size"),
-    *("gradient_accumulation_steps", "replay_iterations"),
+    *("gradient_accumulation_steps", "replay_iterations", "stats_window_size", "verbose"),
 )
-_OPTIONAL_INTS = ("max_groups_tried", "window_stride")
-_NUMBERS = ("early_stop_percentage", "dropout_prob", "label_threshold")
+_OPTIONAL_INTS = ("max_groups_tried", "window_stride", "seed")
+_NUMBERS = ("early_stop_percentage", "dropout_prob", "label_threshold", "max_grad_norm")
 _OPTIONAL_NUMBERS = ("positive_share", "cfg_scale", "device_memory", "prefix_memory")
-_CHOICES = {"label_source": get_args(LabelSource), "negatives": get_args(Negatives)}
-_PARAMETERS = (*_INTS, *_OPTIONAL_INTS, *_NUMBERS, *_OPTIONAL_NUMBERS, *_CHOICES)
+_CHOICES = {
+    "label_source": get_args(LabelSource),
+    "negatives": get_args(Negatives),
+    "enable_dynamic_sampling": (True, False),
+}
+_PARAMETERS = (
+    *(*_INTS, *_OPTIONAL_INTS, *_NUMBERS, *_OPTIONAL_NUMBERS, *_CHOICES),
+    "learning_rate",
+)
 
 _Rule = tuple[Callable[[Any], bool], str]
 _AT_LEAST_1: _Rule = (lambda n: n >= 1, "must be at least 1")
@@ -45,6 +54,13 @@ _RULES: dict[str, _Rule] = {
         "must be in (0, 1), or None for every window once an epoch",
     ),
     "early_stop_percentage": (lambda share: 0 < share <= 1, "must be in (0, 1]"),
+    "max_grad_norm": (lambda norm: norm > 0, "must be positive; a large one clips nothing"),
+    "stats_window_size": _AT_LEAST_1,
+    "seed": (lambda seed: 0 <= seed < 2**32, "must be from 0 to 2**32 - 1"),
+    "learning_rate": (
+        lambda rate: callable(rate) or (is_finite(rate) and rate >= 0),
+        "must be a number that isn't negative, or a function of the progress remaining",
+    ),
     "device_memory": _GIB,
     "prefix_memory": _GIB,
 }
@@ -62,28 +78,46 @@ def check_parameters(values: Mapping[str, Any]) -> None:
             continue
         if name in (*_INTS, *_OPTIONAL_INTS) and not is_int(value):
             raise ValueError(f"{name} must be an int; got {value!r:.100}")
-        if name in (*_NUMBERS, *_OPTIONAL_NUMBERS) and not _is_finite(value):
+        if name in (*_NUMBERS, *_OPTIONAL_NUMBERS) and not is_finite(value):
             raise ValueError(f"{name} must be a finite number; got {value!r:.100}")
-        if name in _CHOICES and value not in _CHOICES[name]:
-            raise ValueError(f"{name} must be one of {', '.join(_CHOICES[name])}; got {value!r}")
+        if name in _CHOICES and not any(value is one or value == one for one in _CHOICES[name]):
+            known = ", ".join(map(str, _CHOICES[name]))
+            raise ValueError(f"{name} must be one of {known}; got {value!r:.100}")
         if name in _RULES and not _RULES[name][0](value):
-            raise ValueError(f"{name} {_RULES[name][1]}; got {value}")
+            raise ValueError(f"{name} {_RULES[name][1]}; got {value!r:.100}")
     tried = given.get("max_groups_tried")
-    if tried is not None:
-        needed = groups_needed(
-            values["groups_per_iteration"],
-            values["enable_dynamic_sampling"],
-            values["early_stop_percentage"],
-        )
+    decides = ("groups_per_iteration", "enable_dynamic_sampling", "early_stop_percentage")
+    if tried is not None and given.keys() >= set(decides):
+        needed = groups_needed(*(given[name] for name in decides))
         if tried < needed:
             raise ValueError(
                 f"max_groups_tried={tried} can't give the {needed} valid groups asked for"
             )
 
 
-def _is_finite(value: Any) -> bool:
-    number = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
-    return number and math.isfinite(value)
+def constructor_parameters(kind: type, root: type) -> dict[str, Any]:
+    """Annotations of the constructor's parameters by name, those of bases up to `root` included."""
+    annotations: dict[str, Any] = {}
+    for each in kind.__mro__:
+        if issubclass(each, root) and "__init__" in vars(each):
+            for name, parameter in inspect.signature(each).parameters.items():
+                if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+                    annotations.setdefault(name, parameter.annotation)
+    return annotations
+
+
+def check_policy_kwargs(policy_class: type[BasePolicy], policy_kwargs: Mapping[str, Any]) -> None:
+    """:raises ValueError: for arguments that this policy's constructor doesn't have."""
+    given_by_sb3 = ("observation_space", "action_space", "lr_schedule")
+    known = constructor_parameters(policy_class, BaseModel).keys() - set(given_by_sb3)
+    for name in policy_kwargs:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, 1)
+            guess = f"did you mean '{close[0]}'? It takes" if close else "it takes"
+            raise ValueError(
+                f"policy_kwargs has '{name}', which {policy_class.__name__} doesn't take; {guess} "
+                f"{', '.join(sorted(known))}"
+            )
 
 
 def check_stride(stride: int, chunk_size: int) -> None:

@@ -76,7 +76,7 @@ class IterationLoop(PickleFreeSaving, OnPolicyAlgorithm):
         self: SelfLoop,
         total_timesteps: int,
         callback: MaybeCallback = None,
-        log_interval: int = 1,
+        log_interval: int | None = 1,
         tb_log_name: str = "CFGRL",
         reset_num_timesteps: bool = True,
         progress_bar: bool = False,
@@ -92,6 +92,11 @@ class IterationLoop(PickleFreeSaving, OnPolicyAlgorithm):
         iteration's beginning: an iteration has as many steps as its episodes take, so its end may
         lie beyond `total_timesteps`.
         """
+        if not total_timesteps >= 0 or (max_iterations or 0) < 0:
+            raise ValueError(
+                "total_timesteps and max_iterations must not be negative; got "
+                f"{total_timesteps} and {max_iterations}"
+            )
         if reset_num_timesteps:
             self.statistics.num_episodes = self.statistics.num_control_steps = 0
         total_timesteps, callback = self._setup_learn(
@@ -110,9 +115,9 @@ class IterationLoop(PickleFreeSaving, OnPolicyAlgorithm):
                 self.train()
             self.iteration += 1
             iteration += 1
-            if log_interval is not None and iteration % log_interval == 0:
+            if log_interval and iteration % log_interval == 0:
                 self.dump_logs(self.iteration)
-        if log_interval is not None and iteration % log_interval != 0:
+        if log_interval and iteration % log_interval != 0:
             self.dump_logs(self.iteration)
         callback.on_training_end()
         return self

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from cfgrl_gym.algorithms.flow import NULL
 from cfgrl_gym.algorithms.policies import FlowPolicy, Inputs, Observation
+from cfgrl_gym.envs.arguments import is_int
 
 # Periods of the time features, log-spaced as openpi's posemb_sincos has them.
 MIN_PERIOD, MAX_PERIOD, NUM_PERIODS = 4e-3, 4.0, 16
@@ -51,6 +52,10 @@ class MlpPolicy(FlowPolicy):
                 "MlpPolicy takes a Box of numbers as observation, not images or dictionaries; got "
                 f"{observation_space}. Use 'Pi0Policy' for LIBERO, or flatten the observation "
                 "with gymnasium.wrappers.FlattenObservation"
+            )
+        if not net_arch or not all(is_int(width) and width >= 1 for width in net_arch):
+            raise ValueError(
+                f"net_arch must be the widths of one or more hidden layers; got {net_arch!r:.100}"
             )
         horizon = action_space.shape[0] if len(action_space.shape) == 2 else 1
         width = action_space.shape[-1]

@@ -31,7 +31,7 @@ from cfgrl_gym.algorithms.flow import (
     sample_time,
 )
 from cfgrl_gym.algorithms.weight_average import WeightAverage
-from cfgrl_gym.envs.arguments import LONGEST, check_int
+from cfgrl_gym.envs.arguments import LONGEST, check_int, is_finite
 
 Observation = np.ndarray | dict[str, np.ndarray] | Tensor | dict[str, Tensor]
 Inputs = dict[str, Tensor]
@@ -112,10 +112,12 @@ class FlowPolicy(BasePolicy):
         ema_decay: float | None = None,
         **kwargs: Any,
     ) -> None:
-        if ema_decay is not None and not 0 <= ema_decay < 1:
+        if ema_decay is not None and not (is_finite(ema_decay) and 0 <= ema_decay < 1):
             raise ValueError(
-                f"ema_decay must be in [0, 1), or None for no average; got {ema_decay}"
+                f"ema_decay must be in [0, 1), or None for no average; got {ema_decay!r:.100}"
             )
+        if cfg_scale is not None and not is_finite(cfg_scale):
+            raise ValueError(f"cfg_scale must be a finite number or None; got {cfg_scale!r:.100}")
         if guidance not in get_args(Guidance):
             raise ValueError(f"guidance must be 'velocity' or 'action'; got {guidance!r}")
         super().__init__(observation_space, action_space, **kwargs)

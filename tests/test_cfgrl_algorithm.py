@@ -471,11 +471,69 @@ def test_importing_the_algorithms_leaves_transformers_alone():
         ("negatives", "none"),
         ("window_stride", 0),
         ("replay_iterations", -1),
+        ("max_grad_norm", 0),
+        ("max_grad_norm", float("nan")),
+        ("stats_window_size", 0),
+        ("enable_dynamic_sampling", "no"),
+        ("learning_rate", "fast"),
+        ("learning_rate", -1e-3),
+        ("seed", -1),
+        ("seed", 1.5),
+        ("verbose", "much"),
+        ("policy_kwargs", {"net_arch": []}),
+        ("policy_kwargs", {"net_arch": [0]}),
+        ("policy_kwargs", {"cfg_scale": float("nan")}),
+        ("policy_kwargs", {"ema_decay": "slow"}),
+        ("policy_kwargs", {"ema_decays": 0.9}),
     ],
 )
-def test_parameters_out_of_range_are_refused_by_name(name, value):
-    with pytest.raises(ValueError, match=name):
+def test_parameters_out_of_range_are_refused_by_name_however_they_are_given(name, value, tmp_path):
+    wanted = next(iter(value)) if isinstance(value, dict) else name
+    with pytest.raises(ValueError, match=wanted):
         make(**{name: value})
+    make().save(tmp_path / "cfgrl")
+    env = vec(SeedEnv, 2)
+    for given in ({name: value}, {"custom_objects": {name: value}}):
+        with pytest.raises(ValueError, match=wanted):
+            CFGRL.load(tmp_path / "cfgrl", env=env, device="cpu", **given)
+    if name in vars(make()) and name not in ("learning_rate", "policy_kwargs", "seed"):
+        algorithm = make()
+        setattr(algorithm, name, value)
+        with pytest.raises(ValueError, match=wanted):
+            algorithm.learn(1)
+
+
+@pytest.mark.parametrize("value", [-1, float("nan")])
+def test_a_number_of_steps_that_is_none_is_refused(value):
+    with pytest.raises(ValueError, match="total_timesteps"):
+        make().learn(value)
+    with pytest.raises(ValueError, match="max_iterations"):
+        make().learn(1, max_iterations=-1)
+
+
+def test_no_log_interval_logs_nothing():
+    for interval in (None, 0):
+        algorithm = make()
+        recorder = record(algorithm)
+        algorithm.learn(1, log_interval=interval)
+        assert not recorder.dumps
+
+
+def test_a_missing_environment_is_asked_for(tmp_path):
+    with pytest.raises(ValueError, match="no environment to learn in"):
+        CFGRL("MlpPolicy", None)
+    make().save(tmp_path / "cfgrl")
+    loaded = CFGRL.load(tmp_path / "cfgrl", device="cpu")
+    with pytest.raises(ValueError, match=r"load\(path, env=env\) or set_env\(env\)"):
+        loaded.learn(1)
+    loaded.set_env(vec(SeedEnv, 2))
+    loaded.learn(1)
+
+
+@pytest.mark.parametrize("name", ["MultiInputPolicy", "CnnPolicy", "Mlp"])
+def test_an_unknown_policy_is_refused_with_those_that_there_are(name):
+    with pytest.raises(ValueError, match="'MlpPolicy', 'Pi0Policy'"):
+        CFGRL(name, vec(SeedEnv, 2))
 
 
 @pytest.mark.parametrize("wrapper", [VecNormalize, lambda env: VecFrameStack(env, 2)])
@@ -503,7 +561,8 @@ VECTOR, ACTION = spaces.Box(-1, 1, (2,), np.float32), spaces.Box(-1, 1, (1,), np
         (VECTOR, spaces.Box(-1, 1, (2, 2, 2), np.float32), "continuous"),
         (VECTOR, spaces.Box(-np.inf, 1, (1,), np.float32), "finite"),
         (spaces.Box(0, 255, (8, 8, 3), np.uint8), ACTION, "images"),
-        (spaces.Dict({"a": VECTOR}), ACTION, "dict"),
+        (spaces.Dict({"a": VECTOR}), ACTION, "MlpPolicy takes a Box .*Use 'Pi0Policy'"),
+        (VECTOR, spaces.Box(-3, 3, (1,), np.int64), "real numbers"),
     ],
 )
 def test_spaces_that_do_not_fit_are_refused(observation_space, action_space, message):

@@ -30,6 +30,7 @@ from test_demos import write_liberos_own
 from test_malformed_inputs import examples
 
 from cfgrl_gym.algorithms import CFGRL
+from cfgrl_gym.algorithms.flow import NonFiniteError
 from cfgrl_gym.algorithms.pi0 import Pi0Policy
 from cfgrl_gym.cli.configs import TrainConfig
 from cfgrl_gym.cli.policies import find_checkpoint
@@ -275,8 +276,10 @@ def test_metadata_with_other_values(data: st.DataObject, policy_folder: Path) ->
         part = part[key]
     part[way[-1]] = data.draw(JUNK)
     folder = with_file(policy_folder, name, json.dumps(content).encode())
-    said = refusal(lambda: use(folder))
-    assert said is None or str(folder) in said or "the policy looks at" in said, said
+    # Numbers in their range may still make weights' products overflow: only acting tells.
+    said = refusal(lambda: use(folder), kinds=(ValueError, FileNotFoundError, NonFiniteError))
+    known = ("the policy looks at", "aren't finite")
+    assert said is None or str(folder) in said or any(text in said for text in known), said
 
 
 @examples(110)

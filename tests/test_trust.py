@@ -215,7 +215,7 @@ def test_a_schedule_and_a_policy_of_ones_own_are_given_again(tmp_path: Path) -> 
         warnings.simplefilter("error")
         Known("Own", vec(QueueEnv, 2), **SMALL).save(tmp_path / "known")  # type: ignore[arg-type]
     assert type(Known.load(tmp_path / "known", device="cpu").policy) is Mine
-    with pytest.raises(ValueError, match="Policy Own unknown"):
+    with pytest.raises(ValueError, match="policy 'Own' is unknown"):
         CFGRL.load(tmp_path / "known", device="cpu")
 
 

@@ -5,7 +5,6 @@ training; `policy.safetensors` and `optimizer.safetensors` have the tensors. Rea
 code, whoever wrote the file.
 """
 
-import inspect
 import io
 import json
 import os
@@ -26,6 +25,7 @@ from stable_baselines3.common.utils import check_for_correct_spaces, get_system_
 from torch import Tensor
 
 from cfgrl_gym._version import __version__
+from cfgrl_gym.algorithms.checks import check_parameters, constructor_parameters
 from cfgrl_gym.algorithms.groups import Randomness
 from cfgrl_gym.algorithms.metrics import EpisodeStatistics
 from cfgrl_gym.algorithms.policies import FlowPolicy
@@ -88,7 +88,7 @@ class PickleFreeSaving(BaseAlgorithm):
     @classmethod
     def _arguments(cls) -> dict[str, Any]:
         """The annotations of those constructor parameters that are saved as attributes."""
-        annotations = _annotations(cls, PickleFreeSaving)
+        annotations = constructor_parameters(cls, PickleFreeSaving)
         for name in ("policy", "env", "policy_kwargs", "device", "_init_setup_model"):
             annotations.pop(name, None)
         return annotations
@@ -185,6 +185,7 @@ class PickleFreeSaving(BaseAlgorithm):
             print("== SAVED MODEL SYSTEM INFO ==")
             print(parts[SYSTEM_PART].decode(errors="replace"))
         given = {**(custom_objects or {}), **kwargs}
+        check_parameters(given)
         given_to_policy = given.pop("policy_kwargs", None) or {}
         annotations = cls._arguments()
         with _about(path):
@@ -213,7 +214,7 @@ class PickleFreeSaving(BaseAlgorithm):
             model.set_training_state(document["training"])
             kind: Any = model.policy_class
             policy_kwargs = from_json(document["policy_kwargs"], kind.saved_types)
-            _check_types(policy_kwargs, _annotations(kind, FlowPolicy))
+            _check_types(policy_kwargs, constructor_parameters(kind, FlowPolicy))
             model.policy_kwargs = policy_kwargs | given_to_policy
             if checkpoint is not None:
                 if model.policy_kwargs.get("base") is None:
@@ -354,17 +355,6 @@ def _about(path: Any) -> Iterator[None]:
 
 
 # What is wrong though it can be read --------------------------------------------------------------
-
-
-def _annotations(kind: type, root: type) -> dict[str, Any]:
-    """Annotations of the constructor's parameters, those of base classes up to `root` too."""
-    annotations: dict[str, Any] = {}
-    for each in kind.__mro__:
-        if issubclass(each, root) and "__init__" in vars(each):
-            for name, parameter in inspect.signature(each).parameters.items():
-                if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
-                    annotations.setdefault(name, parameter.annotation)
-    return annotations
 
 
 def _check_types(values: Mapping[str, Any], annotations: Mapping[str, Any]) -> None:

@@ -14,6 +14,12 @@ def is_int(value: Any) -> bool:
     return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
 
 
+def is_finite(value: Any) -> bool:
+    """Tell whether a value is a finite number, Python's or NumPy's, and not True or False."""
+    number = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
+    return number and bool(np.isfinite(value))
+
+
 def check_int(name: str, value: Any, least: int, most: int | None = None) -> int:
     """Give the value as an int.
 
