@@ -244,8 +244,8 @@ class CFGRL(IterationLoop):
         # differently in another batch.
         self._prefixes.keep_only(())
         noise = self.randomness.noise(self.iteration, (policy.horizon, policy.action_width))
-        collector = Collector(env, policy, self.plan(env), noise, self.cfg_scale, self._prefixes)
         callback.on_rollout_start()
+        collector = Collector(env, policy, self.plan(env), noise, self.cfg_scale, self._prefixes)
         try:
             collector.reset()
             while not collector.selection.complete:

@@ -25,6 +25,8 @@ from stable_baselines3.common.env_util import is_wrapped
 from stable_baselines3.common.vec_env.base_vec_env import CloudpickleWrapper
 from stable_baselines3.common.vec_env.patch_gym import _patch_env
 
+from cfgrl_gym.algorithms.vec_envs.next_starts import PlannedReset
+
 STARTING_TIMEOUT = 300.0  # seconds, in addition, for what imports, compiles and builds
 
 
@@ -54,7 +56,7 @@ class _Environments:
     """The requests that a worker answers; indices count the environments within the worker."""
 
     def __init__(self, env_fns: Sequence[Callable[[], gym.Env]]) -> None:
-        self.envs = [_patch_env(make()) for make in env_fns]
+        self.envs = [PlannedReset(_patch_env(make())) for make in env_fns]
 
     def spaces(self) -> tuple[gym.Space[Any], gym.Space[Any]]:
         return self.envs[0].observation_space, self.envs[0].action_space
