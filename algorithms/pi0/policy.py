@@ -30,6 +30,10 @@ from cfgrl_gym.wrappers.transforms import ActionsFromModel, ActionsToModel, Norm
 # openpi, training/optimizer.py
 OPENPI_ADAMW = {"betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 1e-10}
 
+FULL_SIZE = 1024  # least width of an action expert that is PI0's own
+FULL_LEARNING_RATE = 2.5e-5  # openpi's peak in fine-tuning: training/optimizer.py
+SMALL_LEARNING_RATE = 5e-4  # chosen on libero_tiny: docs/study.md
+
 
 class Pi0Policy(FlowPolicy):
     """PI0 with an optimality condition, for LIBERO's observations.
@@ -170,6 +174,8 @@ class Pi0Policy(FlowPolicy):
         self.lora_rank = lora_rank
         set_trainable(self.model, self.config.trainable, lora_rank, seed)
         self.frozen_prefix = self.config.trainable == "expert"
+        full_size = config.dit_config.hidden_size >= FULL_SIZE
+        self.default_learning_rate = FULL_LEARNING_RATE if full_size else SMALL_LEARNING_RATE
         trained = [p for p in self.parameters() if p.requires_grad]
         self.optimizer = optimizer_class(
             trained,
