@@ -15,7 +15,11 @@ from safetensors import SafetensorError, safe_open
 from transformers import PI0Config
 
 from cfgrl_gym.algorithms.pi0.checkpoints.files import refuse
-from cfgrl_gym.algorithms.pi0.condition import Pi0CFGRLConfig
+from cfgrl_gym.algorithms.pi0.condition import (
+    CONDITION_VERSION,
+    Pi0CFGRLConfig,
+    is_conditional,
+)
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -122,7 +126,10 @@ def config_from_file(folder: Path, raw: dict[str, Any], shapes: Shapes) -> Pi0CF
             f"checkpoint '{folder}' is quantised (quantization_config), which can't be fine-tuned "
             "here; take the checkpoint it was made from"
         )
-    return _checked(folder, _without_choices(raw), shapes)
+    content = _without_choices(raw)
+    if not is_conditional(shapes):  # its condition will be a new one
+        content["condition_version"] = CONDITION_VERSION
+    return _checked(folder, content, shapes)
 
 
 def _without_choices(raw: Any) -> Any:
