@@ -63,13 +63,14 @@ def test_statistics_travel_with_the_state_dict() -> None:
 
 def test_plain_pi0_checkpoint_serves_the_full_preset(tmp_path: Path) -> None:
     """The full preset's path, small: a plain PI0 folder with its tokenizer and statistics."""
-    model = make_model("token")
-    plain_pi0(model).save_pretrained(tmp_path)
+    plain = plain_pi0(make_model("token"))
+    del plain.config.condition_mode, plain.config.condition_version
+    plain.save_pretrained(tmp_path)
     save_word_tokenizer(tmp_path)
     with pytest.raises(ValueError, match="'pi0' needs normalisation statistics"):
         restore(tmp_path, preset="pi0")
     STATS.save(tmp_path)
-    policy = restore(tmp_path, preset="pi0", condition_mode="bias")
+    policy = restore(tmp_path, preset="pi0")
     assert policy.config.trainable == "expert"
     assert policy.config.delta_actions
     ids = policy.encode_observation(make_observation())["input_ids"]
@@ -79,7 +80,8 @@ def test_plain_pi0_checkpoint_serves_the_full_preset(tmp_path: Path) -> None:
         policy.sample_actions(make_observation(), torch.zeros(3, HORIZON, 32), w)
         for w in (0.0, 1.0)
     )
-    torch.testing.assert_close(null, positive, atol=1e-6, rtol=0)  # bias starts as a no-op
+    assert policy.config.condition_mode == "bias"  # by default, for it starts as an exact no-op
+    assert torch.equal(null, positive)
     again_folder = tmp_path / "again"
     policy.save_pretrained(again_folder)
     again = restore(again_folder, preset="pi0")

@@ -16,6 +16,9 @@ from cfgrl_gym.algorithms.flow import NULL, POSITIVE
 
 ConditionMode = Literal["token", "bias", "concat"]
 CONDITION_MODES = get_args(ConditionMode)
+# Of a checkpoint that has no condition. A fresh "token" changes nothing but the rounding, which in
+# bfloat16 can be seen; a fresh "bias" changes not a bit.
+CHECKPOINT_MODE: ConditionMode = "bias"
 NUM_LABELS = 2  # o = 0 and o = 1; ∅ has no embedding
 INIT_STD = 0.02  # transformers' default initializer_range
 # Of what the parameters mean. In version 1 (config.json says none) the token pushed the action

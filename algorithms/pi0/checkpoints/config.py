@@ -16,6 +16,7 @@ from transformers import PI0Config
 
 from cfgrl_gym.algorithms.pi0.checkpoints.files import refuse
 from cfgrl_gym.algorithms.pi0.condition import (
+    CHECKPOINT_MODE,
     CONDITION_VERSION,
     Pi0CFGRLConfig,
     is_conditional,
@@ -126,10 +127,7 @@ def config_from_file(folder: Path, raw: dict[str, Any], shapes: Shapes) -> Pi0CF
             f"checkpoint '{folder}' is quantised (quantization_config), which can't be fine-tuned "
             "here; take the checkpoint it was made from"
         )
-    content = _without_choices(raw)
-    if not is_conditional(shapes):  # its condition will be a new one
-        content["condition_version"] = CONDITION_VERSION
-    return _checked(folder, content, shapes)
+    return _checked(folder, _without_choices(raw), shapes)
 
 
 def _without_choices(raw: Any) -> Any:
@@ -147,6 +145,12 @@ def _without_choices(raw: Any) -> Any:
 
 def _checked(folder: Path, content: dict[str, Any], shapes: Shapes) -> Pi0CFGRLConfig:
     """:raises ValueError: no PI0 configuration, or its sizes aren't those of the tensors."""
+    if not is_conditional(shapes):  # a new one is made
+        content = {
+            "condition_mode": CHECKPOINT_MODE,
+            **content,
+            "condition_version": CONDITION_VERSION,
+        }
     with refuse(f"'{folder / 'config.json'}' is no PI0 configuration"):
         config = Pi0CFGRLConfig.from_dict(content)
     wrong, parts = [], _parts(config.to_dict())
