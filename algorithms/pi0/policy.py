@@ -49,8 +49,9 @@ class Pi0Policy(FlowPolicy):
     :param norm_stats: a `NormStats` or the path of openpi's norm_stats.json. None: the checkpoint
         folder's; without a checkpoint, tiny takes mean 0 and standard deviation 1 (states
         and actions reach the model as they are)
-    :param condition_mode: how the optimality condition enters: "token", "bias" or "concat". None:
-        the checkpoint's, else "token"
+    :param condition_mode: how the optimality condition enters: "token", "bias" or "concat", each of
+        which starts as a no-op. None: the checkpoint's own, "bias" where it has none, and "token"
+        without a checkpoint
     :param use_prefix_dropout: the ∅ branch doesn't see the instruction either. The prefix then
         differs between the branches and is computed once for each
     :param delta_actions: the model's actions are the environment's minus the state in the first
