@@ -1,5 +1,7 @@
 """An exponential moving average of a policy's trained weights, which acts in their place."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
@@ -9,8 +11,10 @@ class WeightAverage(nn.Module):
     """Holds, of every trained parameter, the copy that isn't in use: the average while the
     optimizer works, the optimizer's weights while the average acts.
 
-    Values are exchanged in place, so that optimizers, compiled code and CUDA graphs keep their
-    tensors. The copies are buffers: saved and loaded with the policy, with which of the two is in.
+    Until the first step the average is what the weights are, also where these are changed after
+    the constructor. Values are exchanged in place, so that optimizers, compiled code and CUDA
+    graphs keep their tensors. The copies are buffers: saved and loaded with the policy, with which
+    of the two is in.
 
     :param policy: its parameters that require a gradient are averaged, from their values now on
     :param decay: of the average, an optimizer step
@@ -24,6 +28,7 @@ class WeightAverage(nn.Module):
         self._parameters_of_policy = tuple(parameter for _, parameter in named)
         self._names = tuple(name.replace(".", "/") for name, _ in named)
         self._update = get_ema_multi_avg_fn(decay)
+        self._begun = False
         self.register_buffer("in_use", torch.tensor(False))
         for name, parameter in zip(self._names, self._parameters_of_policy, strict=True):
             self.register_buffer(name, parameter.detach().clone())
@@ -40,6 +45,7 @@ class WeightAverage(nn.Module):
         """
         if self.in_use:
             raise RuntimeError("weights are averaged in training mode: set_training_mode(True)")
+        self._begun = True
         parameters = [parameter.detach() for parameter in self._parameters_of_policy]
         self._update(self._copies, parameters, None)
 
@@ -49,7 +55,15 @@ class WeightAverage(nn.Module):
         if bool(self.in_use) == average:
             return
         for parameter, copy in zip(self._parameters_of_policy, self._copies, strict=True):
+            if not self._begun:
+                copy.copy_(parameter)
             value = parameter.clone()
             parameter.copy_(copy)
             copy.copy_(value)
         self.in_use.fill_(average)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *arguments: Any
+    ) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
+        self._begun = self._begun or f"{prefix}in_use" in state_dict

@@ -230,7 +230,7 @@ def test_a_file_of_an_earlier_version_means_what_it_did(
     changed = {name for name, value in default.items() if now[name] != value}
     assert changed == {
         *("learning_rate", "groups_per_iteration", "positive_share", "n_epochs"),
-        "replay_iterations",
+        *("replay_iterations", "ema_decay"),
     }
 
 

@@ -121,6 +121,20 @@ def test_a_decay_that_is_no_average_is_refused() -> None:
             make(bad)
 
 
+def test_weights_that_are_set_after_the_constructor_act(tmp_path: Path) -> None:
+    """By hand or from somebody's file, which knows of no average."""
+    other, policy = make(None).policy, make(0.9).policy
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(0.1)
+    policy.load_state_dict(other.state_dict(), strict=False)
+    for one, two in zip(acted(policy), acted(other), strict=True):
+        assert torch.equal(one, two)
+    policy.set_training_mode(True)
+    for one, two in zip(policy.parameters(), other.parameters(), strict=True):
+        assert torch.equal(one, two)
+
+
 def test_updating_while_the_average_acts_is_refused() -> None:
     policy = make(0.9).policy
     policy.set_training_mode(False)

@@ -57,8 +57,7 @@ class Pi0Policy(FlowPolicy):
     :param delta_actions: the model's actions are the environment's minus the state in the first
         6 dimensions. None: the checkpoint's, else True for "pi0" and False for "tiny"
     :param trainable: "expert" (the VLM is frozen), "all", or "lora" (adapters on language model
-        and expert: see `pi0/lora.py`; needs peft). None: "expert" with a checkpoint of preset
-        "pi0", else "all"
+        and expert: see `pi0/lora.py`; needs peft). None: "expert" with a checkpoint, else "all"
     :param lora_rank: with trainable "lora": rank of the language model's adapters; the expert's
         is twice that
     :param gradient_checkpointing: keep only each layer's input for the backward pass and compute
@@ -81,9 +80,11 @@ class Pi0Policy(FlowPolicy):
     :param compile_denoising: run the denoising steps through torch.compile (on a GPU with CUDA
         graphs). The first chunk of each batch size then takes minutes at full size, and after
         eight different shapes new ones run as without it
+    :param ema_decay: act with an exponential moving average of the trained weights, of this decay
+        an optimizer step; None: with the weights themselves
     :param optimizer_class: of `policy.optimizer`
     :param optimizer_kwargs: None: openpi's AdamW settings where the class is AdamW
-    :param kwargs: of `FlowPolicy` (cfg_scale, num_inference_steps, guidance, ema_decay)
+    :param kwargs: of `FlowPolicy` (cfg_scale, num_inference_steps, guidance)
 
     >>> policy = Pi0Policy(env.observation_space, env.action_space, lambda _: 1e-3)
     ... # doctest: +SKIP
@@ -115,6 +116,7 @@ class Pi0Policy(FlowPolicy):
         base: dict[str, str] | None = None,
         cameras: Sequence[str] | None = None,
         compile_denoising: bool = False,
+        ema_decay: float | None = 0.98,
         optimizer_class: type[torch.optim.Optimizer] = torch.optim.AdamW,
         optimizer_kwargs: dict[str, Any] | None = None,
         **kwargs: Any,
@@ -154,6 +156,7 @@ class Pi0Policy(FlowPolicy):
             action_width=config.max_action_dim,
             optimizer_class=optimizer_class,
             optimizer_kwargs=optimizer_kwargs,
+            ema_decay=ema_decay,
             **kwargs,
         )
         self.config = parts.config

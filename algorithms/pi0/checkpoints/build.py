@@ -123,7 +123,7 @@ def build(
     settings: dict[str, Any] = {
         "use_prefix_dropout": False,
         "delta_actions": preset == "pi0",
-        "trainable": "expert" if pretrained else "all",
+        "trainable": "all" if source is None else "expert",
         "cameras": None,
     }
     names = ("use_prefix_dropout", "delta_actions", "cameras")
