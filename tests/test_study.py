@@ -3,19 +3,26 @@
 import json
 from pathlib import Path
 
+import gymnasium as gym
 import numpy as np
 import pytest
 from cfgrl_envs import QueueEnv, vec
 from controls import AdvantageWeighted, FilteredBC
 from guidance_sweep import against_unguided
+from gymnasium import spaces
 from jobs import DONE_FILE, Job, run_jobs
 from learning_curve import summary
 from report_runs import make_evaluation, make_training
 from report_runs import result as written
 from results import result_json, results_of, training_json
+from settings import training_options
+from stable_baselines3.common.vec_env import DummyVecEnv
 
-from cfgrl_gym.algorithms import CFGRL
+from cfgrl_gym.algorithms import CFGRL, Pi0Policy
 from cfgrl_gym.algorithms.flow import NULL
+from cfgrl_gym.algorithms.groups import groups_needed
+from cfgrl_gym.cli.configs import TrainConfig
+from cfgrl_gym.cli.environments import libero_spaces
 from cfgrl_gym.cli.reporting.runs import read_training
 
 SMALL = {
@@ -181,3 +188,31 @@ def test_a_study_that_was_stopped_runs_only_what_is_not_done(
     assert not (broken.folder / "half").exists()
     assert "policy folder 'none' does not exist" in (tmp_path / "b.log").read_text()
     run_jobs([done], processes=1)
+
+
+def test_who_gives_nothing_but_a_checkpoint_gets_the_study_s_recipe() -> None:
+    """Beside dynamic sampling, which the study leaves out so that budgets are equal."""
+    study = training_options(8, 0, 4, 8, cfg_scale=1.0)
+    env = DummyVecEnv([lambda: Spaces(*libero_spaces(112, 16, ["left_wrist_0_rgb"]))])
+    algorithm = CFGRL("Pi0Policy", env, policy_kwargs={"checkpoint": "libero_tiny"}, device="cpu")
+    for name in ("learning_rate", "n_epochs", "replay_iterations", "positive_share"):
+        assert getattr(algorithm, name) == study[name], name
+    policy = algorithm.policy
+    assert isinstance(policy, Pi0Policy)
+    assert policy.optimizer.param_groups[0]["lr"] == study["learning_rate"]
+    assert (policy.ema_decay, policy.config.trainable) == (study["ema_decay"], study["trainable"])
+    assert policy.config.condition_mode == "bias"
+    assert (algorithm.cfg_scale or policy.cfg_scale) == study["cfg_scale"]
+    assert algorithm.groups_per_iteration == study["groups_per_iteration"]
+    command = TrainConfig(policy="libero_tiny")
+    for name in ("n_epochs", "replay_iterations", "positive_share", "ema_decay"):
+        assert getattr(command, name) == study[name], name
+    needed = groups_needed(algorithm.groups_per_iteration, True, algorithm.early_stop_percentage)
+    assert needed < algorithm.groups_per_iteration  # so that early stopping has an effect
+
+
+class Spaces(gym.Env):
+    """An environment of which only the spaces are asked for."""
+
+    def __init__(self, observation_space: spaces.Space, action_space: spaces.Space) -> None:
+        self.observation_space, self.action_space = observation_space, action_space
