@@ -71,6 +71,7 @@ class WorkerVecEnv(VecEnv):
                 worker.ask("spaces")
             offered = [self._answer(number, "spaces") for number in range(count)]
             super().__init__(len(env_fns), *offered[0])
+            (self.metadata,) = self.get_attr("metadata", 0)  # VecVideoRecorder reads its rate
         except BaseException:
             self.close()
             raise
