@@ -9,6 +9,7 @@ import torch
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, Schedule
+from stable_baselines3.common.utils import update_learning_rate
 from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
@@ -68,7 +69,8 @@ class CFGRL(IterationLoop):
 
     :param policy: "MlpPolicy", "Pi0Policy" or a subclass of `FlowPolicy`
     :param env: the environment (if registered in Gymnasium, can be str; None for loading)
-    :param learning_rate: a number, or a function of the progress remaining (from 1 to 0)
+    :param learning_rate: a number, or a function of the progress remaining (from 1 to 0). None: the
+        policy's `default_learning_rate`, which depends on its size
     :param rloo_batch_size: K, episodes of a group, all from the same start
     :param groups_per_iteration: groups asked for before each update
     :param enable_dynamic_sampling: discard a group whose K returns are all equal, try another
@@ -114,9 +116,9 @@ class CFGRL(IterationLoop):
         self,
         policy: str | type[FlowPolicy],
         env: GymEnv | str | None,
-        learning_rate: float | Schedule = 3e-4,
+        learning_rate: float | Schedule | None = None,
         rloo_batch_size: int = 8,
-        groups_per_iteration: int = 4,
+        groups_per_iteration: int = 8,
         enable_dynamic_sampling: bool = True,
         early_stop_percentage: float = 0.8,
         max_groups_tried: int | None = None,
@@ -124,14 +126,14 @@ class CFGRL(IterationLoop):
         label_source: LabelSource = "episode_rloo",
         label_threshold: float = 0.0,
         negatives: Negatives = "null",
-        positive_share: float | None = None,
+        positive_share: float | None = 0.9,
         cfg_scale: float | None = None,
-        n_epochs: int = 4,
+        n_epochs: int = 12,
         batch_size: int = 64,
         gradient_accumulation_steps: int = 1,
         max_grad_norm: float = 1.0,
         window_stride: int | None = None,
-        replay_iterations: int = 0,
+        replay_iterations: int = 2,
         device_memory: float | None = None,
         prefix_memory: float | None = None,
         stats_window_size: int = 100,
@@ -165,7 +167,7 @@ class CFGRL(IterationLoop):
             # By name, SB3 would recommend policies of its own for other observations.
             policy=self._get_policy_from_name(policy) if isinstance(policy, str) else policy,  # type: ignore[arg-type]
             env=env,  # type: ignore[arg-type]
-            learning_rate=learning_rate,
+            learning_rate=learning_rate,  # type: ignore[arg-type]
             max_grad_norm=max_grad_norm,
             stats_window_size=stats_window_size,
             tensorboard_log=tensorboard_log,
@@ -188,6 +190,8 @@ class CFGRL(IterationLoop):
 
     def _setup_model(self) -> None:
         check_policy_kwargs(self.policy_class, self.policy_kwargs)
+        policys_own = self.learning_rate is None
+        self.learning_rate = 0.0 if policys_own else self.learning_rate
         self._setup_lr_schedule()
         self.set_random_seed(self.seed)
         self.policy = self.policy_class(  # type: ignore[assignment]
@@ -195,6 +199,10 @@ class CFGRL(IterationLoop):
         )
         check_weights_fit(self.policy, self.device)
         self.policy = self.policy.to(self.device)
+        if policys_own:
+            self.learning_rate = self.policy.default_learning_rate
+            self._setup_lr_schedule()
+            update_learning_rate(self.policy.optimizer, self.learning_rate)
         check_stride(self.stride, self.policy.chunk_size)
         self.replay = Replay()
         self._prefixes = PrefixCache(self.policy)  # without room until `learn` has a plan
@@ -244,8 +252,8 @@ class CFGRL(IterationLoop):
         # differently in another batch.
         self._prefixes.keep_only(())
         noise = self.randomness.noise(self.iteration, (policy.horizon, policy.action_width))
-        collector = Collector(env, policy, self.plan(env), noise, self.cfg_scale, self._prefixes)
         callback.on_rollout_start()
+        collector = Collector(env, policy, self.plan(env), noise, self.cfg_scale, self._prefixes)
         try:
             collector.reset()
             while not collector.selection.complete:

@@ -58,8 +58,8 @@ _RULES: dict[str, _Rule] = {
     "stats_window_size": _AT_LEAST_1,
     "seed": (lambda seed: 0 <= seed < 2**32, "must be from 0 to 2**32 - 1"),
     "learning_rate": (
-        lambda rate: callable(rate) or (is_finite(rate) and rate >= 0),
-        "must be a number that isn't negative, or a function of the progress remaining",
+        lambda rate: rate is None or callable(rate) or (is_finite(rate) and rate >= 0),
+        "must be a number that isn't negative, a function of the progress remaining, or None",
     ),
     "device_memory": _GIB,
     "prefix_memory": _GIB,

@@ -16,6 +16,7 @@ from cfgrl_gym.algorithms.flow import NonFiniteError
 from cfgrl_gym.algorithms.groups import GroupPlan, Selection, Start
 from cfgrl_gym.algorithms.memory.prefix_cache import PrefixCache
 from cfgrl_gym.algorithms.policies import FlowPolicy
+from cfgrl_gym.algorithms.vec_envs.next_starts import NextStarts
 from cfgrl_gym.algorithms.vec_envs.worker import WorkerError
 from cfgrl_gym.algorithms.vec_envs.worker_vec_env import LOST
 
@@ -90,11 +91,11 @@ def row_of(observation: Any, space: spaces.Space, index: int | None = None) -> R
 class Collector:
     """Episodes of a plan, in its order, on whatever environments there are.
 
-    An environment with `queue_episode` is told its next start while it still runs, so that the
-    autoreset of the `VecEnv` begins the planned episode. Any other is reset again, with the
-    seed of the group. Where the plan has nothing left, an environment idles: a `VecEnv` steps all
-    its environments, so it is given a constant action and its results are dropped. An episode that
-    was lost with its worker (`WorkerVecEnv`) is run again from its beginning, before all others.
+    An environment is told its next start while it still runs, so that the autoreset of the `VecEnv`
+    begins the planned episode; where the plan has nothing left, it rests (`NextStarts` says which
+    can). One that can't is reset a second time, and given a constant action whose results are
+    dropped. An episode that was lost with its worker (`WorkerVecEnv`) is run again from its
+    beginning, before all others.
 
     The policy always acts on as many rows as there are environments, because a matrix product
     rounds differently for another number of rows: so an episode is the same, bit for bit, whatever
@@ -127,14 +128,13 @@ class Collector:
         assert isinstance(env.action_space, spaces.Box)
         self.action_space = env.action_space
         self.observation_space = env.observation_space
-        self.takes_queue = env.has_attr("queue_episode")
+        self.next_starts = NextStarts(env)
         self.pending = [
             Episode(group.index, member, group.start)
             for group in plan.groups
             for member in range(plan.group_size)
         ]
         self.running: list[Episode | None] = [None] * env.num_envs
-        self.queued: list[Start | None] = [None] * env.num_envs
         self.rows: list[Row | None] = [None] * env.num_envs
         self.actions = np.empty(0)
         self.model_actions: dict[int, NDArray[np.float32]] = {}
@@ -150,13 +150,10 @@ class Collector:
     def reset(self) -> None:
         """Begin the plan's first episodes, one in each environment."""
         began = perf_counter()
-        first = self.pending[: self.env.num_envs]
-        if self.takes_queue:
-            self.env.env_method("clear_queue")
-            # Not env_method("reset"): this way the environments reset in parallel.
-            options = [episode.start.reset_arguments()["options"] for episode in first]
-            self.env.set_options(options + [{}] * (self.env.num_envs - len(first)))
-            self.queued[: len(first)] = [episode.start for episode in first]
+        self.next_starts.forget()
+        # Not env_method("reset"): this way the environments reset in parallel.
+        for i in range(self.env.num_envs):
+            self.next_starts.tell(i, self.pending[i].start if i < len(self.pending) else None)
         observations = self.env.reset()
         for i in range(self.env.num_envs):
             self._begin_episode(i, row_of(observations, self.observation_space, i))
@@ -164,7 +161,7 @@ class Collector:
 
     def act(self) -> NDArray[Any]:
         """Sample the next action of every environment, (num_envs, *action_space.shape)."""
-        self._queue_ahead()
+        self._tell_ahead()
         began = perf_counter()
         space = self.action_space
         idle = np.clip(np.zeros(space.shape, space.dtype), space.low, space.high)
@@ -192,9 +189,13 @@ class Collector:
         """
         actions = self.act()
         began = perf_counter()
-        observations, rewards, dones, infos = self.env.step(actions)
+        observations, rewards, dones, given = self.env.step(actions)
+        infos = list(given)  # a tuple, from SB3's SubprocVecEnv
         for i, episode in enumerate(self.running):
             if episode is None:
+                if LOST in infos[i]:
+                    self.next_starts.rest(i)
+                rewards[i], dones[i], infos[i] = 0, False, {}  # nobody's episode
                 continue
             if LOST in infos[i]:
                 self._run_again(i, episode, infos[i][LOST])
@@ -248,8 +249,7 @@ class Collector:
 
     def close(self) -> None:
         """Leave no planned start behind in an environment, and no prefix that no update uses."""
-        if self.takes_queue:
-            self.env.env_method("clear_queue")
+        self.next_starts.release()
         self._keep_prefixes([episode for group in self.kept for episode in group])
 
     def episodes(self, group: int) -> list[Episode]:
@@ -285,9 +285,7 @@ class Collector:
                 f"time so: {reason}"
             )
         self.pending.insert(0, again)
-        if self.takes_queue:  # the fresh environment's own may be empty or not
-            self.env.env_method("clear_queue", indices=[index])
-        self.queued[index] = None
+        self.next_starts.forget([index])  # of the fresh environment it isn't known
         self._begin_episode(index, None)
 
     def _chunk(self, index: int, episode: Episode, reward: float, info: dict[str, Any]) -> Chunk:
@@ -323,39 +321,38 @@ class Collector:
             | dict(zip(inside, self.prefixes.new_keys(len(inside)), strict=True)),
         )
 
-    def _queue_ahead(self) -> None:
-        """Queue, in every busy environment, the start of the episode that it would take next.
+    def _tell_ahead(self) -> None:
+        """Tell every busy environment the start of the episode that it would take next.
 
         The plan's next starts go to the environments that have run longest. With fewer episodes
-        left than environments, the last start is queued more than once: who finishes first
-        takes it.
+        left than environments, the last start is told more than once: who finishes first takes
+        it. A single environment whose episode may be the last is told to rest.
         """
-        if not self.takes_queue:
-            return
         busy = [i for i, episode in enumerate(self.running) if episode is not None]
         busy.sort(key=lambda i: -len(self.running[i].chunks))  # type: ignore[union-attr]
+        pending = self.pending
+        if len(busy) == 1 and pending and pending[0].group not in self.plan.certain(self.selection):
+            pending = []
         for rank, i in enumerate(busy):
-            wanted = self.pending[min(rank, len(self.pending) - 1)].start if self.pending else None
-            if wanted == self.queued[i]:
-                continue
-            if self.queued[i] is not None:
-                self.env.env_method("clear_queue", indices=[i])
-            if wanted is not None:
-                arguments = wanted.reset_arguments()["options"]
-                self.env.env_method("queue_episode", indices=[i], **arguments)
-            self.queued[i] = wanted
+            self.next_starts.tell(
+                i, pending[min(rank, len(pending) - 1)].start if pending else None
+            )
 
     def _begin_episode(self, index: int, row: Row | None) -> None:
-        """Begin a planned episode in an environment that was just reset to its queued start."""
-        started, self.queued[index] = self.queued[index], None
-        episode = None
-        if started is not None:
-            episode = next((e for e in self.pending if e.start == started), None)
-        if episode is None and self.pending:
+        """Begin a planned episode in an environment that was just reset."""
+        started = self.next_starts.begun(index)
+        episode = next((e for e in self.pending if e.start == started), None)
+        if episode is None and self.pending and not self._is_over():
             episode = self.pending[0]
             arguments = episode.start.reset_arguments()
             ((observation, _),) = self.env.env_method("reset", indices=[index], **arguments)
             row = row_of(observation, self.observation_space)
-        if episode is not None:
+        if episode is None:
+            self.next_starts.rest(index)
+        else:
             self.pending.remove(episode)
         self.running[index], self.rows[index] = episode, row
+
+    def _is_over(self) -> bool:
+        """Whether the groups that have finished suffice."""
+        return self.plan.select(self.returns).complete

@@ -1,11 +1,14 @@
 """SB3's side of CFGRL: `learn` as a loop of iterations, environments and policies by name."""
 
+import time
+from collections import deque
 from typing import TypeVar
 
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList, ProgressBarCallback
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import MaybeCallback
+from stable_baselines3.common.utils import configure_logger
 from stable_baselines3.common.vec_env import VecEnv
 
 from cfgrl_gym.algorithms.policies import FlowPolicy
@@ -58,6 +61,30 @@ class IterationLoop(PickleFreeSaving, OnPolicyAlgorithm):
             )
         return super()._get_policy_from_name(policy_name)
 
+    def _setup_learn(
+        self,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        reset_num_timesteps: bool = True,
+        tb_log_name: str = "CFGRL",
+        progress_bar: bool = False,
+    ) -> tuple[int, BaseCallback]:
+        """As in SB3, without its reset of the environments: a collection begins with its own."""
+        self.start_time = time.time_ns()
+        if reset_num_timesteps or self.ep_info_buffer is None:
+            self.ep_info_buffer = deque(maxlen=self._stats_window_size)
+            self.ep_success_buffer = deque(maxlen=self._stats_window_size)
+        if reset_num_timesteps:
+            self.num_timesteps = 0
+            self.statistics.num_episodes = self.statistics.num_control_steps = 0
+        self._total_timesteps = total_timesteps + self.num_timesteps
+        self._num_timesteps_at_start = self.num_timesteps
+        if not self._custom_logger:
+            self._logger = configure_logger(
+                self.verbose, self.tensorboard_log, tb_log_name, reset_num_timesteps
+            )
+        return self._total_timesteps, self._init_callback(callback, progress_bar)
+
     def _init_callback(self, callback: MaybeCallback, progress_bar: bool = False) -> BaseCallback:
         callback = super()._init_callback(callback)
         if progress_bar:
@@ -97,8 +124,6 @@ class IterationLoop(PickleFreeSaving, OnPolicyAlgorithm):
                 "total_timesteps and max_iterations must not be negative; got "
                 f"{total_timesteps} and {max_iterations}"
             )
-        if reset_num_timesteps:
-            self.statistics.num_episodes = self.statistics.num_control_steps = 0
         total_timesteps, callback = self._setup_learn(
             total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
         )

@@ -95,6 +95,7 @@ class FlowPolicy(BasePolicy):
 
     # Dataclasses among the constructor's arguments: what a saved model may name beside JSON.
     saved_types: ClassVar[tuple[type, ...]] = ()
+    default_learning_rate = 3e-4  # of `CFGRL`, where none is given
     # Whether training leaves the prefix as it is, so that one computed before may be used again.
     frozen_prefix = False
 

@@ -27,6 +27,10 @@ SMALL = {
     "rloo_batch_size": 3,
     "groups_per_iteration": 2,
     "batch_size": 16,
+    # Every window once an epoch, and those of its own iteration only.
+    "positive_share": None,
+    "replay_iterations": 0,
+    "n_epochs": 4,
     "policy_kwargs": {"net_arch": [16]},
     "seed": 3,
     "device": "cpu",

@@ -71,6 +71,7 @@ def test_guidance_samples_the_density_that_one_labelling_defines(negatives):
         early_stop_percentage=1.0,
         dropout_prob=DROPOUT,
         negatives=negatives,
+        positive_share=None,  # the closed form is that of every window once an epoch
         n_epochs=200,
         batch_size=256,
         policy_kwargs={"net_arch": [64, 64]},

@@ -1,6 +1,7 @@
 """Saving and loading of Pi0Policy, and the errors of wrong checkpoints."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,9 @@ from pi0_support import (
     make_spaces,
     plain_pi0,
 )
+from transformers import PI0ForConditionalGeneration
 
-from cfgrl_gym.algorithms.pi0 import Pi0Policy
+from cfgrl_gym.algorithms.pi0 import Pi0ForCFGRL, Pi0Policy
 from cfgrl_gym.algorithms.pi0.tokenizer import ByteTokenizer, PaliGemmaTokenizer, tokenize
 
 
@@ -61,13 +63,14 @@ def test_statistics_travel_with_the_state_dict() -> None:
 
 def test_plain_pi0_checkpoint_serves_the_full_preset(tmp_path: Path) -> None:
     """The full preset's path, small: a plain PI0 folder with its tokenizer and statistics."""
-    model = make_model("token")
-    plain_pi0(model).save_pretrained(tmp_path)
+    plain = plain_pi0(make_model("token"))
+    del plain.config.condition_mode, plain.config.condition_version
+    plain.save_pretrained(tmp_path)
     save_word_tokenizer(tmp_path)
     with pytest.raises(ValueError, match="'pi0' needs normalisation statistics"):
         restore(tmp_path, preset="pi0")
     STATS.save(tmp_path)
-    policy = restore(tmp_path, preset="pi0", condition_mode="bias")
+    policy = restore(tmp_path, preset="pi0")
     assert policy.config.trainable == "expert"
     assert policy.config.delta_actions
     ids = policy.encode_observation(make_observation())["input_ids"]
@@ -77,7 +80,8 @@ def test_plain_pi0_checkpoint_serves_the_full_preset(tmp_path: Path) -> None:
         policy.sample_actions(make_observation(), torch.zeros(3, HORIZON, 32), w)
         for w in (0.0, 1.0)
     )
-    torch.testing.assert_close(null, positive, atol=1e-6, rtol=0)  # bias starts as a no-op
+    assert policy.config.condition_mode == "bias"  # by default, for it starts as an exact no-op
+    assert torch.equal(null, positive)
     again_folder = tmp_path / "again"
     policy.save_pretrained(again_folder)
     again = restore(again_folder, preset="pi0")
@@ -86,6 +90,37 @@ def test_plain_pi0_checkpoint_serves_the_full_preset(tmp_path: Path) -> None:
     policy.save(str(tmp_path / "sb3"))
     loaded = Pi0Policy.load(str(tmp_path / "sb3"), device="cpu", trusted=True)
     assert np.array_equal(predictions(loaded), predictions(policy))
+
+
+def test_a_token_of_an_earlier_version_is_refused_and_can_be_left_behind(tmp_path: Path) -> None:
+    old, new = tmp_path / "old", tmp_path / "new"
+    policy = make_policy("token")
+    policy.save_pretrained(old)
+    config = json.loads((old / "config.json").read_text())
+    assert config.pop("condition_version") == 2
+    (old / "config.json").write_text(json.dumps(config))
+    for load in (restore, Pi0ForCFGRL.from_pretrained):
+        with pytest.raises(ValueError, match=r"'token' is of version 1, .* reads version 2.*Train"):
+            load(old)
+    # What the error says:
+    PI0ForConditionalGeneration.from_pretrained(old).save_pretrained(new)
+    for file in old.glob("*.json"):
+        if not (new / file.name).exists():
+            shutil.copy(file, new)
+    restored, noise = restore(new), torch.zeros(3, HORIZON, 32)
+    null, positive = (restored.sample_actions(make_observation(), noise, w) for w in (0.0, 1.0))
+    assert torch.equal(null, policy.sample_actions(make_observation(), noise, 0.0))
+    torch.testing.assert_close(positive, null, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("mode", ["bias", "concat"])
+def test_other_conditions_of_earlier_versions_mean_what_they_did(mode: str, tmp_path: Path) -> None:
+    policy = make_policy(mode)
+    policy.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["condition_version"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert np.array_equal(predictions(restore(tmp_path)), predictions(policy))
 
 
 def test_wrong_checkpoints_are_refused(tmp_path: Path) -> None:

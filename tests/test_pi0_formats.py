@@ -38,7 +38,6 @@ from cfgrl_gym.algorithms.pi0.checkpoints.formats import read_source
 from cfgrl_gym.algorithms.pi0.condition import Pi0CFGRLConfig
 from cfgrl_gym.algorithms.pi0.presets import new_model
 from cfgrl_gym.cli.policies import find_checkpoint
-from cfgrl_gym.wrappers.norm_stats import Moments
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -89,9 +88,11 @@ def test_norm_stats_in_the_folder_are_taken_in_every_format(
 def test_openpis_statistics_come_from_its_assets(model: Pi0ForCFGRL, tmp_path: Path) -> None:
     assets = openpi(tmp_path, model) / "assets" / "physical-intelligence" / "libero"
     assets.mkdir(parents=True)
-    wide = Moments((0.5,) * 32, (2.0,) * 32)  # openpi pads them
     content = {
-        "norm_stats": {p: {"mean": wide.mean, "std": wide.std} for p in ("state", "actions")}
+        "norm_stats": {  # openpi pads them
+            part: {"mean": [0.5] * size + [0.0] * 20, "std": [2.0] * size + [0.0] * 20}
+            for part, size in (("state", 8), ("actions", 7))
+        }
     }
     (assets / "norm_stats.json").write_text(json.dumps(content))
     stats = policy_of(tmp_path, norm_stats=None).norm_stats
@@ -153,6 +154,20 @@ def test_statistics_of_the_wrong_length_are_refused(model: Pi0ForCFGRL, tmp_path
     write_processor(lerobot(tmp_path, model), lerobot_vectors(length=6))
     with pytest.raises(ValueError, match=r"observation\.state\.mean has 6 numbers; expected at le"):
         policy_of(tmp_path, norm_stats=None)
+
+
+def test_lerobots_statistics_without_deviations_are_refused(
+    model: Pi0ForCFGRL, tmp_path: Path
+) -> None:
+    folder, vectors = lerobot(tmp_path, model), lerobot_vectors()
+    vectors["action.std"] = torch.tensor([0.3] * 6 + [0.0])
+    write_processor(folder, vectors)
+    with pytest.warns(UserWarning, match=rf"'{folder}': action: std is 0 in dimensions \[6\]"):
+        policy_of(folder, norm_stats=None)
+    vectors["action.std"] = torch.zeros(7)
+    write_processor(folder, vectors)
+    with pytest.raises(ValueError, match=rf"'{folder}': action: std is 0 in all 7 .*compute"):
+        policy_of(folder, norm_stats=None)
 
 
 def test_trained_embeddings_win_over_an_lm_head(model: Pi0ForCFGRL, tmp_path: Path) -> None:

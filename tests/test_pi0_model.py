@@ -129,13 +129,30 @@ def test_the_three_labels_give_three_velocities(model: Pi0ForCFGRL) -> None:
         assert (v[first] - v[second]).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("mode", ["bias", "concat"])
+@pytest.mark.parametrize("mode", MODES)
 @torch.no_grad()
-def test_bias_and_concat_start_as_an_exact_no_op(mode: str) -> None:
+def test_a_fresh_condition_is_a_no_op(mode: str) -> None:
     model, inputs = make_model(mode, randomise=False), make_inputs()
     expected = plain_pi0(model)(**inputs).logits
     for label in (0, 1, MIXED):
         close(model(**inputs, is_positive=label).logits, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_fresh_condition_learns_from_the_first_step(mode: str) -> None:
+    model, inputs = make_model(mode, randomise=False), make_inputs()
+    parameters = dict(model.condition.named_parameters())
+    before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    optimizer = torch.optim.AdamW(parameters.values(), lr=1e-3, weight_decay=0)
+    for step in range(2):
+        optimizer.zero_grad()
+        model(**inputs, is_positive=1).logits.square().sum().backward()
+        largest = max(parameter.grad.abs().max() for parameter in parameters.values())
+        assert largest > 1e-3, f"step {step}"
+        optimizer.step()
+    for name, parameter in parameters.items():
+        moved = (parameter.detach() - before[name]).abs()
+        assert (moved[POSITIVE] if name == "embedding" else moved).min() > 1e-4, name
 
 
 @torch.no_grad()
@@ -149,15 +166,28 @@ def test_concat_equals_a_wider_projection() -> None:
 
 
 @torch.no_grad()
-def test_token_stands_between_state_and_actions_and_shifts_them_by_one() -> None:
-    """Rebuilt from transformers' parts: a suffix one longer, in transformers' own block mask."""
+def test_token_is_a_second_state_that_shares_the_attention_to_the_first() -> None:
+    """Rebuilt from transformers' parts, with a mask and positions written out."""
     model, inputs = make_model("token"), make_inputs()
     state, noise, t = inputs.pop("state"), inputs.pop("noise"), inputs.pop("timestep")
     plain = plain_pi0(model)
     embeds = plain.embed_action_time(state, noise, t)
-    token = model.condition.embedding[POSITIVE].expand(4, 1, -1)
+    token = embeds[:, :1] + model.condition.embedding[POSITIVE]
     suffix = torch.cat([embeds[:, :1], token, embeds[:, 1:]], 1)
-    hidden = plain.model(action_embeds=suffix, **inputs).last_hidden_state[:, -HORIZON:]
+    weights = torch.ones(HORIZON + 2, HORIZON + 2)
+    weights[0, 1:] = 0  # the state sees itself
+    weights[1, 2:] = 0  # the condition sees the state and itself
+    weights[1:, :2] = 0.5
+    there = inputs["attention_mask"]
+    prefix = there[:, None].expand(-1, HORIZON + 2, -1)
+    mask = torch.cat([prefix, weights.expand(4, -1, -1)], 2).log()[:, None]
+    positions = torch.tensor([0, 0, *range(1, HORIZON + 1)])
+    hidden = plain.model.dit(
+        inputs_embeds=suffix,
+        attention_mask=mask,
+        position_ids=there.sum(1, keepdim=True) + positions,
+        past_key_values=model.encode_prefix(**inputs).to_cache(),
+    ).last_hidden_state[:, -HORIZON:]
     actual = model(state=state, noise=noise, timestep=t, **inputs, is_positive=1).logits
     close(actual, plain.action_out_proj(hidden))
 
@@ -225,8 +255,7 @@ def test_checkpoints_pass_between_transformers_and_us(model: Pi0ForCFGRL, tmp_pa
     assert torch.equal(ours(**inputs).logits, model(**inputs).logits)
     for parameter in ours.condition.parameters():
         assert parameter.isfinite().all()
-    if model.condition.mode != "token":
-        assert torch.equal(ours(**inputs, is_positive=1).logits, model(**inputs).logits)
+    close(ours(**inputs, is_positive=1).logits, model(**inputs).logits)
 
 
 def test_labels_at_the_door() -> None:

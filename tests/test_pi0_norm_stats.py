@@ -10,15 +10,16 @@ import pytest
 from cfgrl_gym.wrappers.norm_stats import Moments, NormStats
 
 
-def content(state: int = 8, actions: int = 7) -> dict[str, Any]:
+def content(state: int = 8, actions: int = 7, padding: int = 0) -> dict[str, Any]:
+    zeros = [0.0] * padding
     return {
         "norm_stats": {
-            "state": {"mean": [0.5] * state, "std": [1.5] * state},
+            "state": {"mean": [0.5] * state + zeros, "std": [1.5] * state + zeros},
             "actions": {
-                "mean": list(map(float, range(actions))),
-                "std": [0.5] * actions,
-                "q01": [-1.0] * actions,
-                "q99": [1.0] * actions,
+                "mean": list(map(float, range(actions))) + zeros,
+                "std": [0.5] * actions + zeros,
+                "q01": [-1.0] * actions + zeros,
+                "q99": [1.0] * actions + zeros,
             },
         }
     }
@@ -30,8 +31,9 @@ def write(tmp_path: Path, data: Any) -> Path:
     return path
 
 
-def test_loads_openpis_format_and_cuts_long_vectors(tmp_path: Path) -> None:
-    stats = NormStats.load(write(tmp_path, content(state=32, actions=32)))
+@pytest.mark.filterwarnings("error")
+def test_loads_openpis_format_and_cuts_its_padding(tmp_path: Path) -> None:
+    stats = NormStats.load(write(tmp_path, content(padding=24)))
     assert stats.state == Moments((0.5,) * 8, (1.5,) * 8)
     assert stats.actions.mean == (0, 1, 2, 3, 4, 5, 6)
     assert stats.actions.q99 == (1.0,) * 7
@@ -86,6 +88,11 @@ def _broken(part: str, key: str, value: Any) -> dict[str, Any]:
         (_broken("state", "std", [float("inf")] * 8), "std must be finite"),
         (_broken("state", "mean", ["a"] * 8), "must be a list of numbers"),
         (_broken("state", "mean", 3.0), "must be a list of numbers"),
+        (_broken("state", "std", [0.0] * 8), r"state: std is 0 in all 8 dim.*compute it again"),
+        (_broken("actions", "std", [0.0] * 7), r"actions: std is 0 in all 7 dimensions"),
+        (_broken("actions", "std", [0.0] * 7 + [1.0]), r"actions: std is 0 in all 7 dimensions"),
+        (_broken("actions", "std", [float("nan")] * 7), "actions: std must be finite"),
+        (_broken("actions", "q01", [1.5] * 7), r"actions: q01 .* exceeds q99"),
     ],
 )
 def test_bad_files_are_refused(tmp_path: Path, data: Any, message: str) -> None:
@@ -95,12 +102,32 @@ def test_bad_files_are_refused(tmp_path: Path, data: Any, message: str) -> None:
     assert str(path) in str(error.value)
 
 
+@pytest.mark.parametrize(("part", "size"), [("state", 8), ("actions", 7)])
+def test_dimensions_that_never_changed_are_warned_of(part: str, size: int, tmp_path: Path) -> None:
+    path = write(tmp_path, _broken(part, "std", [0.0, 1e-9, *[1.0] * (size - 2)]))
+    said = rf"{path}.*: {part}: std is 0 in dimensions \[0, 1\].*std_floor"
+    with pytest.warns(UserWarning, match=said):
+        stats = NormStats.load(path)
+    assert getattr(stats, part).std[:3] == (0, 1e-9, 1)
+    arrays = {"state": np.eye(9)[:, :8], "actions": np.eye(9)[:, :7]}
+    arrays[part][:, 2] = 0.5
+    with pytest.warns(UserWarning, match=r"std is 0 in dimensions \[2\]"):
+        NormStats.compute(arrays["state"], arrays["actions"])
+
+
+def test_statistics_of_another_robot_are_warned_of(tmp_path: Path) -> None:
+    path = write(tmp_path, content(state=14, actions=7))
+    with pytest.warns(UserWarning, match=rf"{path}.*: state has 14 numbers.*another robot"):
+        NormStats.load(path)
+
+
 def test_bad_arrays_are_refused() -> None:
-    good = np.zeros((3, 8)), np.zeros((3, 7))
+    good = np.eye(9)[:, :8], np.eye(9)[:, :7]
     for states, actions, message in (
         (good[0][:, :7], good[1], "states has shape"),
         (good[0], np.zeros((0, 7)), "N of at least 1"),
         (good[0], np.full((3, 7), np.nan), "NaN"),
+        (good[0], np.ones((3, 7)), "actions: std is 0 in all 7 dimensions"),
     ):
         with pytest.raises(ValueError, match=message):
             NormStats.compute(states, actions)

@@ -110,18 +110,25 @@ def test_nothing_is_kept_of_a_vlm_that_trains() -> None:
     assert memory.recall(make_observation(), keys) is None
 
 
+SMALL: dict[str, Any] = {
+    "rloo_batch_size": 3,
+    "groups_per_iteration": 2,
+    "batch_size": 16,
+    "positive_share": None,
+    "replay_iterations": 0,
+    "n_epochs": 4,
+    "seed": 0,
+    "device": "cpu",
+}
+
+
 def learn(**kwargs: Any) -> tuple[CFGRL, list[int]]:
     stride = kwargs.get("window_stride")
     algorithm = CFGRL(
         "Pi0Policy",
         DummyVecEnv([lambda: PromptEnv(stride)] * 2),
-        rloo_batch_size=3,
-        groups_per_iteration=2,
-        batch_size=16,
         policy_kwargs={"sizes": SIZES, "trainable": "expert"},
-        seed=0,
-        device="cpu",
-        **kwargs,
+        **(SMALL | kwargs),
     )
     passes = count_vlm_passes(algorithm.policy)  # type: ignore[arg-type]
     return algorithm.learn(1), passes

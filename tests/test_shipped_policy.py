@@ -2,14 +2,16 @@
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 import cfgrl_gym.algorithms.pi0
-from cfgrl_gym.algorithms.pi0 import Pi0Policy
+from cfgrl_gym.algorithms.pi0 import CONDITION_MODES, Pi0Policy
 from cfgrl_gym.algorithms.pi0.checkpoints.shipped import SHIPPED, find_shipped
+from cfgrl_gym.algorithms.pi0.condition import OptimalityCondition
 from cfgrl_gym.cli.environments import libero_spaces
 from cfgrl_gym.cli.policies import find_checkpoint
 from cfgrl_gym.wrappers.prompt import encode_prompt
@@ -79,6 +81,17 @@ def test_its_condition_is_fresh_so_guidance_begins_with_nothing() -> None:
     at = {w: policy.sample_actions(observation(), noise=noise, cfg_scale=w) for w in (0, 1, 5)}
     assert torch.equal(at[0], at[1])
     torch.testing.assert_close(at[5], at[0])
+
+
+@pytest.mark.parametrize("mode", CONDITION_MODES)
+def test_a_fresh_condition_of_any_kind_begins_with_nothing_on_its_network(mode: str) -> None:
+    policy, noise = shipped(), torch.randn(2, 16, 7, generator=torch.Generator().manual_seed(0))
+    network: Any = policy.model
+    network.condition = OptimalityCondition(mode, network.expert_hidden_size)
+    null, positive = (
+        policy.sample_actions(observation(), noise=noise, cfg_scale=w) for w in (0, 1)
+    )
+    torch.testing.assert_close(positive, null, atol=1e-5, rtol=0)
 
 
 def test_images_that_it_was_not_trained_on_change_nothing() -> None:

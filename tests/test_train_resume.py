@@ -1,5 +1,6 @@
 """`cfgrl train`: killed, stopped and taken up again, as processes of their own."""
 
+import gc
 import json
 import os
 import shutil
@@ -17,6 +18,7 @@ import pytest
 import torch
 
 from cfgrl_gym.algorithms.saving.checkpoints import CheckpointStore
+from cfgrl_gym.cli.stopping import Stopped, StopRequests
 
 TRAIN = (
     "train --policy libero_tiny --task_id 8 --n_envs 2 --rloo_batch_size 2 "
@@ -189,3 +191,26 @@ def test_what_cannot_be_resumed_is_said(
     error = capsys.readouterr().err
     assert said in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_signal_whose_exception_is_lost_ends_the_run_all_the_same() -> None:
+    """As one that comes in a finalizer, where Python only prints what is raised."""
+    lost = 0
+
+    class Finalizer:
+        def __del__(self) -> None:
+            nonlocal lost
+            lost += 1
+            signal.raise_signal(signal.SIGINT)
+
+    with StopRequests() as stop:
+        Finalizer()
+        gc.collect()
+        assert lost == 1
+        with pytest.raises(Stopped, match="SIGINT"):
+            stop.defer()
+    with StopRequests(), pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+    with StopRequests(), pytest.raises(SystemExit, match="143"):
+        signal.raise_signal(signal.SIGTERM)

@@ -15,6 +15,7 @@ SETTINGS = {
     "rloo_batch_size": 3,
     "groups_per_iteration": 2,
     "batch_size": 16,
+    "replay_iterations": 0,  # they are not saved
     "seed": 3,
     "device": "cpu",
 }

@@ -1,6 +1,7 @@
 """Normalisation statistics of states and actions, in openpi's `norm_stats.json` format."""
 
 import json
+import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,10 @@ import numpy as np
 
 from cfgrl_gym.envs.libero import ACTION_DIM
 from cfgrl_gym.json_files import read_json_object
+from cfgrl_gym.wrappers.transforms import STD_EPSILON
 
 STATE_DIM = 8  # end-effector position (3), axis-angle (3), gripper fingers (2)
+_COMPUTE = "NormStats.compute(states, actions, std_floor=0.05)"
 _FORMAT = '{"norm_stats": {"state": {"mean": [...], "std": [...]}, "actions": {...}}}'
 
 
@@ -42,6 +45,13 @@ class Moments:
                 raise ValueError(f"{name} must be finite numbers; got {list(vector)}")
         if min(self.std, default=0.0) < 0:
             raise ValueError(f"std must not be negative; got {list(self.std)}")
+        if not any(std > STD_EPSILON for std in self.std):
+            raise ValueError(
+                f"std is 0 in all {len(self.std)} dimensions, as of data that never changes: what "
+                "is normalised by it is no use to a policy"
+            )
+        if self.q01 and self.q99 and any(a > b for a, b in zip(self.q01, self.q99, strict=True)):
+            raise ValueError(f"q01 {list(self.q01)} exceeds q99 {list(self.q99)}")
 
 
 @dataclass(frozen=True)
@@ -96,7 +106,11 @@ class NormStats:
                 raise ValueError(f"{name} holds NaN or infinite numbers; drop those samples first")
             std = np.maximum(flat.std(0), std_floor)
             vectors = (flat.mean(0), std, *np.quantile(flat, (0.01, 0.99), axis=0))
-            moments.append(Moments(*map(tuple, vectors)))
+            try:
+                moments.append(Moments(*map(tuple, vectors)))
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}; give data of whole episodes") from error
+            _warn_of_constants(moments[-1], name)
         return cls(*moments)
 
     @classmethod
@@ -165,9 +179,40 @@ def moments_of(vectors: Any, name: str, size: int, where: str) -> Moments:
             )
         chosen[key] = tuple(vector[:size])
     try:
-        return Moments(**chosen)
+        moments = Moments(**chosen)
     except ValueError as error:
-        raise ValueError(f"{where}: {name}: {error}; recompute it") from error
+        raise ValueError(f"{where}: {name}: {error}; compute it again: {_COMPUTE}") from error
+    _warn_of_another_robot(vectors, f"{where}: {name}", size)
+    _warn_of_constants(moments, f"{where}: {name}")
+    return moments
+
+
+def _warn_of_constants(moments: Moments, name: str) -> None:
+    """Warn of dimensions that never changed where the statistics come from.
+
+    :param name: of the quantity, and of the file that has it
+    """
+    constant = [i for i, std in enumerate(moments.std) if std <= STD_EPSILON]
+    if constant:
+        warnings.warn(
+            f"{name}: std is 0 in dimensions {constant}: a state that changes there reaches the "
+            "model up to a million times too large, and an action is always its mean there. If "
+            "the robot moves in them, set these std to 0.05, say, or compute the statistics again: "
+            f"{_COMPUTE}",
+            stacklevel=3,
+        )
+
+
+def _warn_of_another_robot(vectors: dict[str, list[float]], name: str, size: int) -> None:
+    """Warn of numbers beyond LIBERO's that aren't padding, which has mean 0."""
+    mean = vectors["mean"]
+    if any(mean[size:]):
+        warnings.warn(
+            f"{name} has {len(mean)} numbers, and those beyond the first {size} aren't padding: "
+            f"statistics of another robot? The first {size} are used; for LIBERO's own take "
+            f"{_COMPUTE}",
+            stacklevel=3,
+        )
 
 
 def _is_number(value: Any) -> bool:

@@ -4,6 +4,7 @@
 with `torch.where`, so that neither their output nor a gradient touches a condition parameter.
 """
 
+from collections.abc import Iterable
 from typing import Any, Literal, get_args
 
 import torch
@@ -15,8 +16,14 @@ from cfgrl_gym.algorithms.flow import NULL, POSITIVE
 
 ConditionMode = Literal["token", "bias", "concat"]
 CONDITION_MODES = get_args(ConditionMode)
+# Of a checkpoint that has no condition. A fresh "token" changes nothing but the rounding, which in
+# bfloat16 can be seen; a fresh "bias" changes not a bit.
+CHECKPOINT_MODE: ConditionMode = "bias"
 NUM_LABELS = 2  # o = 0 and o = 1; ∅ has no embedding
-TOKEN_INIT_STD = 0.02  # transformers' default initializer_range
+INIT_STD = 0.02  # transformers' default initializer_range
+# Of what the parameters mean. In version 1 (config.json says none) the token pushed the action
+# tokens one position on, and saw them.
+CONDITION_VERSION = 2
 
 
 def as_labels(is_positive: int | bool | Tensor | None, batch: int, device: torch.device) -> Tensor:
@@ -38,6 +45,11 @@ def as_labels(is_positive: int | bool | Tensor | None, batch: int, device: torch
     return labels
 
 
+def is_conditional(names: Iterable[str]) -> bool:
+    """Whether tensors of these names include an optimality condition."""
+    return any(name.removeprefix("model.").startswith("condition.") for name in names)
+
+
 class Pi0CFGRLConfig(PI0Config):
     """transformers' PI0 configuration with the mode of the optimality condition.
 
@@ -46,9 +58,11 @@ class Pi0CFGRLConfig(PI0Config):
 
     :param condition_mode: "token" (one extra suffix token), "bias" (added to every action
         token) or "concat" (concatenated into the action-time projection)
+    :param condition_version: of what the condition's parameters mean
     """
 
     condition_mode: str = "token"
+    condition_version: int = CONDITION_VERSION
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
@@ -56,6 +70,24 @@ class Pi0CFGRLConfig(PI0Config):
             raise ValueError(
                 f"condition_mode must be one of {CONDITION_MODES}; got {self.condition_mode!r}"
             )
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "Pi0CFGRLConfig":
+        """Build the configuration that `to_dict` gave, as transformers does.
+
+        :raises ValueError: its condition is a token of an earlier version
+        """
+        mode, version = config_dict.get("condition_mode"), config_dict.get("condition_version", 1)
+        if mode == "token" and version != CONDITION_VERSION:
+            raise ValueError(
+                f"its condition_mode 'token' is of version {version!r}, whose token moved the "
+                f"actions by one position; this package reads version {CONDITION_VERSION}. Train "
+                "again from the checkpoint that it was made from, or go on without its condition: "
+                "PI0ForConditionalGeneration.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER), "
+                "then copy FOLDER's other .json files"
+            )
+        config: Pi0CFGRLConfig = super().from_dict(config_dict, **kwargs)
+        return config
 
     def set_float32(self) -> None:
         """Set float32 as the dtype of every part.
@@ -72,8 +104,8 @@ class OptimalityCondition(nn.Module):
     """The parameters of the condition: an embedding of o ∈ {0, 1}, and in "concat" mode the
     input columns that it adds to the action-time projection.
 
-    "bias" starts with a zero embedding and "concat" with zero columns, so both start as an
-    exact no-op. A token can't: attention sees even a zero token.
+    Every mode starts as a no-op: "token" and "bias" with a zero embedding, "concat" with zero
+    columns. A gradient reaches them from the first step on.
     """
 
     def __init__(self, mode: str, hidden_size: int) -> None:
@@ -87,12 +119,11 @@ class OptimalityCondition(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Initialise the parameters; transformers calls this where a checkpoint lacks them."""
-        if self.mode == "bias":
-            init.zeros_(self.embedding)
-        else:
-            init.normal_(self.embedding, mean=0.0, std=TOKEN_INIT_STD)
-        if self.mode == "concat":
+        if self.mode == "concat":  # of two zero factors neither would ever learn
+            init.normal_(self.embedding, mean=0.0, std=INIT_STD)
             init.zeros_(self.columns)
+        else:
+            init.zeros_(self.embedding)
 
     def forward(self, labels: Tensor) -> Tensor:
         """Return the vector to inject for each row, (batch, hidden); exact zeros for ∅.

@@ -16,6 +16,10 @@ from cfgrl_gym.algorithms.flow import NULL, interpolate, sample_noise, sample_ti
 from cfgrl_gym.algorithms.pi0.condition import OptimalityCondition, Pi0CFGRLConfig, as_labels
 from cfgrl_gym.algorithms.pi0.prefix import Prefix, run_prefix
 
+# The tokens of one branch (batch, n, hidden), of which the last chunk_size are the actions. In
+# "token" mode the condition stands before them, and bool (batch,) says which rows have one.
+Block = tuple[Tensor, Tensor | None]
+
 
 class Pi0ForCFGRL(PI0ForConditionalGeneration):
     """PI0 whose velocity may be conditioned on optimality.
@@ -24,10 +28,11 @@ class Pi0ForCFGRL(PI0ForConditionalGeneration):
     tensor (batch,) with -1 for ∅. A batch that is ∅ throughout runs transformers' own forward,
     untouched. In a mixed batch every row gets what it would get alone (to rounding):
 
-    - "token": the suffix becomes [state, condition, actions...]. For the block mask the condition
-      stands in the actions' block: it and the actions see each other and everything before them,
-      and the state token still sees the prefix and itself only. A ∅ row has the token masked out
-      and not counted in the positions, so its action tokens sit where they would without it.
+    - "token": the suffix becomes [state, condition, actions...]. The condition is a second state
+      token with the embedding added: at the state's position, it sees prefix, state and itself.
+      The actions see both, and the two share the attention that the state alone has otherwise. So
+      a zero embedding changes nothing, and action tokens sit where they do without a condition. A
+      ∅ row has the token masked out, and its state token counts in full.
     - "bias": the embedding is added to every action token.
     - "concat": the embedding is concatenated into the input of `action_time_mlp_in`.
 
@@ -199,10 +204,8 @@ class Pi0ForCFGRL(PI0ForConditionalGeneration):
         :param labels: int64 (batch,) in {-1, 0, 1}, -1 for ∅
         """
         state_token, tokens = self._embed_suffix(state, x_t, timestep, labels)
-        present = torch.ones(tokens.shape[:2], dtype=torch.int64, device=tokens.device)
-        if self.condition.mode == "token":
-            present[:, 0] = (labels != NULL).long()
-        (velocity,) = self._run_expert(prefix, state_token, [(tokens, present)])
+        conditioned = labels != NULL if self.condition.mode == "token" else None
+        (velocity,) = self._run_expert(prefix, state_token, [(tokens, conditioned)])
         return velocity
 
     def branch_velocities(
@@ -224,17 +227,17 @@ class Pi0ForCFGRL(PI0ForConditionalGeneration):
         for label in branches:
             labels = torch.full((state.shape[0],), label, device=state.device)
             state_token, tokens = self._embed_suffix(state, x_t, timestep, labels)
-            if self.condition.mode == "token" and label == NULL:
-                tokens = tokens[:, 1:]
-            present = torch.ones(tokens.shape[:2], dtype=torch.int64, device=tokens.device)
-            blocks.append((tokens, present))
+            conditioned = labels != NULL if self.condition.mode == "token" else None
+            if conditioned is not None and label == NULL:
+                tokens, conditioned = tokens[:, 1:], None
+            blocks.append((tokens, conditioned))
         return tuple(self._run_expert(prefix, state_token, blocks))
 
     def _embed_suffix(
         self, state: Tensor, x_t: Tensor, timestep: Tensor, labels: Tensor
     ) -> tuple[Tensor, Tensor]:
         """The state token (batch, 1, hidden) and the tokens after it (batch, n, hidden): actions,
-        in "token" mode with the condition before them (exact zeros for ∅)."""
+        in "token" mode with the condition before them."""
         injected = self.condition(labels)[:, None]  # (batch, 1, hidden)
         if self.condition.mode == "concat":
             embeds = self._embed_action_time_concat(state, x_t, timestep, injected)
@@ -244,7 +247,7 @@ class Pi0ForCFGRL(PI0ForConditionalGeneration):
         if self.condition.mode == "bias":
             actions = actions + injected.to(embeds.dtype)
         elif self.condition.mode == "token":
-            actions = torch.cat([injected.to(embeds.dtype), actions], dim=1)
+            actions = torch.cat([state_token + injected.to(embeds.dtype), actions], dim=1)
         return state_token, actions
 
     def _embed_action_time_concat(
@@ -259,60 +262,65 @@ class Pi0ForCFGRL(PI0ForConditionalGeneration):
         action_time = embed.action_time_mlp_out(F.silu(hidden))
         return torch.cat([embed.state_proj(state)[:, None], action_time], dim=1)
 
-    def _run_expert(
-        self, prefix: Prefix, state_token: Tensor, blocks: list[tuple[Tensor, Tensor]]
-    ) -> list[Tensor]:
+    def _run_expert(self, prefix: Prefix, state_token: Tensor, blocks: list[Block]) -> list[Tensor]:
         """transformers' suffix pass over a state token and blocks of tokens after it.
 
-        :param blocks: tokens (batch, n, hidden), and which of them exist, int64 (batch, n). A block
-            sees the prefix, the state token and itself; its last chunk_size tokens are the actions
+        :param blocks: each sees the prefix, the state token and itself
         :return: the velocity of each block, (batch, chunk_size, max_action_dim)
         """
         dit: Any = self.model.dit
         hidden = torch.cat([state_token, *(tokens for tokens, _ in blocks)], dim=1)
-        # An absent token isn't counted, so the tokens after it keep their positions.
-        first = prefix.attention_mask.sum(1, keepdim=True)  # of the state token, (batch, 1)
-        positions = [first, *(first + present.cumsum(1) for _, present in blocks)]
-        rotary = dit.rotary_emb(hidden, position_ids=torch.cat(positions, dim=1))
+        ends = [tokens.shape[1] for tokens, _ in blocks]
+        # Actions count on from the state; a condition before them stands where the state does.
+        after = torch.arange(self.config.chunk_size + 1, device=hidden.device)
+        steps = torch.cat([after[:1], *(after[-n:] for n in ends)])
+        position_ids = prefix.attention_mask.sum(1, keepdim=True) + steps  # (batch, tokens)
+        rotary = dit.rotary_emb(hidden, position_ids=position_ids)
 
-        allowed = _suffix_mask(prefix.attention_mask, blocks)
-        bias = _attention_bias(allowed, dit.config, hidden.dtype)
+        weights = _suffix_weights(prefix.attention_mask, blocks, hidden.dtype)
+        bias = _attention_bias(weights, dit.config)
         checkpointing = self.checkpointing and torch.is_grad_enabled()
         step = partial(checkpoint, _run_layer, use_reentrant=False) if checkpointing else _run_layer
         for index, layer in enumerate(dit.layers):
             hidden = step(layer, hidden, rotary, bias, prefix.keys_values[:, index])
         hidden = dit.norm(hidden)[:, 1:]
-        ends = [tokens.shape[1] for tokens, _ in blocks]
         return [
             self.action_out_proj(block[:, -self.config.chunk_size :])
             for block in hidden.split(ends, dim=1)
         ]
 
 
-def _suffix_mask(prefix_mask: Tensor, blocks: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """Which keys (prefix, state, blocks) each suffix token sees, bool (batch, suffix, keys).
+def _suffix_weights(prefix_mask: Tensor, blocks: list[Block], dtype: torch.dtype) -> Tensor:
+    """How often each key counts for each suffix token, (batch, suffix, prefix + suffix).
 
-    As transformers' PI0Model.forward: prefix and state are one block, actions see all before them.
+    0 or 1 as in transformers' PI0Model.forward: prefix and state are one block, actions see all
+    before them. Where there is a condition, state and condition count half each: while the two are
+    equal the softmax is that of the state alone.
     """
-    device = prefix_mask.device
-    lengths = [present.shape[1] for _, present in blocks]
-    # Of each suffix token; the state token's is 0.
-    block = torch.cat([torch.full((n,), i, device=device) for i, n in enumerate([1, *lengths])])
-    sees = (block[:, None] == block) | (block == 0)  # (suffix, suffix)
-    exists = torch.cat([torch.ones_like(prefix_mask[:, :1]), *(p for _, p in blocks)], dim=1).bool()
-    suffix = sees & exists[:, None]  # (batch, suffix, suffix)
-    prefix = prefix_mask.bool()[:, None].expand(-1, block.shape[0], -1)
+    length = 1 + sum(tokens.shape[1] for tokens, _ in blocks)
+    suffix = torch.zeros(len(prefix_mask), length, length, dtype=dtype, device=prefix_mask.device)
+    suffix[:, :, 0] = 1
+    start = 1
+    for tokens, conditioned in blocks:
+        end = start + tokens.shape[1]
+        suffix[:, start:end, start:end] = 1
+        if conditioned is not None:
+            half = conditioned[:, None].to(dtype) / 2  # (batch, 1), 0 for ∅
+            suffix[:, start, start + 1 : end] = 0  # like the state, it doesn't see the actions
+            suffix[:, start:end, start] = half
+            suffix[:, start:end, 0] = 1 - half
+        start = end
+    prefix = prefix_mask.to(dtype)[:, None].expand(-1, length, -1)
     return torch.cat([prefix, suffix], dim=2)
 
 
-def _attention_bias(allowed: Tensor, config: Any, dtype: torch.dtype) -> Tensor:
+def _attention_bias(weights: Tensor, config: Any) -> Tensor:
     """What `_run_layer` adds to the attention's logits, (batch, 1, heads_per_key · tokens, keys).
 
-    :param allowed: which key each token sees, bool (batch, tokens, keys)
+    :param weights: how often each key counts for each token, (batch, tokens, keys)
     """
     groups = config.num_attention_heads // config.num_key_value_heads
-    bias = torch.zeros_like(allowed, dtype=dtype).masked_fill(~allowed, float("-inf"))
-    return bias.repeat(1, groups, 1)[:, None]
+    return weights.log().repeat(1, groups, 1)[:, None]
 
 
 def _run_layer(

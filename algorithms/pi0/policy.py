@@ -30,6 +30,10 @@ from cfgrl_gym.wrappers.transforms import ActionsFromModel, ActionsToModel, Norm
 # openpi, training/optimizer.py
 OPENPI_ADAMW = {"betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 1e-10}
 
+FULL_SIZE = 1024  # least width of an action expert that is PI0's own
+FULL_LEARNING_RATE = 2.5e-5  # openpi's peak in fine-tuning: training/optimizer.py
+SMALL_LEARNING_RATE = 5e-4  # chosen on libero_tiny: docs/study.md
+
 
 class Pi0Policy(FlowPolicy):
     """PI0 with an optimality condition, for LIBERO's observations.
@@ -45,8 +49,9 @@ class Pi0Policy(FlowPolicy):
     :param norm_stats: a `NormStats` or the path of openpi's norm_stats.json. None: the checkpoint
         folder's; without a checkpoint, tiny takes mean 0 and standard deviation 1 (states
         and actions reach the model as they are)
-    :param condition_mode: how the optimality condition enters: "token", "bias" or "concat". None:
-        the checkpoint's, else "token"
+    :param condition_mode: how the optimality condition enters: "token", "bias" or "concat", each of
+        which starts as a no-op. None: the checkpoint's own, "bias" where it has none, and "token"
+        without a checkpoint
     :param use_prefix_dropout: the ∅ branch doesn't see the instruction either. The prefix then
         differs between the branches and is computed once for each
     :param delta_actions: the model's actions are the environment's minus the state in the first
@@ -170,6 +175,8 @@ class Pi0Policy(FlowPolicy):
         self.lora_rank = lora_rank
         set_trainable(self.model, self.config.trainable, lora_rank, seed)
         self.frozen_prefix = self.config.trainable == "expert"
+        full_size = config.dit_config.hidden_size >= FULL_SIZE
+        self.default_learning_rate = FULL_LEARNING_RATE if full_size else SMALL_LEARNING_RATE
         trained = [p for p in self.parameters() if p.requires_grad]
         self.optimizer = optimizer_class(
             trained,

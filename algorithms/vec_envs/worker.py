@@ -9,13 +9,14 @@ import faulthandler
 import os
 import pickle
 import signal
+import sys
 import tempfile
 import threading
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
-from multiprocessing import connection, parent_process
+from multiprocessing import connection, current_process, parent_process
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -25,11 +26,25 @@ from stable_baselines3.common.env_util import is_wrapped
 from stable_baselines3.common.vec_env.base_vec_env import CloudpickleWrapper
 from stable_baselines3.common.vec_env.patch_gym import _patch_env
 
+from cfgrl_gym.algorithms.vec_envs.next_starts import PlannedReset
+
 STARTING_TIMEOUT = 300.0  # seconds, in addition, for what imports, compiles and builds
+PROCESS_NAME = "WorkerVecEnv's worker"
+NOT_BEGUN = "importing the user's script"  # in the crash file, until `run_worker` begins
+UNGUARDED = 90  # exit code of a worker that came upon the start of workers in the user's script
+GUARD = (
+    "a worker process imports the script that starts it, and the script then starts workers "
+    'again: put `if __name__ == "__main__":` around what it does, imports, functions and classes '
+    "apart"
+)
 
 
 class WorkerError(ConnectionError):
     """Raised when a worker process died, did not answer in time, or its environment raised."""
+
+
+class StartError(WorkerError):
+    """Raised when a worker process can't start, which trying again wouldn't change."""
 
 
 def step_and_reset(env: gym.Env, action: Any) -> tuple[Any, Any, bool, dict[str, Any], Any]:
@@ -54,7 +69,7 @@ class _Environments:
     """The requests that a worker answers; indices count the environments within the worker."""
 
     def __init__(self, env_fns: Sequence[Callable[[], gym.Env]]) -> None:
-        self.envs = [_patch_env(make()) for make in env_fns]
+        self.envs = [PlannedReset(_patch_env(make())) for make in env_fns]
 
     def spaces(self) -> tuple[gym.Space[Any], gym.Space[Any]]:
         return self.envs[0].observation_space, self.envs[0].action_space
@@ -77,8 +92,11 @@ class _Environments:
             env.close()
 
 
-def run_worker(requests: Connection, env_fns: CloudpickleWrapper, crash_file: str) -> None:
-    """Answer requests until the parent closes the pipe or ends."""
+def run_worker(requests: Connection, env_fns: bytes, crash_file: str) -> None:
+    """Answer requests until the parent closes the pipe or ends.
+
+    :param env_fns: pickled, so that what can't be imported here is an answer like any other error
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends its workers
     faulthandler.enable(Path(crash_file).open("w"))  # noqa: SIM115 (open as long as the process)
     threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -86,9 +104,11 @@ def run_worker(requests: Connection, env_fns: CloudpickleWrapper, crash_file: st
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
         while True:
             name, args = requests.recv()
+            if name == "close" and environments is None:
+                return
             try:
                 if environments is None:
-                    environments = _Environments(env_fns.var)
+                    environments = _Environments(pickle.loads(env_fns).var)
                 answer = ("value", getattr(environments, name)(*args))
             except Exception as error:
                 answer = ("raised", (_portable(error), traceback.format_exc()))
@@ -119,19 +139,60 @@ def _end_with_parent() -> None:
 # In the parent ------------------------------------------------------------------------------------
 
 
+def pickled(env_fns: Sequence[Callable[[], gym.Env]]) -> bytes:
+    """Pickle what makes a worker's environments.
+
+    :raises ValueError: that can't be done
+    """
+    try:
+        return pickle.dumps(CloudpickleWrapper(list(env_fns)))
+    except Exception as error:
+        raise ValueError(
+            f"env_fns can't be sent to a worker process ({type(error).__name__}: {error}); let "
+            "each function make for itself what can't be pickled (open files, locks, simulators)"
+        ) from error
+
+
+def refuse_unguarded_script() -> None:
+    """Refuse to start workers in a process that is only importing the user's script.
+
+    :raises RuntimeError: it is one of another library's; a worker of ours ends at once, and its
+        parent says so
+    """
+    process = current_process()
+    if getattr(process, "_inheriting", False):  # as multiprocessing itself recognises it
+        if process.name == PROCESS_NAME:
+            os._exit(UNGUARDED)
+        raise RuntimeError(GUARD)
+
+
+@contextlib.contextmanager
+def _importable_main() -> Iterator[None]:
+    """Hide the file of a main module that has none, such as a script on standard input, from
+    multiprocessing, which would have the worker import it."""
+    main = sys.modules["__main__"]
+    file = getattr(main, "__file__", None)
+    if file is None or Path(file).is_file():
+        yield
+        return
+    del main.__file__
+    try:
+        yield
+    finally:
+        main.__file__ = file
+
+
 class Worker:
     """The parent's side of a worker process, which `restart` replaces.
 
     :param context: of `multiprocessing`
-    :param env_fns: functions that make its environments
+    :param env_fns: functions that make its environments, `pickled`
     :param timeout: seconds in which a step must be answered
     """
 
-    def __init__(
-        self, context: Any, env_fns: Sequence[Callable[[], gym.Env]], timeout: float
-    ) -> None:
+    def __init__(self, context: Any, env_fns: bytes, timeout: float) -> None:
         self._context = context
-        self._env_fns = CloudpickleWrapper(list(env_fns))
+        self._env_fns = env_fns
         self.timeout = timeout
         self._limit = timeout  # of the request that is under way
         # A pipe's two ends can block for ever on a process that hangs; a thread may wait for that.
@@ -148,11 +209,16 @@ class Worker:
         return int(self._process.pid)
 
     def _start(self) -> None:
+        Path(self._crash_file).write_text(NOT_BEGUN)
         self._connection, theirs = self._context.Pipe()
         process = self._context.Process(
-            target=run_worker, args=(theirs, self._env_fns, self._crash_file), daemon=True
+            target=run_worker,
+            args=(theirs, self._env_fns, self._crash_file),
+            name=PROCESS_NAME,
+            daemon=True,
         )
-        process.start()
+        with _importable_main():
+            process.start()
         self._process = process
         theirs.close()
 
@@ -170,6 +236,7 @@ class Worker:
     def answer(self) -> Any:
         """Wait for the answer to the last request.
 
+        :raises StartError: the process ended over the import of the user's script
         :raises WorkerError: the process died, or hung and was killed
         :raises Exception: what the environment raised, with the worker's traceback as its cause
         """
@@ -185,22 +252,30 @@ class Worker:
         except (EOFError, OSError, pickle.UnpicklingError) as error:
             self._process.join(5)  # for its own exit code
             self.kill()
-            raise WorkerError(self._how_it_died()) from error
+            raise self._how_it_died() from error
         if kind == "raised":
             raised, text = content
             raise raised from WorkerError(f"in worker {self.pid}:\n{text}")
         return content
 
-    def _how_it_died(self) -> str:
+    def _how_it_died(self) -> WorkerError:
         code = self._process.exitcode
+        crash = Path(self._crash_file).read_text(errors="replace").strip()
+        if code == UNGUARDED:
+            return StartError(GUARD)
         if code is None or code >= 0:
             how = f"ended with exit code {code}"
         else:
             name = signal.Signals(-code).name
             of_memory = ": out of memory?" if name == "SIGKILL" else ""
             how = f"was ended by {name}{of_memory}"
-        crash = Path(self._crash_file).read_text(errors="replace").strip()
-        return f"worker {self.pid} {how}" + (f"\n{crash}" if crash else "")
+        if crash == NOT_BEGUN and code == 1:
+            return StartError(
+                f"worker {self.pid} {how} before it could begin: the script that starts it can't "
+                "be imported there; its own error stands above"
+            )
+        details = f"\n{crash}" if crash and crash != NOT_BEGUN else ""
+        return WorkerError(f"worker {self.pid} {how}{details}")
 
     def kill(self) -> None:
         """Kill the process at once."""

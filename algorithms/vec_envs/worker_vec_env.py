@@ -15,7 +15,13 @@ from stable_baselines3.common.vec_env.base_vec_env import (
 )
 from stable_baselines3.common.vec_env.subproc_vec_env import _stack_obs
 
-from cfgrl_gym.algorithms.vec_envs.worker import Worker, WorkerError
+from cfgrl_gym.algorithms.vec_envs.worker import (
+    StartError,
+    Worker,
+    WorkerError,
+    pickled,
+    refuse_unguarded_script,
+)
 from cfgrl_gym.envs.rendering import processors
 
 LOST = "episode_lost"  # key of `info`: how the episode's worker failed
@@ -36,6 +42,8 @@ class WorkerVecEnv(VecEnv):
     :param max_failures: how often in a row a worker may fail without a step in between
     :param start_method: of multiprocessing. None: "forkserver", or "spawn" where there is none. A
         script needs `if __name__ == "__main__":` with both, as with `SubprocVecEnv`
+    :raises StartError: the worker processes can't start: there is no `if __name__ ...`, say
+    :raises ValueError: `workers` is out of range, or env_fns can't be pickled
     :raises Exception: what an environment raises when it is made
     """
 
@@ -47,6 +55,7 @@ class WorkerVecEnv(VecEnv):
         max_failures: int = 3,
         start_method: str | None = None,
     ) -> None:
+        refuse_unguarded_script()
         count = min(processors(), len(env_fns)) if workers is None else workers
         if not 1 <= count <= len(env_fns):
             raise ValueError(f"workers must be from 1 to the {len(env_fns)} env_fns; got {workers}")
@@ -55,12 +64,14 @@ class WorkerVecEnv(VecEnv):
             start_method = "forkserver" if "forkserver" in methods else "spawn"
         context = multiprocessing.get_context(start_method)
         # Does nothing for another start method, or where a server is running already: workers are
-        # forked from a process that has imported the slow part.
-        context.set_forkserver_preload(["__main__", Worker.__module__])
+        # forked from a process that has imported the slow part. Not the user's script, which may
+        # not be fit for it: that would end the server.
+        context.set_forkserver_preload([Worker.__module__])
         self.max_failures = max_failures
         self.closed = False
         # Environment i is number i // count of worker i % count.
-        self.workers = [Worker(context, env_fns[first::count], timeout) for first in range(count)]
+        parts = [pickled(env_fns[first::count]) for first in range(count)]
+        self.workers = [Worker(context, part, timeout) for part in parts]
         self._failures = [0] * count
         self._lost: dict[int, str] = {}  # environments whose episode is over, and why
         self._attributes: list[tuple[int, str, Any]] = []  # set by the user, for replacements
@@ -72,6 +83,9 @@ class WorkerVecEnv(VecEnv):
             offered = [self._answer(number, "spaces") for number in range(count)]
             super().__init__(len(env_fns), *offered[0])
             (self.metadata,) = self.get_attr("metadata", 0)  # VecVideoRecorder reads its rate
+        except StartError as error:
+            self.close()
+            raise error.with_traceback(None) from None  # its message says it all
         except BaseException:
             self.close()
             raise
@@ -85,8 +99,10 @@ class WorkerVecEnv(VecEnv):
     def _replace(self, number: int, error: BaseException) -> None:
         """A new worker in place of one that failed; its running episodes are lost.
 
-        :raises WorkerError: it has failed too often
+        :raises WorkerError: it has failed too often, or can't start
         """
+        if isinstance(error, StartError):
+            raise error
         self._failures[number] += 1
         reason = str(error.__cause__ if isinstance(error.__cause__, WorkerError) else error)
         if self._failures[number] >= self.max_failures:

@@ -98,7 +98,7 @@ class Options:
                     raise ValueError(f"{name} must not be empty")
             if isinstance(given, int) and given < LEAST.get(name, given):
                 raise ValueError(f"{name} must be at least {LEAST[name]}; got {given}")
-            if name in MORE_THAN_0 and given <= 0:
+            if name in MORE_THAN_0 and given is not None and given <= 0:
                 raise ValueError(f"{name} must be more than 0; got {given}")
             if name == "seed" and given > LARGEST_SEED:
                 raise ValueError(f"seed must be at most {LARGEST_SEED}; got {given}")
@@ -233,7 +233,7 @@ class TrainConfig(PolicyOptions):
     :param total_timesteps: environment steps, summed over environments; a chunk of actions is one.
         The iteration that reaches the number is finished
     :param max_iterations: end after this many iterations, if total_timesteps doesn't end it before
-    :param learning_rate: of the optimizer, constant
+    :param learning_rate: of the optimizer, constant. null: the policy's own, for its size
     :param eval_every: iterations between evaluations on the benchmark's initial states and with its
         time limit; the first is before training, the last after it. null: none
     :param eval_episodes: how many initial states of each task to evaluate on, from the first.
@@ -251,7 +251,7 @@ class TrainConfig(PolicyOptions):
 
     total_timesteps: int = 10_000
     max_iterations: int | None = None
-    learning_rate: float = 3e-4
+    learning_rate: float | None = None
     eval_every: int | None = None
     eval_episodes: int | None = None
     eval_cfg_scale: float | list[float] | None = None

@@ -115,6 +115,7 @@ def run(config: SftConfig) -> Path:
 
     print(f"{len(demonstrations)} demonstrations of {len(files)} file(s); results in {out}")
     with progress_bar("sft", config.steps, "step") as bar, StopRequests() as stop:
+        stop.defer()
 
         def on_step(step: int, loss: float) -> None:
             bar.update()

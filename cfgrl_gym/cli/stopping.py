@@ -18,13 +18,17 @@ class Stopped(Exception):
 
 
 class StopRequests:
-    """Within, the first Ctrl-C or SIGTERM is noted in `received` and the run goes on to a point
-    where it can save its state; a second one ends it at once, as they usually do."""
+    """Notes Ctrl-C and SIGTERM. They end the run at once, until `defer` says that it has a state to
+    save: then it goes on to a point where it can, and a second one ends it at once.
+
+    Python loses an exception of a signal that comes in a finalizer, for one; what was noted stays.
+    """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
     def __init__(self) -> None:
         self.received: int | None = None
+        self._deferred = False
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopRequests":
@@ -42,12 +46,22 @@ class StopRequests:
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = number
         self._restore()
+        if not self._deferred:
+            raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
         name = signal.Signals(number).name
         print(
             f"\n{name}: saving and ending (at once, without saving, if it comes again)",
             file=sys.stderr,
             flush=True,
         )
+
+    def defer(self) -> None:
+        """Let the run go on to its next `check` from now on.
+
+        :raises Stopped: a signal has come before
+        """
+        self._deferred = True
+        self.check()
 
     def check(self) -> None:
         """Do nothing, unless the run is asked to end.

@@ -171,6 +171,7 @@ def run(config: TrainConfig, algorithm: type[CFGRL] = CFGRL) -> Path:
     observed = {"observation_stride": stride if inside else None}
     checkpoints = CheckpointStore(out / CHECKPOINTS_FOLDER, config.keep_checkpoints)
     with ExitStack() as stack:
+        stop = stack.enter_context(StopRequests())
         if resume:
             stack.enter_context(locked(out))
         env = stack.enter_context(vec_env(arguments | observed, config.n_envs))
@@ -186,7 +187,7 @@ def run(config: TrainConfig, algorithm: type[CFGRL] = CFGRL) -> Path:
         if not resume:
             create_folder(out, config, algorithm=algorithm.__name__)
             stack.enter_context(locked(out))
-        stop = stack.enter_context(StopRequests())
+        stop.defer()
         about = f"chunks of {arguments['chunk_size']} actions, {env.num_envs} environment(s)"
         print(f"{about}, {model.device}; results in {out}")
         resumed = _take_up(model, checkpoints, out) if resume else {}
@@ -213,7 +214,6 @@ def run(config: TrainConfig, algorithm: type[CFGRL] = CFGRL) -> Path:
 def _learn(model: CFGRL, config: TrainConfig, out: Path, between: BetweenIterations) -> None:
     """Learn to the end, or leave a state from which `--resume` goes on."""
     iterations = config.max_iterations
-    between.init_callback(model)  # SB3 resets the environments first, and that may fail already
     try:
         model.learn(
             config.total_timesteps - model.num_timesteps,  # SB3 counts on from those that were made

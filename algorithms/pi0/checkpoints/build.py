@@ -10,8 +10,8 @@ import torch
 from cfgrl_gym.algorithms.pi0.checkpoints.base import BaseCheckpoint, shortened
 from cfgrl_gym.algorithms.pi0.checkpoints.formats import Source, is_hub_name, read_source
 from cfgrl_gym.algorithms.pi0.checkpoints.shipped import SHIPPED, find_shipped
-from cfgrl_gym.algorithms.pi0.checkpoints.weights import is_conditional, load_model
-from cfgrl_gym.algorithms.pi0.condition import ConditionMode, Pi0CFGRLConfig
+from cfgrl_gym.algorithms.pi0.checkpoints.weights import load_model
+from cfgrl_gym.algorithms.pi0.condition import ConditionMode, Pi0CFGRLConfig, is_conditional
 from cfgrl_gym.algorithms.pi0.model import Pi0ForCFGRL
 from cfgrl_gym.algorithms.pi0.presets import PRESETS, Preset, TinySizes, new_model, tiny_config
 from cfgrl_gym.algorithms.pi0.tokenizer import (

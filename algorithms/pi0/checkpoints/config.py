@@ -15,7 +15,12 @@ from safetensors import SafetensorError, safe_open
 from transformers import PI0Config
 
 from cfgrl_gym.algorithms.pi0.checkpoints.files import refuse
-from cfgrl_gym.algorithms.pi0.condition import Pi0CFGRLConfig
+from cfgrl_gym.algorithms.pi0.condition import (
+    CHECKPOINT_MODE,
+    CONDITION_VERSION,
+    Pi0CFGRLConfig,
+    is_conditional,
+)
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -140,6 +145,12 @@ def _without_choices(raw: Any) -> Any:
 
 def _checked(folder: Path, content: dict[str, Any], shapes: Shapes) -> Pi0CFGRLConfig:
     """:raises ValueError: no PI0 configuration, or its sizes aren't those of the tensors."""
+    if not is_conditional(shapes):  # a new one is made
+        content = {
+            "condition_mode": CHECKPOINT_MODE,
+            **content,
+            "condition_version": CONDITION_VERSION,
+        }
     with refuse(f"'{folder / 'config.json'}' is no PI0 configuration"):
         config = Pi0CFGRLConfig.from_dict(content)
     wrong, parts = [], _parts(config.to_dict())

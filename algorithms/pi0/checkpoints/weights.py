@@ -1,6 +1,5 @@
 """Loading a model from a checkpoint's weights, with every tensor accounted for."""
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor
 from cfgrl_gym.algorithms.pi0.checkpoints.files import refuse
 from cfgrl_gym.algorithms.pi0.checkpoints.formats import Source
 from cfgrl_gym.algorithms.pi0.checkpoints.stats import OLD_BUFFER_PREFIXES
-from cfgrl_gym.algorithms.pi0.condition import Pi0CFGRLConfig
+from cfgrl_gym.algorithms.pi0.condition import Pi0CFGRLConfig, is_conditional
 from cfgrl_gym.algorithms.pi0.model import Pi0ForCFGRL
 
 SHOWN = 5  # tensor names in an error message
@@ -65,11 +64,6 @@ def load_model(source: Source, config: Pi0CFGRLConfig, vlm_dtype: str) -> Pi0For
     model.drop_unused_embeddings()
     model.config.set_float32()  # from_pretrained wrote the VLM's dtype
     return model
-
-
-def is_conditional(names: Iterable[str]) -> bool:
-    """Whether tensors of these names include an optimality condition."""
-    return any(name.removeprefix("model.").startswith("condition.") for name in names)
 
 
 def _read_state(source: Source) -> dict[str, Tensor]:
