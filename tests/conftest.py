@@ -26,7 +26,7 @@ LIBERO = (
 SLOW = (
     *("test_cli_", "test_cfgrl_known_answer", "test_malformed_files", "test_out_of_memory"),
     *("test_pi0_", "test_report_page", "test_resume", "test_study", "test_thread_vec_env"),
-    *("test_trust", "test_warm_start", "test_worker_vec_env", "test_package"),
+    *("test_trust", "test_videos", "test_warm_start", "test_worker_vec_env", "test_package"),
 )
 
 SETTLE = np.array([0, 0, 0, 0, 0, 0, -1.0])

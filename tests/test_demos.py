@@ -24,6 +24,7 @@ CONFIG = RecordingConfig(
     "libero_object", 0, demos=2, image_size=32, image_stride=10, seed=0, workers=1
 )
 PROMPT = "pick up the alphabet soup and place it in the basket"
+BDDL_WORDS = "pick the alphabet soup and place it in the basket"  # in the BDDL file
 
 
 @pytest.fixture(scope="module")
@@ -137,15 +138,18 @@ def test_what_is_written_is_read_back(demo_file: Path, demos: list[Demonstration
         np.testing.assert_allclose(given.state, joined, rtol=1e-6)
 
 
-def write_liberos_own(path: Path, lengths: tuple[int, ...] = (4, 3)) -> None:
+def write_liberos_own(
+    path: Path, lengths: tuple[int, ...] = (4, 3), words: str = "open the box", bddl: str = ""
+) -> None:
     """A file as LIBERO's `create_dataset.py` writes it."""
     rng = np.random.default_rng(0)
     with h5py.File(path, "w") as file:
         data = file.create_group("data")
         data.attrs["env_name"] = "Libero_Floor_Manipulation"
         data.attrs["problem_info"] = json.dumps(
-            {"problem_name": "libero_floor", "language_instruction": list('"open the box"')}
+            {"problem_name": "libero_floor", "language_instruction": list(f'"{words}"')}
         )
+        data.attrs["bddl_file_name"] = bddl
         for number, length in enumerate(lengths):
             group = data.create_group(f"demo_{number}")
             group.create_dataset("actions", data=rng.uniform(-1, 1, (length, 7)))
@@ -186,6 +190,33 @@ def test_liberos_own_files_are_read(libero_file: Path) -> None:
             assert demo.images_rendered.all()
             assert demo.prompt == "open the box"
     assert [len(demo.actions) for demo in demos] == [4, 3]
+
+
+@pytest.mark.parametrize(
+    ("place", "bddl", "words", "prompt"),
+    [  # LIBERO's files have the BDDL file's words, the standard suites' environments its name's
+        ("libero_object/{}_demo.hdf5", "", BDDL_WORDS, PROMPT),
+        ("moved.hdf5", "x/libero_object/{}.bddl", BDDL_WORDS, PROMPT),
+        ("libero_object_swap/{}_demo.hdf5", "", BDDL_WORDS, None),
+        (
+            "libero_object_task/{}_demo.hdf5",
+            "{}.bddl",
+            "pick the cream cheese and place it in the basket",
+            None,
+        ),
+        ("libero_object/{}_demo.hdf5", "", "bring me my soup", None),
+        ("moved.hdf5", "{}.bddl", BDDL_WORDS, None),
+    ],
+)
+def test_prompts_of_liberos_own_files_are_worded_as_the_environments_are(
+    place: str, bddl: str, words: str, prompt: str | None, tmp_path: Path
+) -> None:
+    name = PROMPT.replace(" ", "_")
+    path = tmp_path / place.format(name)
+    path.parent.mkdir(exist_ok=True)
+    write_liberos_own(path, lengths=(2,), words=words, bddl=bddl.format(name))
+    (demo,) = read_demonstrations(path)
+    assert demo.prompt == (prompt or words)
 
 
 def test_demonstrations_are_read_in_the_order_of_their_numbers(tmp_path: Path) -> None:

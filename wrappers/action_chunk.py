@@ -19,6 +19,12 @@ class ActionChunk(gym.Wrapper[Any, np.ndarray, Any, np.ndarray], RecordConstruct
     Where the environment offers a settable attribute `skip_observations`, the chunk sets it to True
     for the steps whose observation nobody will see, and the environment may then return any.
 
+    A video recorder around the chunks gets one frame for each of them, so `metadata["render_fps"]`
+    is then the environment's rate divided by `chunk_size`, and the video has the right duration.
+    For a video with a frame for every step, wrap the environment in the recorder before it is
+    wrapped in chunks: `ActionChunk(RecordVideo(env, "videos"), 5)`. In a render mode that gives
+    lists (`"rgb_array_list"`), `render` returns the frames of all steps, and the rate stays.
+
     :param env: environment with a Box action of shape (dim,)
     :param chunk_size: actions in a chunk, 1 to 10,000
     :param observation_stride: also give the observations after every so many steps inside a chunk,
@@ -53,6 +59,9 @@ class ActionChunk(gym.Wrapper[Any, np.ndarray, Any, np.ndarray], RecordConstruct
         self._can_skip = env.has_wrapper_attr("skip_observations")
         low, high = (np.tile(bound, (self.chunk_size, 1)) for bound in (space.low, space.high))
         self.action_space = spaces.Box(low, high, dtype=space.dtype.type)  # type: ignore[union-attr, arg-type]
+        mode, rate = env.render_mode, env.metadata.get("render_fps")
+        if rate and mode not in (None, "human") and not mode.endswith("_list"):
+            self.metadata = env.metadata | {"render_fps": rate / self.chunk_size}
 
     def step(self, action: np.ndarray) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         """Execute a chunk, (chunk_size, dim).

@@ -6,7 +6,7 @@ vertical flip before it, the image is turned by 180° and its colours stay as th
 what openpi's own LIBERO evaluation does (`examples/libero/main.py`).
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import gymnasium as gym
@@ -15,6 +15,7 @@ from gymnasium import spaces
 from gymnasium.envs.registration import EnvSpec
 from gymnasium.utils import RecordConstructorArgs
 
+from cfgrl_gym.envs.arguments import as_list
 from cfgrl_gym.envs.libero import BOUND, LiberoEnv
 from cfgrl_gym.wrappers.action_chunk import ActionChunk
 from cfgrl_gym.wrappers.norm_stats import STATE_DIM
@@ -113,12 +114,29 @@ class LiberoChunked(ActionChunk):
 
 
 def make_libero_chunked(
-    chunk_size: int = 50, observation_stride: int | None = None, **libero: Any
+    chunk_size: int = 50,
+    observation_stride: int | None = None,
+    step_wrappers: Sequence[Callable[[gym.Env], gym.Env]] = (),
+    **libero: Any,
 ) -> gym.Env:
     """Make `Libero-v0` with the 2-test observation and action chunks.
 
     :param chunk_size: actions executed open loop in one step
     :param observation_stride: see `ActionChunk`
+    :param step_wrappers: functions that wrap `Libero-v0` before the chunks do, the first one
+        innermost: they see every control step. `[partial(RecordVideo, video_folder="videos")]`
+        records a frame for each
     :param libero: the arguments of `LiberoEnv`
+    :raises ValueError: `step_wrappers` are no functions, or an argument that `LiberoEnv` refuses
     """
-    return LiberoChunked(TwoTestObservation(LiberoEnv(**libero)), chunk_size, observation_stride)
+    wrappers = as_list("step_wrappers", step_wrappers, "a list of functions that wrap Libero-v0")
+    env: gym.Env = LiberoEnv(**libero)
+    for wrap in wrappers:
+        wrapped = wrap(env) if callable(wrap) else None
+        if not isinstance(wrapped, gym.Env):
+            raise ValueError(
+                f"each of step_wrappers must be a function that wraps Libero-v0; {wrap!r:.100} "
+                f"gave {wrapped!r:.100}. For arguments of its own use functools.partial"
+            )
+        env = wrapped
+    return LiberoChunked(TwoTestObservation(env), chunk_size, observation_stride)

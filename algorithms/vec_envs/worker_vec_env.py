@@ -82,6 +82,7 @@ class WorkerVecEnv(VecEnv):
                 worker.ask("spaces")
             offered = [self._answer(number, "spaces") for number in range(count)]
             super().__init__(len(env_fns), *offered[0])
+            (self.metadata,) = self.get_attr("metadata", 0)  # VecVideoRecorder reads its rate
         except StartError as error:
             self.close()
             raise error.with_traceback(None) from None  # its message says it all

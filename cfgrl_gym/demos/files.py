@@ -8,6 +8,8 @@ from typing import Any
 import h5py
 import numpy as np
 
+from cfgrl_gym.envs.installation import LiberoNotInstalledError
+from cfgrl_gym.envs.suites import available_suites, load_tasks, read_instruction
 from cfgrl_gym.whole_files import whole_file
 
 # Vectors in obs/, with their width, and images.
@@ -94,6 +96,29 @@ def _instruction(data: Any) -> str:
     return "".join(text).strip().strip('"')
 
 
+def _prompt(data: Any, path: Path) -> str:
+    """A file's instruction, worded as the environment of the task that it was recorded in does.
+
+    LIBERO's own files have the words of the BDDL file ("pick the ..."), but in the standard suites
+    policies are asked with those of its name ("pick up the ...").
+    """
+    instruction = _instruction(data)
+    bddl_file = Path(str(data.attrs.get("bddl_file_name", "")))
+    names = {
+        (bddl_file.parent.name, bddl_file.stem),
+        (path.absolute().parent.name, path.stem.removesuffix("_demo")),  # LIBERO's layout
+    }
+    try:
+        suites = {suite for suite, _ in names} & {*available_suites()}
+    except LiberoNotInstalledError:
+        return instruction
+    for task in (task for suite in sorted(suites) for task in load_tasks(suite)):
+        recorded_here = (task.suite, task.name) in names
+        if recorded_here and read_instruction(task.bddl_file) == instruction.lower():
+            return task.prompt
+    return instruction
+
+
 def _own(group: Any, key: str, kind: type) -> Any:
     """A member of a group whose content is in this file.
 
@@ -171,6 +196,8 @@ def _read_one(group: Any, prompt: str) -> Demonstration:
 def read_demonstrations(path: str | Path) -> list[Demonstration]:
     """Read all demonstrations of a file, written by this project or by LIBERO.
 
+    Where the file names a task of an installed suite, `prompt` is worded as its environment's.
+
     :raises DemonstrationFileError: missing, truncated, or lacking what the format needs
     """
     path = Path(path)
@@ -185,7 +212,7 @@ def read_demonstrations(path: str | Path) -> list[Demonstration]:
             names = [name for name in data if name.startswith("demo_")]
             if not names:
                 raise DemonstrationFileError("no data/demo_* group; is it a LIBERO file?")
-            prompt = _instruction(data)
+            prompt = _prompt(data, path)
             odd = [name for name in names if not name[5:].isdecimal()]
             if odd:
                 raise DemonstrationFileError(f"data/{odd[0]} is not named demo_<number>")

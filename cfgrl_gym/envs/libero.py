@@ -121,9 +121,8 @@ class LiberoEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
         self.max_episode_steps = max_episode_steps or episode_limit(suite)
         self.settle_steps = settle_steps
         self.init_states = _init_states(init_states)
-        if not isinstance(self.init_states, str):
-            for listed_for in self._tasks:
-                self.init_state_ids(listed_for)  # refuses states that the task doesn't have
+        for listed_for in self._tasks:
+            self.init_state_ids(listed_for)  # refuses states that the task doesn't have
         self.render_mode = render_mode
         self.cameras = tuple(camera for camera in CAMERAS if camera in named)
         self.image_quality: Quality = image_quality
