@@ -16,14 +16,21 @@ RESAMPLE = 1_000_003  # purpose of random numbers, beside those of `CFGRL`
 
 
 class FilteredBC(CFGRL):
-    """Filtered behaviour cloning: flow matching on the successful episodes, all others dropped."""
+    """Filtered behaviour cloning: flow matching on the successful episodes alone.
+
+    Their windows are repeated until there are as many as of all episodes, as evenly as that goes,
+    so that the control makes as many optimizer steps as CFGRL and draws as many samples.
+    """
 
     def label(self, groups: list[list[Episode]]) -> WindowBatch | None:
         successes = [[e for e in episodes if e.succeeded] for episodes in groups]
         windows = super().label([episodes for episodes in successes if episodes])
-        if windows is not None:
-            windows.labels.fill_(NULL)
-        return windows
+        if windows is None:
+            return None
+        windows.labels.fill_(NULL)
+        # One to a chunk, as in `AdvantageWeighted`.
+        of_all = sum(len(episode.chunks) for episodes in groups for episode in episodes)
+        return windows[torch.arange(of_all) % len(windows)]
 
 
 class AdvantageWeighted(CFGRL):
