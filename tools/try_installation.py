@@ -59,6 +59,7 @@ def install(what: str, python: str, folder: Path) -> Path:
         return inside
     run(python, "-m", "venv", "--clear", folder)
     pip = [inside, "-m", "pip", "install", "--quiet"]
+    run(*pip, "--upgrade", "pip")  # an earlier one looks for what fits the bounds for hours
     with_tests = ["pytest", "hypothesis", "--editable"]
     if what in LIBEROS:
         # LIBERO first and without the extra, as somebody has it who comes with a LIBERO
