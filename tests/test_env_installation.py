@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 from conftest import Finished
 
+from cfgrl_gym.envs import installation
 from cfgrl_gym.envs.installation import libero_distributions, libero_root
+from cfgrl_gym.envs.libero import LiberoEnv
 
 ASKS = """
 import os
@@ -226,6 +228,14 @@ def test_a_single_missing_file_of_the_assets_is_named(
     # what isn't LIBERO's keeps its error
     done = run_python(f"MISSING = None{REQUIRED}", PYTHONPATH=first(tmp_path / "site"))
     assert done.stdout.startswith("built\nNotADirectoryError "), done.stdout
+
+
+def test_an_environment_is_refused_when_it_is_made_not_when_a_worker_builds_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(installation, "_assets_folder", lambda: tmp_path)
+    with pytest.raises(installation.LiberoAssetsMissingError, match="scenes"):
+        LiberoEnv()
 
 
 def test_what_a_libero_says_of_its_download_is_heard(

@@ -137,11 +137,11 @@ def _unmet(distribution: str, packages: tuple[str, ...]) -> list[Any]:
 
 def check_suites() -> Finding:
     """Assets, and the task files and initial states of every suite."""
-    from cfgrl_gym.envs.installation import assets_required, install_hint
+    from cfgrl_gym.envs.installation import install_hint, require_assets
     from cfgrl_gym.envs.suites import available_suites, load_tasks
 
-    with assets_required():
-        suites = available_suites()
+    require_assets()
+    suites = available_suites()
     tasks = [task for suite in suites for task in load_tasks(suite)]
     missing = [str(task.bddl_file) for task in tasks if not task.bddl_file.is_file()]
     missing += [str(task.init_states_file) for task in tasks if not task.init_states_file.is_file()]

@@ -174,15 +174,24 @@ def import_libero(module: str) -> ModuleType:
         ) from error
 
 
-@contextlib.contextmanager
-def assets_required() -> Iterator[None]:
-    """Within, LIBERO builds a task; missing meshes and textures are named as what they are.
+def require_assets() -> Path:
+    """The folder of meshes and textures, of which every part is there; hf-libero may download it.
 
     :raises LiberoAssetsMissingError: naming what is missing, where it should be, and what to do
     """
     folder = _assets_folder()
     if missing := [name for name in _ASSETS if not (folder / name).is_dir()]:
         raise _assets_missing(", ".join(missing), folder)
+    return folder
+
+
+@contextlib.contextmanager
+def assets_required() -> Iterator[None]:
+    """Within, LIBERO builds a task; missing meshes and textures are named as what they are.
+
+    :raises LiberoAssetsMissingError: naming what is missing, where it should be, and what to do
+    """
+    folder = require_assets()
     try:
         yield
     except (FileNotFoundError, ValueError) as error:  # robosuite's, MuJoCo's of a mesh
