@@ -238,7 +238,8 @@ def test_help_comes_from_the_classes_that_use_the_options(
     text = " ".join(capsys.readouterr().out.split())
     _, _, doc = (CFGRL.__doc__ or "").partition(":param max_groups_tried:")
     explanation = " ".join(doc.partition(":param")[0].split()).replace("None", "null")
-    assert f"{explanation} (type: int | null, default: null)" in text
+    kind = "int | null" if sys.version_info >= (3, 11) else "Optional[int]"
+    assert f"{explanation} (type: {kind}, default: null)" in text
     assert "--observation_space" not in text
     assert "--policy_kwargs" not in text
 
