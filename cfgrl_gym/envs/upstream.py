@@ -95,7 +95,7 @@ def check_upstream(control: Any) -> None:
             f"{', '.join(sorted(changed))} than those known"
         )
     env = control.env
-    if not hasattr(env.sim.data._data, "M"):
+    if not (hasattr(env.sim.data._data, "M") and hasattr(env.sim.model._model, "M_rowadr")):
         raise UnknownUpstreamError(
             "the installed MuJoCo is older than those known: there, an additional forward pass "
             "changes where the solver of the next one starts"
