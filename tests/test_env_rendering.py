@@ -87,6 +87,26 @@ def test_a_fork_after_rendering_is_refused_and_an_unclosed_environment_exits_qui
         assert word not in done.stderr
 
 
+@pytest.mark.parametrize("other", ["", "LiberoEnv(image_size=16).reset()"])
+def test_liberos_own_environment_left_open_exits_quietly(
+    other: str, run_python: Callable[..., Finished]
+) -> None:
+    """robosuite's contexts, alone or with ours made after them on the same display."""
+    script = f"""
+from cfgrl_gym.envs.libero import LiberoEnv
+from cfgrl_gym.envs.simulator import PlainSimulator
+from cfgrl_gym.envs.suites import select_tasks
+
+simulator = PlainSimulator(select_tasks("libero_object", 0)[0], 16)
+simulator.reset(0, None)
+{other}
+"""
+    done = run_python(script, MUJOCO_GL="")
+    assert done.code == 0, done.stderr
+    for word in ("Traceback", "Exception ignored", "Error"):
+        assert word not in done.stderr
+
+
 # Contexts in turns ------------------------------------------------------------------------------
 
 SCENE = """

@@ -1,5 +1,8 @@
 """The conditional PI0 against transformers' own, and ∅ against everything."""
 
+import logging
+import warnings
+
 import pytest
 import torch
 from pi0_support import (
@@ -22,6 +25,7 @@ from cfgrl_gym.algorithms.pi0.prefix import select_rows
 from cfgrl_gym.algorithms.pi0.presets import TinySizes
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+PREFIX = ("input_ids", "pixel_values", "pixel_attention_mask", "attention_mask")
 MIXED = torch.tensor([POSITIVE, NULL, NEGATIVE, NULL])
 
 
@@ -72,7 +76,7 @@ def test_chunk_from_the_cached_prefix_is_that_of_transformers_sampler(model: Pi0
             noise=x,
             timestep=t,
             attention_mask=prefix.attention_mask,
-            past_key_values=prefix.to_cache(),
+            cache=prefix.to_cache(),
         ).logits
 
     close(euler(velocity, noise, 10), expected)
@@ -205,8 +209,8 @@ def test_cached_prefix_equals_recomputing_it_and_survives_its_use(model: Pi0ForC
     )
     for _ in range(2):
         cache = prefix.to_cache()
-        close(model(**suffix, past_key_values=cache, is_positive=MIXED).logits, expected)
-        close(model(**suffix, past_key_values=cache).logits, model(**inputs).logits)
+        close(model(**suffix, cache=cache, is_positive=MIXED).logits, expected)
+        close(model(**suffix, cache=cache).logits, model(**inputs).logits)
 
 
 @torch.no_grad()
@@ -274,3 +278,44 @@ def test_unknown_condition_mode_and_sizes_are_refused() -> None:
         TinySizes(image_size=100, patch_size=16)
     with pytest.raises(ValueError, match="hidden_size"):
         TinySizes(hidden_size=100, num_heads=8)
+
+
+@torch.no_grad()
+def test_transformers_sampler_gives_the_condition_its_prefix(model: Pi0ForCFGRL) -> None:
+    """`sample_actions` calls `forward` with a cache, under the name of its version."""
+    inputs = make_inputs()
+    noise = inputs.pop("noise")
+    inputs.pop("timestep")
+    sampled = model.sample_actions(**inputs, noise=noise, num_steps=3, is_positive=1)
+    whole = euler(lambda x, t: model(**inputs, noise=x, timestep=t, is_positive=1).logits, noise, 3)
+    close(sampled, whole)
+
+
+@torch.no_grad()
+def test_both_names_of_the_cache_are_taken(model: Pi0ForCFGRL) -> None:
+    inputs = make_inputs()
+    suffix = {key: inputs[key] for key in ("state", "noise", "timestep", "attention_mask")}
+    prefix = model.encode_prefix(*(inputs[name] for name in PREFIX))
+    for labels in (None, MIXED):
+        new = model(**suffix, cache=prefix.to_cache(), is_positive=labels).logits
+        old = model(**suffix, past_key_values=prefix.to_cache(), is_positive=labels).logits
+        assert torch.equal(new, old)
+
+
+@torch.no_grad()
+def test_no_pass_uses_a_name_that_transformers_has_deprecated(
+    model: Pi0ForCFGRL, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(
+        logging.Logger, "warning_once", lambda self, message, *rest: said.append(message)
+    )
+    inputs = make_inputs()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        for labels in (None, MIXED):
+            model(**inputs, is_positive=labels)
+            prefix = model.encode_prefix(*(inputs[name] for name in PREFIX))
+            suffix = {key: inputs[key] for key in ("state", "noise", "timestep", "attention_mask")}
+            model(**suffix, cache=prefix.to_cache(), is_positive=labels)
+    assert not [message for message in said if "deprecated" in message]

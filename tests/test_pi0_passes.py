@@ -19,7 +19,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from cfgrl_gym.algorithms.flow import NEGATIVE, NULL, POSITIVE
 from cfgrl_gym.algorithms.pi0 import Pi0ForCFGRL, Pi0Policy
-from cfgrl_gym.algorithms.pi0.prefix import Prefix, join
+from cfgrl_gym.algorithms.pi0.prefix import CACHE, Prefix, join
 from cfgrl_gym.algorithms.pi0.presets import new_model, tiny_config
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -50,7 +50,7 @@ def test_prefix_is_what_transformers_vlm_caches() -> None:
         token_type_ids=torch.zeros_like(inputs["input_ids"]),
         use_cache=True,
     )
-    expected = Prefix.from_cache(cache.past_key_values, inputs["attention_mask"])
+    expected = Prefix.from_cache(getattr(cache, CACHE), inputs["attention_mask"])
     real = inputs["attention_mask"][:, None, None, None, :, None]
     close(prefix_of(model, inputs).keys_values * real, expected.keys_values * real, atol=1e-6)
 

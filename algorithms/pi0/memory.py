@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+import transformers
+from packaging.version import Version
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -27,6 +29,9 @@ from cfgrl_gym.wrappers.norm_stats import ACTION_DIM
 HEADROOM = 0.05
 ADAM_STATES = 2  # copies of every trained parameter: exp_avg and exp_avg_sq
 _ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+
+# transformers' PI0Model.embed_prefix; all that Python 3.10 gets
+_PICKS_CAMERAS_BY_MASK = Version(transformers.__version__) < Version("5.23")
 
 
 @dataclass(frozen=True)
@@ -175,7 +180,10 @@ def example_inputs(
 def encode_example(model: Pi0ForCFGRL, inputs: dict[str, Tensor]) -> Prefix:
     """Encode the prefix of `example_inputs`."""
     names = ("input_ids", "pixel_values", "pixel_attention_mask", "attention_mask")
-    return model.encode_prefix(*(inputs[name] for name in names))
+    ids, pixels, cameras, mask = (inputs[name] for name in names)
+    if _PICKS_CAMERAS_BY_MASK:  # a fake tensor can't tell how many; by their numbers it can
+        cameras = torch.arange(cameras.shape[1], device=cameras.device).expand_as(cameras)
+    return model.encode_prefix(ids, pixels, cameras, mask)
 
 
 def example_loss(

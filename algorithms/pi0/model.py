@@ -14,7 +14,7 @@ from transformers.models.gemma.modeling_gemma import apply_rotary_pos_emb
 
 from cfgrl_gym.algorithms.flow import NULL, interpolate, sample_noise, sample_time
 from cfgrl_gym.algorithms.pi0.condition import OptimalityCondition, Pi0CFGRLConfig, as_labels
-from cfgrl_gym.algorithms.pi0.prefix import Prefix, run_prefix
+from cfgrl_gym.algorithms.pi0.prefix import CACHE, Prefix, run_prefix
 
 # The tokens of one branch (batch, n, hidden), of which the last chunk_size are the actions. In
 # "token" mode the condition stands before them, and bool (batch,) says which rows have one.
@@ -137,7 +137,7 @@ class Pi0ForCFGRL(PI0ForConditionalGeneration):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         actions: Tensor | None = None,
         is_positive: int | Tensor | None = None,
         **kwargs: Any,
@@ -148,16 +148,19 @@ class Pi0ForCFGRL(PI0ForConditionalGeneration):
         :param noise: (batch, chunk_size, max_action_dim): the noise when `actions` are given,
             else x_t itself; None draws it
         :param timestep: (batch,); None draws it
-        :param past_key_values: `Prefix.to_cache()`, or what transformers' VLM gave; the VLM isn't
-            run then. Pass the prefix's attention_mask with it. Where all labels are ∅, transformers
-            lengthens it
+        :param cache: `Prefix.to_cache()`, or what transformers' VLM gave; the VLM isn't run then.
+            Pass the prefix's attention_mask with it. Where all labels are ∅, transformers lengthens
+            it. `past_key_values`, its name before transformers 5.24, is taken as well
         :param is_positive: None (∅), 0, 1, or int (batch,) with -1 for ∅
         The other arguments are transformers'; those that aren't named here reach its own forward
         only, which runs where all labels are ∅.
         :raises ValueError: a label that is not ∅, and no attention_mask or with position_ids
         """
+        earlier = kwargs.pop("past_key_values", None)  # as an earlier transformers' sampler does
+        cache = earlier if cache is None else cache
         labels = as_labels(is_positive, state.shape[0], state.device)
         if bool((labels == NULL).all()):
+            kwargs[CACHE] = cache
             output: CausalLMOutputWithPast = super().forward(
                 state=state,
                 noise=noise,
@@ -168,7 +171,6 @@ class Pi0ForCFGRL(PI0ForConditionalGeneration):
                 attention_mask=attention_mask,
                 position_ids=position_ids,
                 inputs_embeds=inputs_embeds,
-                past_key_values=past_key_values,
                 actions=actions,
                 **kwargs,
             )
@@ -184,12 +186,12 @@ class Pi0ForCFGRL(PI0ForConditionalGeneration):
             shape = (state.shape[0], self.config.chunk_size, self.config.max_action_dim)
             noise = sample_noise(shape, None, state.device).to(state.dtype)
         x_t = noise if actions is None else interpolate(actions, noise, timestep).to(actions.dtype)
-        if past_key_values is None:
+        if cache is None:
             prefix = self.encode_prefix(
                 input_ids, pixel_values, pixel_attention_mask, attention_mask, inputs_embeds
             )
         else:
-            prefix = Prefix.from_cache(past_key_values, attention_mask)
+            prefix = Prefix.from_cache(cache, attention_mask)
         velocity = self.velocity(prefix, state, x_t, timestep, labels)
         loss = None
         if actions is not None:

@@ -1,5 +1,6 @@
 """The keys and values of PI0's prefix (images and language): computed once, used by everything."""
 
+import inspect
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -9,7 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.cache_utils import DynamicCache
-from transformers.models.gemma.modeling_gemma import apply_rotary_pos_emb
+from transformers.models.gemma.modeling_gemma import GemmaDecoderLayer, apply_rotary_pos_emb
+
+# The argument in which transformers takes a cache: renamed in 5.24, the old name goes in 5.40.
+CACHE = "cache"
+if CACHE not in inspect.signature(GemmaDecoderLayer.forward).parameters:
+    CACHE = "past_key_values"
 
 
 @dataclass(frozen=True)
@@ -111,9 +117,7 @@ def run_prefix(
 
     def run(layer: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor]:
         cache = Recorder()
-        hidden = layer(
-            hidden, attention_mask=mask, past_key_values=cache, position_embeddings=rotary
-        )
+        hidden = layer(hidden, attention_mask=mask, position_embeddings=rotary, **{CACHE: cache})
         return hidden, cache.keys_values
 
     step = partial(checkpoint, run, use_reentrant=False) if checkpointing else run

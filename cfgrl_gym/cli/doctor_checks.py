@@ -10,9 +10,9 @@ import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from typing import Any
 
-from cfgrl_gym.cli.run_folder import LIBERO_DISTRIBUTIONS, installed
+from cfgrl_gym.cli.run_folder import installed
 
 EXACTNESS_TASKS = {  # the suites of `cfgrl doctor --exactness`, and the task of each
     "libero_spatial": 4,  # a bowl in a drawer
@@ -98,30 +98,53 @@ def check_rendering() -> Finding:
 
 def check_libero() -> Finding:
     """Check that LIBERO can be imported, and find which distribution it is and where."""
-    from cfgrl_gym.envs.installation import import_libero, libero_root
+    from cfgrl_gym.envs.installation import (
+        import_libero,
+        install_hint,
+        libero_distributions,
+        libero_root,
+    )
 
-    root = libero_root()
+    root, names = libero_root(), libero_distributions()
     import_libero("envs.env_wrapper")
-    versions = installed((*LIBERO_DISTRIBUTIONS, "robosuite"))
-    found = ", ".join(f"{name} {version}" for name, version in versions.items())
-    return Finding(True, f"{found or 'no distribution'} at {root}")
+    versions = installed((*names, "robosuite", "mujoco"))
+    found = [] if names else ["a checkout"]
+    found += [f"{name} {version}" for name, version in versions.items()]
+    detail = f"{', '.join(found)} at {root}"
+    # pip may leave a simulator there that LIBERO excludes, such as a MuJoCo that came afterwards
+    for requirement in [r for name in names for r in _unmet(name, ("robosuite", "mujoco"))]:
+        wanted = f"pip install '{requirement.name}{requirement.specifier}'"
+        return Finding(False, f"{detail}, which excludes this {requirement.name}", wanted)
+    return Finding(len(names) < 2, detail, install_hint())
+
+
+def _unmet(distribution: str, packages: tuple[str, ...]) -> list[Any]:
+    """Of a distribution's requirements, those on some packages that aren't satisfied."""
+    from packaging.requirements import Requirement
+
+    unmet = []
+    for requirement in map(Requirement, importlib.metadata.requires(distribution) or []):
+        optional = requirement.marker and not requirement.marker.evaluate({"extra": ""})
+        if requirement.name in packages and not optional:
+            version = importlib.metadata.version(requirement.name)
+            if not requirement.specifier.contains(version, prereleases=True):
+                unmet.append(requirement)
+    return unmet
 
 
 def check_suites() -> Finding:
     """Check that assets, and the task files and initial states of every suite, are there."""
-    from cfgrl_gym.envs.installation import import_libero
+    from cfgrl_gym.envs.installation import install_hint, require_assets
     from cfgrl_gym.envs.suites import available_suites, load_tasks
 
-    fix = "reinstall LIBERO: pip install --force-reinstall 'cfgrl-gym[libero]'"
-    assets = Path(import_libero("__init__").get_libero_path("assets"))
-    if not assets.is_dir() or not any(assets.iterdir()):
-        return Finding(False, f"no assets at {assets}", fix)
+    require_assets()
     suites = available_suites()
     tasks = [task for suite in suites for task in load_tasks(suite)]
     missing = [str(task.bddl_file) for task in tasks if not task.bddl_file.is_file()]
     missing += [str(task.init_states_file) for task in tasks if not task.init_states_file.is_file()]
     if missing or not suites:
-        return Finding(False, f"{len(missing)} files missing, such as {missing[:1]}", fix)
+        detail = f"{len(missing)} files missing, such as {missing[:1]}"
+        return Finding(False, detail, install_hint(again=True))
     four = [
         s for s in ("libero_spatial", "libero_object", "libero_goal", "libero_10") if s in suites
     ]
@@ -221,8 +244,8 @@ def find(name: str) -> Finding:
     except Exception as error:
         text = " ".join(str(error).split())
         # The project's own messages end with what to do.
-        fix = re.split(r"; (?=install|on Debian|set |give )", text)
-        hint = fix[-1] if len(fix) > 1 else "pip install --upgrade 'cfgrl-gym[libero]'"
+        fix = re.split(r"; (?=install|on Debian|set |give |copy )", text)
+        hint = fix[-1] if len(fix) > 1 else "pip install --upgrade cfgrl-gym"
         return Finding(False, f"{type(error).__name__}: {text}", hint)
     return finding if not finding.ok else Finding(True, finding.detail)
 

