@@ -16,10 +16,10 @@ import subprocess
 import sys
 import time
 from argparse import Namespace
-from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
+from timing_common import arguments, write_timing
+
 POLICIES = {"default": {}, "passive": {"OMP_WAIT_POLICY": "PASSIVE"}}
 BUSY = "while True: pass"
 ACTS, BATCH = 5, 8
@@ -103,28 +103,16 @@ def compare(busy: int, turns: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = arguments(__doc__, "passive_waiting.json")
     parser.add_argument("--turns", type=int, default=5, help="of each policy (%(default)s)")
-    parser.add_argument("--out", type=Path, default=ROOT / "results" / "passive_waiting.json")
     parser.add_argument("--work", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.work:
         print(json.dumps(work()))
         return
-    from pi0_timing import machine
-
-    cores = len(os.sched_getaffinity(0))
     load = os.getloadavg()
-    found = [compare(busy, args.turns) for busy in (0, cores)]
-    report = {
-        "command": " ".join(["python", *sys.argv]),
-        "machine": machine("cpu") | {"load_average_before": load},
-        "compared": found,
-    }
-    args.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    print(args.out)
+    compared = [compare(busy, args.turns) for busy in (0, len(os.sched_getaffinity(0)))]
+    write_timing(args.out, load_average_before=load, compared=compared)
 
 
 if __name__ == "__main__":

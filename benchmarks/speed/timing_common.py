@@ -74,14 +74,14 @@ def pss_mib(process: psutil.Process) -> float:
 
 def write_timing(out: Path, **content: Any) -> None:
     """Write a result file: command, versions, machine, and the content."""
-    from OpenGL import GL
-
     from cfgrl_gym.cli.run_folder import versions
     from cfgrl_gym.envs.render_backend import GlContext
     from cfgrl_gym.envs.rendering import processors
 
     cpus = [s for s in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in s]
-    with GlContext(IMAGE_SIZE):
+    with GlContext(IMAGE_SIZE):  # chooses PyOpenGL's platform, so that comes after it
+        from OpenGL import GL
+
         renderer = GL.glGetString(GL.GL_RENDERER).decode()
     machine = {
         "cpu": cpus[0].split(":")[1].strip() if cpus else "unknown",
