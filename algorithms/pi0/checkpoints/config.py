@@ -202,7 +202,7 @@ def _parts(content: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _configured(part: dict[str, Any], size: str) -> Any:
-    """Return the size in a part's configuration, or a factor of it that isn't a positive integer."""
+    """Return a part's configured size, or a factor of it that isn't a positive integer."""
     if size == "patches":
         return (part["image_size"] // part["patch_size"]) ** 2
     factors = [part[name] for name in size.split(" * ")]
