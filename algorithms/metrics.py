@@ -65,7 +65,7 @@ def rollout_metrics(collector: Collector, windows: WindowBatch | None) -> dict[s
     return metrics
 
 
-MAX_SKIPPED_STEPS = 10  # in a row: so many are no outlier
+MAX_SKIPPED_STEPS = 10  # in a row: too many to be outliers
 
 
 class UpdateMetrics:

@@ -93,7 +93,7 @@ class FlowPolicy(BasePolicy):
         this factor each optimizer step; None: act with the weights themselves
     """
 
-    # Dataclasses among the constructor's arguments: what a saved model may name beside JSON.
+    # Dataclasses that a saved model may contain besides JSON values, as constructor arguments.
     saved_types: ClassVar[tuple[type, ...]] = ()
     default_learning_rate = 3e-4  # of `CFGRL`, where none is given
     # Whether training leaves the prefix unchanged, so that one computed earlier may be used again.
