@@ -1,4 +1,4 @@
-"""CFGRL, an SB3 algorithm, and the flow-matching policies it trains."""
+"""Provides CFGRL, an SB3 algorithm, and the flow-matching policies it trains."""
 
 from typing import TYPE_CHECKING, Any
 

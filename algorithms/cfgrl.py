@@ -1,4 +1,4 @@
-"""CFGRL, reinforcement learning by guidance, as an SB3 algorithm."""
+"""Implements CFGRL, reinforcement learning by guidance, as an SB3 algorithm."""
 
 from dataclasses import replace
 from time import perf_counter
@@ -56,46 +56,47 @@ _UNUSED: dict[str, Any] = dict(
 
 
 class CFGRL(IterationLoop):
-    """Classifier-free guidance reinforcement learning (Frans et al. 2025, arXiv 2505.23458).
+    """Trains a policy by classifier-free guidance RL (Frans et al. 2025, arXiv 2505.23458).
 
-    Groups of K episodes from one start give leave-one-out advantages; the advantage of each
-    action window says whether it is optimal (o = 1) or not (∅); the policy learns both by plain
-    flow matching with condition dropout. Guidance by `policy.cfg_scale` is the policy
-    improvement: it needs no value function, no ratio and no weights.
+    Groups of K episodes from the same start give leave-one-out advantages; the advantage of each
+    action window decides whether it is labelled optimal (o = 1) or not (∅); the policy learns both
+    by plain flow matching with condition dropout. Guidance with the scale `policy.cfg_scale` is the
+    policy improvement: it needs no value function, no likelihood ratio and no loss weights.
 
-    An optimizer step with a loss or gradient that isn't finite is skipped and counted. After
-    `metrics.MAX_SKIPPED_STEPS` in a row `learn` raises `NonFiniteError`, with the weights as they
-    were before the first of them.
+    An optimizer step whose loss or gradient isn't finite is skipped and counted. After
+    `metrics.MAX_SKIPPED_STEPS` such steps in a row, `learn` raises `NonFiniteError`; the weights
+    are then those from before the first of them.
 
     :param policy: "MlpPolicy", "Pi0Policy" or a subclass of `FlowPolicy`
     :param env: the environment (if registered in Gymnasium, can be str; None for loading)
     :param learning_rate: a number, or a function of the progress remaining (from 1 to 0). None: the
         policy's `default_learning_rate`, which depends on its size
     :param rloo_batch_size: K, episodes of a group, all from the same start
-    :param groups_per_iteration: groups asked for before each update
-    :param enable_dynamic_sampling: discard a group whose K returns are all equal, try another
+    :param groups_per_iteration: groups to collect before each update
+    :param enable_dynamic_sampling: discard a group whose K returns are all equal and try another
     :param early_stop_percentage: with dynamic sampling, the share of `groups_per_iteration` that
         suffices (rounded up)
     :param max_groups_tried: with dynamic sampling, give up after this many groups.
         None: three times `groups_per_iteration`
-    :param dropout_prob: probability with which a condition becomes ∅, each time it is used
+    :param dropout_prob: probability with which a condition is replaced by ∅, each time it is used
     :param label_source: "episode_rloo": the episode's advantage; "window_rloo": leave-one-out
         reward-to-go; "window_return": reward inside the window against the group's mean
     :param label_threshold: a window whose advantage reaches this is optimal
-    :param negatives: label of the others: "null" is ∅, "zero" is o = 0
-    :param positive_share: share of the optimal windows among those that an epoch draws, whatever
-        share they have of all. None: every window once an epoch
-    :param cfg_scale: guidance while collecting. None: the policy's own `cfg_scale`
+    :param negatives: label of the windows that are not optimal: "null" is ∅, "zero" is o = 0
+    :param positive_share: share of optimal windows among those that an epoch draws, whatever their
+        share of all windows is. None: draw every window once per epoch
+    :param cfg_scale: guidance scale while collecting. None: the policy's own `cfg_scale`
     :param n_epochs: passes over the windows in each update
-    :param batch_size: windows of one forward pass; fewer where the device's memory is short
-    :param gradient_accumulation_steps: forward passes of one optimizer step
+    :param batch_size: windows per forward pass; fewer where the device's memory is short
+    :param gradient_accumulation_steps: forward passes per optimizer step
     :param max_grad_norm: gradients are clipped to this norm
-    :param window_stride: control steps between windows. None: the chunk. Less than a chunk needs
-        an environment that gives the observations inside it (`observation_stride`)
+    :param window_stride: control steps between windows. None: the length of a chunk. A stride below
+        that needs an environment that returns the observations inside a chunk
+        (`observation_stride`)
     :param replay_iterations: learn from the windows of this many earlier iterations too, with the
-        labels they had then. They are not saved: a loaded model begins without
+        labels they had then. They are not saved: a loaded model begins without them
     :param device_memory: GiB of the device's memory that the policy, its update and the prefixes
-        kept on it may take. None: all that is free
+        kept there may take. None: all that is free
     :param prefix_memory: GiB of the host's memory for prefixes (what a frozen VLM computes of an
         observation) kept from acting to the update; those that find no room are computed again.
         None: half of what is free
@@ -103,7 +104,7 @@ class CFGRL(IterationLoop):
     :param tensorboard_log: log folder of TensorBoard (None: no log)
     :param policy_kwargs: additional arguments of the policy
     :param verbose: 0 no output, 1 info messages, 2 debug messages
-    :param seed: of everything random. None: a fresh one
+    :param seed: seed of all random numbers. None: a fresh one
     :param device: "auto", "cpu", "cuda", ...
     :param _init_setup_model: whether to build the network at creation
     :raises ValueError: for parameters, environments or wrappers that CFGRL can't work with
@@ -180,7 +181,7 @@ class CFGRL(IterationLoop):
         )
         fresh = np.random.SeedSequence().generate_state(1)
         self.randomness = Randomness(int(fresh[0]) if seed is None else seed)
-        self.iteration = 0  # how many are finished
+        self.iteration = 0  # iterations that are finished
         self.statistics = EpisodeStatistics(stats_window_size)
         self.skipped_in_a_row = 0  # optimizer steps that weren't finite
         self.windows: WindowBatch | None = None  # what the next update learns from
@@ -219,11 +220,11 @@ class CFGRL(IterationLoop):
 
     @property
     def stride(self) -> int:
-        """Control steps between windows."""
+        """Return the control steps between two windows."""
         return self.policy.chunk_size if self.window_stride is None else self.window_stride
 
     def plan(self, env: VecEnv) -> GroupPlan:
-        """The groups of this iteration: as many as may be tried, and how many suffice."""
+        """Draw the groups that this iteration may try, and set how many of them suffice."""
         asked, sampling = self.groups_per_iteration, self.enable_dynamic_sampling
         tried = (self.max_groups_tried or 3 * asked) if sampling else asked
         rng = self.randomness.rng(PLAN, self.iteration)
@@ -235,7 +236,7 @@ class CFGRL(IterationLoop):
         )
 
     def label(self, groups: list[list[Episode]]) -> WindowBatch | None:
-        """The labelled windows of these groups of K episodes: what an update learns from."""
+        """Return the labelled windows of these groups of K episodes, which the update uses."""
         labelling = Labelling(self.label_source, self.label_threshold, self.negatives)
         return label_windows(groups, self.policy, self.stride, labelling)
 
@@ -248,8 +249,8 @@ class CFGRL(IterationLoop):
         policy.set_training_mode(False)
         self.windows = None
         self.replay.keep_last(self.replay_iterations)
-        # Those of replayed windows are computed anew, as after a resumption: a prefix is rounded
-        # differently in another batch.
+        # The prefixes of replayed windows are computed again, as they are after a resumption: a
+        # prefix is rounded differently in another batch.
         self._prefixes.keep_only(())
         noise = self.randomness.noise(self.iteration, (policy.horizon, policy.action_width))
         callback.on_rollout_start()
@@ -259,7 +260,7 @@ class CFGRL(IterationLoop):
             while not collector.selection.complete:
                 new_obs, rewards, dones, infos = collector.step()
                 actions = collector.actions
-                # Less for a moment where an episode was lost, to be run again.
+                # The number falls for a moment when an episode is lost and has to be run again.
                 self.num_timesteps = max(self.num_timesteps, begun_at + collector.num_chunks)
                 callback.update_locals(locals())
                 with left_alone(env):
@@ -280,7 +281,7 @@ class CFGRL(IterationLoop):
         return True
 
     def train(self) -> None:
-        """Flow matching on the labelled windows, with condition dropout."""
+        """Update the policy by flow matching on the labelled windows, with condition dropout."""
         if self.windows is None:
             raise RuntimeError("there are no windows to learn from; call learn, which collects")
         began = perf_counter()
@@ -291,7 +292,7 @@ class CFGRL(IterationLoop):
         metrics = UpdateMetrics(self.skipped_in_a_row)
 
         def loss(batch: WindowBatch, t: Tensor, noise: Tensor) -> Tensor:
-            """Mean square of v(x_t, t, o) - (noise - actions) for each window, (n,)."""
+            """Return the mean square of v(x_t, t, o) - (noise - actions) of each window, (n,)."""
             prefix = prefixes.recall(batch.observations, batch.prefix_keys)
             return policy.flow_matching_loss(*batch.samples, t, noise, prefix)
 

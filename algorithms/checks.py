@@ -1,4 +1,4 @@
-"""What CFGRL can't work with, refused with what to do instead: parameters, environments, starts."""
+"""Checks parameters, environments and starts, with errors that say what to do instead."""
 
 import difflib
 import inspect
@@ -67,10 +67,9 @@ _RULES: dict[str, _Rule] = {
 
 
 def check_parameters(values: Mapping[str, Any]) -> None:
-    """Check the parameters of CFGRL that are among these; anything else is passed over.
+    """Check those of the values that are parameters of CFGRL, and ignore all others.
 
-    :raises ValueError: for a parameter that is out of its range, or is no number where it should
-        be one
+    :raises ValueError: a parameter is out of its range, or isn't a number where it should be one
     """
     given = {name: values[name] for name in _PARAMETERS if name in values}
     for name, value in given.items():
@@ -96,7 +95,7 @@ def check_parameters(values: Mapping[str, Any]) -> None:
 
 
 def constructor_parameters(kind: type, root: type) -> dict[str, Any]:
-    """Annotations of the constructor's parameters by name, those of bases up to `root` included."""
+    """Return the annotations of the constructor's parameters, including bases up to `root`."""
     annotations: dict[str, Any] = {}
     for each in kind.__mro__:
         if issubclass(each, root) and "__init__" in vars(each):
@@ -107,7 +106,10 @@ def constructor_parameters(kind: type, root: type) -> dict[str, Any]:
 
 
 def check_policy_kwargs(policy_class: type[BasePolicy], policy_kwargs: Mapping[str, Any]) -> None:
-    """:raises ValueError: for arguments that this policy's constructor doesn't have."""
+    """Check that the policy's constructor has these arguments.
+
+    :raises ValueError: it lacks some of them
+    """
     given_by_sb3 = ("observation_space", "action_space", "lr_schedule")
     known = constructor_parameters(policy_class, BaseModel).keys() - set(given_by_sb3)
     for name in policy_kwargs:
@@ -121,7 +123,10 @@ def check_policy_kwargs(policy_class: type[BasePolicy], policy_kwargs: Mapping[s
 
 
 def check_stride(stride: int, chunk_size: int) -> None:
-    """:raises ValueError: for a window stride that doesn't fit chunks of this size."""
+    """Check that a window stride fits chunks of this size.
+
+    :raises ValueError: it doesn't
+    """
     if stride < 1 or (stride > chunk_size and stride % chunk_size):
         raise ValueError(
             f"window_stride must be between 1 and the chunk size {chunk_size}, or a multiple of "
@@ -130,7 +135,10 @@ def check_stride(stride: int, chunk_size: int) -> None:
 
 
 def check_env(env: VecEnv | None) -> None:
-    """:raises ValueError: there is no environment to learn in."""
+    """Check that there is an environment to learn in.
+
+    :raises ValueError: there is none
+    """
     if env is None:
         raise ValueError(
             "there is no environment to learn in: CFGRL(policy, env), or for a model that was "
@@ -139,7 +147,7 @@ def check_env(env: VecEnv | None) -> None:
 
 
 def check_starts(groups: Sequence[Sequence[Episode]]) -> None:
-    """Warn where the episodes of a group began with different observations."""
+    """Warn if the episodes of a group began with different observations."""
     for episodes in groups:
         first, *others = (episode.chunks[0].observation for episode in episodes)
         if not all(_equal(first, other) for other in others):

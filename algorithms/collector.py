@@ -1,4 +1,4 @@
-"""Running a plan's episodes on a `VecEnv`, every environment kept busy."""
+"""Runs the episodes of a plan on a `VecEnv` and keeps every environment busy."""
 
 import warnings
 from collections.abc import Callable
@@ -20,27 +20,27 @@ from cfgrl_gym.algorithms.vec_envs.next_starts import NextStarts
 from cfgrl_gym.algorithms.vec_envs.worker import WorkerError
 from cfgrl_gym.algorithms.vec_envs.worker_vec_env import LOST
 
-MAX_TIMES_LOST = 10  # one episode; then its own start is what ends the workers
-LONG_EPISODE = 1001  # steps with which it is asked about: MuJoCo's and dm_control's have 1,000
+MAX_TIMES_LOST = 10  # of one episode: after that, its start is taken to be what ends the workers
+LONG_EPISODE = 1001  # steps after which a warning asks about it; MuJoCo and dm_control have 1,000
 
 Row = NDArray[Any] | dict[str, NDArray[Any]]  # one environment's observation, no batch dimension
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """One `VecEnv` step of one environment: what was seen, sampled and executed."""
+    """Holds what one environment observed, sampled and executed in one step of the `VecEnv`."""
 
     observation: Row
     model_actions: NDArray[np.float32]  # (horizon, action_width), as sampled
     actions: NDArray[np.float32]  # (n_steps, action_dim), as executed
     rewards: NDArray[np.float64]  # (n_steps,)
-    observations: dict[int, Row]  # inside the chunk, by offset, where the environment gives them
-    prefix_keys: dict[int, int]  # of the observations by offset, 0 included: see `PrefixCache`
+    observations: dict[int, Row]  # inside the chunk, by offset, if the environment returns them
+    prefix_keys: dict[int, int]  # of the observations by offset, including 0: see `PrefixCache`
 
 
 @dataclass(eq=False)
 class Episode:
-    """One of the K episodes of a group. `success` is what the environment says at its end."""
+    """Holds one of a group's K episodes; `success` is what the environment reports at its end."""
 
     group: int
     member: int
@@ -48,32 +48,32 @@ class Episode:
     chunks: list[Chunk] = field(default_factory=list)
     success: bool | None = None
     unstable: bool = False  # its physics blew up, which ended it
-    times_lost: int = 0  # with a worker that failed
+    times_lost: int = 0  # how often a worker failed while it ran the episode
 
     @property
     def rewards(self) -> NDArray[np.float64]:
-        """The reward of every control step, (T,)."""
+        """Return the reward of every control step, (T,)."""
         return np.concatenate([chunk.rewards for chunk in self.chunks])
 
     @property
     def total_reward(self) -> float:
-        """The episode's return, undiscounted."""
+        """Return the sum of the episode's rewards, undiscounted."""
         return float(self.rewards.sum())
 
     @property
     def succeeded(self) -> bool:
-        """What the environment says, else whether the return is positive."""
+        """Return the environment's success flag, or else whether the return is positive."""
         return self.total_reward > 0 if self.success is None else self.success
 
     @property
     def info(self) -> dict[str, Any]:
-        """What SB3's `Monitor` would say at its end, with a chunk as one step."""
+        """Return what SB3's `Monitor` would report at its end, with each chunk as one step."""
         episode = {"r": self.total_reward, "l": len(self.chunks)}
         return {"episode": episode, "is_success": self.success}
 
 
 def stack(rows: list[Row]) -> NDArray[Any] | dict[str, NDArray[Any]]:
-    """Batch observations of single environments."""
+    """Stack the observations of single environments into a batch."""
     first = rows[0]
     if isinstance(first, dict):
         return {key: np.stack([row[key] for row in rows]) for key in first}  # type: ignore[call-overload]
@@ -81,7 +81,7 @@ def stack(rows: list[Row]) -> NDArray[Any] | dict[str, NDArray[Any]]:
 
 
 def row_of(observation: Any, space: spaces.Space, index: int | None = None) -> Row:
-    """One environment's observation, in the space's dtypes; `index` picks it from a batch."""
+    """Return one environment's observation in the space's dtypes; `index` picks it from a batch."""
     if isinstance(space, spaces.Dict):
         return {key: row_of(observation[key], sub, index) for key, sub in space.items()}  # type: ignore[misc]
     value = observation if index is None else observation[index]
@@ -89,25 +89,24 @@ def row_of(observation: Any, space: spaces.Space, index: int | None = None) -> R
 
 
 class Collector:
-    """Episodes of a plan, in its order, on whatever environments there are.
+    """Runs the episodes of a plan, in its order, on any number of environments.
 
     An environment is told its next start while it still runs, so that the autoreset of the `VecEnv`
-    begins the planned episode; where the plan has nothing left, it rests (`NextStarts` says which
-    can). One that can't is reset a second time, and given a constant action whose results are
-    dropped. An episode that was lost with its worker (`WorkerVecEnv`) is run again from its
-    beginning, before all others.
+    begins the planned episode; when the plan has no episode left, the environment rests
+    (`NextStarts` says which environments can). An environment that can't be told is reset a second
+    time; one that can't rest gets a constant action, and its results are dropped. An episode that
+    was lost with its worker (`WorkerVecEnv`) is run again from its beginning, before all others.
 
-    The policy always acts on as many rows as there are environments, because a matrix product
-    rounds differently for another number of rows: so an episode is the same, bit for bit, whatever
+    The policy always acts on a batch of `num_envs` rows, because a matrix product rounds
+    differently for another number of rows. An episode is therefore the same, bit for bit, whatever
     runs beside it.
 
     :param env: its actions must be chunks (chunk, action_dim) or single steps (action_dim,)
-    :param plan: which groups, and how many episodes of each
+    :param plan: the groups, and the number of episodes of each
     :param noise: (group, member, chunk index) -> (horizon, action_width), so that an episode's
         randomness doesn't depend on where or when it runs
-    :param cfg_scale: guidance while collecting; None: the policy's own
-    :param prefixes: keeps what was computed of each observation, for the update. None: nothing is
-        kept
+    :param cfg_scale: guidance scale while collecting; None: the policy's own
+    :param prefixes: keeps the prefix of each observation for the update. None: nothing is kept
     """
 
     def __init__(
@@ -142,7 +141,7 @@ class Collector:
         self.finished: list[Episode] = []
         self.episodes_lost = 0
         self.returns: dict[int, list[float]] = {}  # of the finished episodes of each group
-        self.selection = Selection([], [], complete=False)  # by what has finished so far
+        self.selection = Selection([], [], complete=False)  # from the episodes finished so far
         self.control_steps = 0
         self.seconds_simulation = 0.0
         self.seconds_inference = 0.0
@@ -151,7 +150,7 @@ class Collector:
         """Begin the plan's first episodes, one in each environment."""
         began = perf_counter()
         self.next_starts.forget()
-        # Not env_method("reset"): this way the environments reset in parallel.
+        # Not by env_method("reset"): this way the environments reset in parallel.
         for i in range(self.env.num_envs):
             self.next_starts.tell(i, self.pending[i].start if i < len(self.pending) else None)
         observations = self.env.reset()
@@ -168,7 +167,7 @@ class Collector:
         self.actions = np.stack([idle] * self.env.num_envs)
         busy = [i for i, episode in enumerate(self.running) if episode is not None]
         if busy:
-            # Rows of environments that idle repeat the first one's.
+            # The rows of idle environments repeat the first row.
             rows = busy + [busy[0]] * (self.env.num_envs - len(busy))
             noise = torch.stack([self._noise(i) for i in rows])
             observations = stack([self.rows[i] for i in rows])  # type: ignore[misc]
@@ -183,7 +182,7 @@ class Collector:
         return self.actions
 
     def step(self) -> tuple[Any, NDArray[np.float32], NDArray[np.bool_], list[dict[str, Any]]]:
-        """Act in every environment, keep the results, begin the next episodes.
+        """Step every environment with its action, keep the results and begin the next episodes.
 
         :return: what `VecEnv.step` returned
         """
@@ -195,7 +194,7 @@ class Collector:
             if episode is None:
                 if LOST in infos[i]:
                     self.next_starts.rest(i)
-                rewards[i], dones[i], infos[i] = 0, False, {}  # nobody's episode
+                rewards[i], dones[i], infos[i] = 0, False, {}  # it belongs to no episode
                 continue
             if LOST in infos[i]:
                 self._run_again(i, episode, infos[i][LOST])
@@ -225,21 +224,21 @@ class Collector:
 
     @property
     def kept(self) -> list[list[Episode]]:
-        """The K episodes of each group that is kept, in the order of the plan."""
+        """Return the K episodes of each group that is kept, in the order of the plan."""
         return [self.episodes(group) for group in self.selection.kept]
 
     @property
     def decided(self) -> list[Episode]:
-        """The episodes of all groups that are kept or discarded, in the order of the plan.
+        """Return the episodes of all groups that are kept or discarded, in the order of the plan.
 
-        They are the same whatever ran them, and however often one was lost.
+        They are the same whichever environments ran them, and however often one was lost.
         """
         groups = sorted((*self.selection.kept, *self.selection.discarded))
         return [episode for group in groups for episode in self.episodes(group)]
 
     @property
     def num_chunks(self) -> int:
-        """Executed so far in the groups that are certain to be decided on, lost episodes left out.
+        """Count the chunks executed in groups that are certain to be decided, lost episodes aside.
 
         At the end these are the chunks of `decided`.
         """
@@ -248,19 +247,19 @@ class Collector:
         return sum(len(e.chunks) for e in episodes if e is not None and e.group in certain)
 
     def close(self) -> None:
-        """Leave no planned start behind in an environment, and no prefix that no update uses."""
+        """Withdraw the starts told to environments, and drop the prefixes that no update uses."""
         self.next_starts.release()
         self._keep_prefixes([episode for group in self.kept for episode in group])
 
     def episodes(self, group: int) -> list[Episode]:
-        """The finished episodes of a group, by member."""
+        """Return the finished episodes of a group, ordered by member."""
         finished = [episode for episode in self.finished if episode.group == group]
         return sorted(finished, key=lambda episode: episode.member)
 
     def _select(self) -> None:
         discarded = self.selection.discarded
         self.selection = self.plan.select(self.returns)
-        if self.selection.discarded != discarded:  # seldom: it looks at every chunk there is
+        if self.selection.discarded != discarded:  # rare, and it goes through every chunk
             episodes = [e for e in (*self.finished, *self.running) if e is not None]
             self._keep_prefixes([e for e in episodes if e.group not in self.selection.discarded])
 
@@ -275,7 +274,7 @@ class Collector:
         return self.noise(episode.group, episode.member, len(episode.chunks))
 
     def _run_again(self, index: int, episode: Episode, reason: str) -> None:
-        """Forget what there is of an episode and plan it anew."""
+        """Discard what was collected of an episode and plan it again."""
         self.episodes_lost += 1
         self.control_steps -= sum(len(chunk.rewards) for chunk in episode.chunks)
         again = replace(episode, chunks=[], times_lost=episode.times_lost + 1)
@@ -285,7 +284,7 @@ class Collector:
                 f"time so: {reason}"
             )
         self.pending.insert(0, again)
-        self.next_starts.forget([index])  # of the fresh environment it isn't known
+        self.next_starts.forget([index])  # the fresh environment doesn't know it
         self._begin_episode(index, None)
 
     def _chunk(self, index: int, episode: Episode, reward: float, info: dict[str, Any]) -> Chunk:
@@ -322,11 +321,11 @@ class Collector:
         )
 
     def _tell_ahead(self) -> None:
-        """Tell every busy environment the start of the episode that it would take next.
+        """Tell every busy environment the start of the episode that it would run next.
 
-        The plan's next starts go to the environments that have run longest. With fewer episodes
-        left than environments, the last start is told more than once: who finishes first takes
-        it. A single environment whose episode may be the last is told to rest.
+        The plan's next starts go to the environments whose episodes have run longest. With fewer
+        episodes left than environments, the last start is told to several: the one that finishes
+        first takes it. A single environment whose episode may be the last is told to rest.
         """
         busy = [i for i, episode in enumerate(self.running) if episode is not None]
         busy.sort(key=lambda i: -len(self.running[i].chunks))  # type: ignore[union-attr]
@@ -354,5 +353,5 @@ class Collector:
         self.running[index], self.rows[index] = episode, row
 
     def _is_over(self) -> bool:
-        """Whether the groups that have finished suffice."""
+        """Return whether the groups that have finished suffice."""
         return self.plan.select(self.returns).complete

@@ -1,4 +1,4 @@
-"""Success rate over fixed initial states, with its confidence interval."""
+"""Measures the success rate over fixed initial states, with its confidence interval."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -12,15 +12,15 @@ from cfgrl_gym.algorithms.collector import Chunk, Collector, stack
 from cfgrl_gym.algorithms.groups import Group, GroupPlan, Start, torch_generator
 from cfgrl_gym.algorithms.policies import FlowPolicy
 
-GAP_CHUNKS, GAP_BATCH = 256, 32  # over how many chunks the guidance gap is averaged, at a time
+GAP_CHUNKS, GAP_BATCH = 256, 32  # chunks that the guidance gap is averaged over, and their batch
 
 
 def wilson_interval(
     successes: int, trials: int, z: float = 1.959963984540054
 ) -> tuple[float, float]:
-    """95% score interval of a success rate (Wilson 1927).
+    """Compute the 95% score interval of a success rate (Wilson 1927).
 
-    :raises ValueError: counts that can't be
+    :raises ValueError: the counts are impossible
     """
     if trials < 1 or not 0 <= successes <= trials:
         raise ValueError(
@@ -35,22 +35,23 @@ def wilson_interval(
 
 @dataclass(frozen=True)
 class EpisodeOutcome:
-    """How one evaluation episode went."""
+    """Holds the outcome of one evaluation episode."""
 
     task_id: int | None
     init_state_id: int | None
     success: bool
     episode_return: float
     control_steps: int
-    unstable: bool  # ended by physics that blew up
+    unstable: bool  # its physics blew up, which ended it
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Outcomes in the order in which the starts were given."""
+    """Holds the outcomes of an evaluation, in the order in which the starts were given."""
 
     episodes: tuple[EpisodeOutcome, ...]
-    # Mean root mean square of v_1 - v_∅ where the policy acted; other batches round otherwise.
+    # Root mean square of v_1 - v_∅ where the policy acted, averaged over chunks. It depends on the
+    # batches by rounding.
     guidance_gap: float = field(compare=False)
 
     @property
@@ -63,7 +64,7 @@ class Evaluation:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """95% Wilson interval of the success rate."""
+        """Return the 95% Wilson interval of the success rate."""
         return wilson_interval(self.successes, len(self.episodes))
 
 
@@ -76,11 +77,13 @@ def evaluate(
     seed: int = 0,
     on_episode: Callable[[int, int], None] = lambda episodes, successes: None,
 ) -> Evaluation:
-    """Run one episode from each start. An episode's noise depends on its start alone (and on how
-    often it came before), so its outcome depends neither on the others nor on the environments.
+    """Run one episode from each start and return the outcomes.
 
-    :param cfg_scale: guidance; None: the policy's own
-    :param seed: of the sampling noise
+    An episode's noise depends only on its start (and on how often that start came before), so its
+    outcome depends neither on the other episodes nor on the environments.
+
+    :param cfg_scale: guidance scale; None: the policy's own
+    :param seed: seed of the sampling noise
     :param on_episode: called with (episodes finished, successes so far)
     """
     if not starts:
@@ -128,7 +131,7 @@ def _key(start: Start) -> tuple[int, ...]:
 
 
 def _guidance_gap(policy: FlowPolicy, chunks: list[Chunk], seed: int) -> float:
-    """Mean over chunks, spread evenly, between their noise and what was sampled."""
+    """Average `guidance_gap` over evenly spaced chunks."""
     chosen = chunks[:: math.ceil(len(chunks) / GAP_CHUNKS)]
     generator = torch_generator(seed)
     gaps = []

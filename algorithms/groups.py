@@ -1,7 +1,7 @@
-"""The plan of an iteration: which groups of K episodes run, and from which starts.
+"""Plans an iteration: which groups of K episodes run, and from which starts.
 
-A plan is plain data, drawn before the first step and independent of how many environments there
-are or how fast they run. It can be pickled, sliced by groups, and drawn again from its seed.
+A plan is plain data. It is drawn before the first step, and does not depend on the number or the
+speed of the environments. It can be pickled, sliced by groups, and drawn again from its seed.
 """
 
 import math
@@ -16,19 +16,19 @@ import torch
 from cfgrl_gym.algorithms.labels import is_uniform
 
 UNBOUNDED = 2**31  # exclusive upper bound of reset seeds
-PLAN, NOISE, UPDATE = range(3)  # purposes of random numbers: keys after the seed
+PLAN, NOISE, UPDATE = range(3)  # purposes of random numbers, the first key after the seed
 
 
 @dataclass(frozen=True)
 class Start:
-    """Where an episode starts: a task and initial state, or else a reset seed."""
+    """Says where an episode starts: a task and initial state, or else a reset seed."""
 
     task_id: int | None = None
     init_state_id: int | None = None
     seed: int | None = None
 
     def reset_arguments(self) -> dict[str, Any]:
-        """Keyword arguments of `Env.reset` that start here."""
+        """Return the keyword arguments with which `Env.reset` begins here."""
         if self.seed is not None:
             return {"seed": self.seed}
         return {"options": {"task_id": self.task_id, "init_state_id": self.init_state_id}}
@@ -36,7 +36,7 @@ class Start:
 
 @dataclass(frozen=True)
 class Group:
-    """K episodes from one start. `index` is unique within the iteration."""
+    """Stands for K episodes from one start; `index` is unique within the iteration."""
 
     index: int
     start: Start
@@ -44,7 +44,7 @@ class Group:
 
 @dataclass(frozen=True)
 class GroupPlan:
-    """The groups of one iteration, in the order in which they are tried.
+    """Holds the groups of one iteration, in the order in which they are tried.
 
     :param group_size: K, episodes of a group
     :param needed: how many valid groups suffice. None: all are run
@@ -57,17 +57,17 @@ class GroupPlan:
     dynamic_sampling: bool = False
 
     def certain(self, selection: "Selection") -> set[int]:
-        """Indices of the groups that will be kept or discarded, whatever their returns will be."""
+        """Return the indices of the groups that will be kept or discarded, whatever they return."""
         needed = len(self.groups) if self.needed is None else self.needed
         return {group.index for group in self.groups[: needed + len(selection.discarded)]}
 
     def select(self, returns: Mapping[int, Sequence[float]]) -> "Selection":
         """Keep the first valid groups, in the order of the plan.
 
-        Going by the plan's order, not by who finished first, makes the outcome independent of the
-        number of environments and of their speed.
+        Because groups are taken in the plan's order and not as they finish, the outcome does not
+        depend on the number of environments or on their speed.
 
-        :param returns: for each group index the returns of its finished episodes
+        :param returns: for each group index, the returns of its finished episodes
         """
         kept: list[int] = []
         discarded: list[int] = []
@@ -84,7 +84,7 @@ class GroupPlan:
 
 @dataclass(frozen=True)
 class Selection:
-    """Indices of the groups kept and discarded so far, and whether collection may end."""
+    """Holds the indices of the groups kept and discarded so far, and whether collection may end."""
 
     kept: list[int]
     discarded: list[int]
@@ -92,38 +92,38 @@ class Selection:
 
 
 def seed_sequence(seed: int, *key: int) -> np.random.SeedSequence:
-    """Entropy for one purpose: equal seed and key give equal numbers, in any order of calls."""
+    """Return the seed sequence for a key: the same numbers in whatever order it is called."""
     return np.random.SeedSequence((seed, *key))
 
 
 def torch_generator(seed: int, *key: int) -> torch.Generator:
-    """A CPU generator for one purpose, from `seed_sequence`."""
+    """Return a CPU generator seeded by `seed_sequence`."""
     state = seed_sequence(seed, *key).generate_state(1)
     return torch.Generator().manual_seed(int(state[0]))
 
 
 @dataclass(frozen=True)
 class Randomness:
-    """All random numbers of a training: each follows from the seed, the purpose and the iteration.
+    """Gives all random numbers of a training, each from the seed, the purpose and the iteration.
 
-    No generator has a state to keep, so that a resumed training draws what an uninterrupted one
-    does, and an episode has the same noise wherever and whenever it runs.
+    No generator has a state that must be kept: a resumed training draws the same numbers as an
+    uninterrupted one, and an episode has the same noise wherever and whenever it runs.
     """
 
     seed: int
 
     def rng(self, purpose: int, *key: int) -> np.random.Generator:
-        """A generator of NumPy for one purpose."""
+        """Return a NumPy generator for one purpose."""
         return np.random.default_rng(seed_sequence(self.seed, purpose, *key))
 
     def generator(self, purpose: int, *key: int) -> torch.Generator:
-        """A generator of torch on the CPU for one purpose."""
+        """Return a torch generator on the CPU for one purpose."""
         return torch_generator(self.seed, purpose, *key)
 
     def noise(
         self, iteration: int, shape: tuple[int, ...]
     ) -> Callable[[int, int, int], torch.Tensor]:
-        """Noise of this shape for every chunk of an iteration: (group, member, chunk) -> tensor."""
+        """Return a function (group, member, chunk) -> noise of this shape, for one iteration."""
 
         def draw(group: int, member: int, chunk: int) -> torch.Tensor:
             return torch.randn(
@@ -146,7 +146,7 @@ def _random_seeds(rng: np.random.Generator) -> Iterator[int]:
 def groups_needed(
     groups_per_iteration: int, dynamic_sampling: bool, early_stop_percentage: float
 ) -> int:
-    """Valid groups with which a collection ends."""
+    """Return the number of valid groups with which a collection ends."""
     share = early_stop_percentage if dynamic_sampling else 1.0
     return math.ceil(round(share * groups_per_iteration, 9))
 
@@ -158,8 +158,8 @@ def draw_groups(
 ) -> tuple[Group, ...]:
     """Draw the starts of `count` groups.
 
-    Tasks, and the initial states of each task, are drawn without replacement until all have
-    had their turn.
+    Tasks, and the initial states of each task, are drawn without replacement until each was drawn
+    once, and then anew.
 
     :param init_states: ids of the initial states of each task (None: unbounded, ids are seeds);
         None for an environment that starts from a reset seed

@@ -1,4 +1,4 @@
-"""SB3's side of CFGRL: `learn` as a loop of iterations, environments and policies by name."""
+"""Connects CFGRL to SB3: `learn` as a loop of iterations, environments and policies by name."""
 
 import time
 from collections import deque
@@ -20,7 +20,7 @@ SelfLoop = TypeVar("SelfLoop", bound="IterationLoop")
 
 
 class TimestepsBar(ProgressBarCallback):
-    """SB3's progress bar, moved by the timesteps that count and not by the environments' number."""
+    """Shows SB3's progress bar, advanced by `num_timesteps` and not once per environment."""
 
     def _on_training_start(self) -> None:
         super()._on_training_start()
@@ -37,13 +37,13 @@ class TimestepsBar(ProgressBarCallback):
 
 
 class IterationLoop(PickleFreeSaving, OnPolicyAlgorithm):
-    """An algorithm that collects episodes, then updates once with all of them, again and again.
+    """Alternates between collecting episodes and one update with all of them.
 
-    A subclass brings `collect_rollouts` and `train`.
+    A subclass implements `collect_rollouts` and `train`.
     """
 
     policy: FlowPolicy  # type: ignore[assignment]
-    iteration: int  # how many are finished
+    iteration: int  # iterations that are finished
     windows: WindowBatch | None
 
     _wrap_env = staticmethod(as_vec_env)
@@ -69,7 +69,7 @@ class IterationLoop(PickleFreeSaving, OnPolicyAlgorithm):
         tb_log_name: str = "CFGRL",
         progress_bar: bool = False,
     ) -> tuple[int, BaseCallback]:
-        """As in SB3, without its reset of the environments: a collection begins with its own."""
+        """Set up `learn` as SB3 does, but don't reset the environments: a collection does that."""
         self.start_time = time.time_ns()
         if reset_num_timesteps or self.ep_info_buffer is None:
             self.ep_info_buffer = deque(maxlen=self._stats_window_size)
@@ -93,7 +93,7 @@ class IterationLoop(PickleFreeSaving, OnPolicyAlgorithm):
         return callback
 
     def collect_rollouts(self, env: VecEnv, callback: BaseCallback) -> bool:  # type: ignore[override]
-        """Run episodes and leave in `windows` what `train` learns from, or None.
+        """Run episodes and store in `windows` what `train` learns from, or None.
 
         :return: False if the callback asked to stop
         """
@@ -112,12 +112,12 @@ class IterationLoop(PickleFreeSaving, OnPolicyAlgorithm):
         """Collect, label and update until `total_timesteps` environment steps were made, or after
         `max_iterations` collections and updates.
 
-        Steps are counted as in SB3, summed over environments; a chunk of actions is one. Those of
-        the groups that an iteration kept or discarded count, not what else was still running when
-        they were complete, or was lost with a worker. Unlike in SB3's `OnPolicyAlgorithm`, an
-        iteration's update is logged with its rollout, and the learning rate is that of the
-        iteration's beginning: an iteration has as many steps as its episodes take, so its end may
-        lie beyond `total_timesteps`.
+        Steps are counted as in SB3, summed over environments; a chunk of actions is one step. Only
+        steps of groups that an iteration kept or discarded count: not those of episodes that were
+        still running when these groups were complete, or that were lost with a worker. Unlike in
+        SB3's `OnPolicyAlgorithm`, an iteration's update is logged with its rollout, and the
+        learning rate is the one at the iteration's beginning. An iteration lasts until its episodes
+        end, so it may go beyond `total_timesteps`.
         """
         if not total_timesteps >= 0 or (max_iterations or 0) < 0:
             raise ValueError(

@@ -1,6 +1,6 @@
-"""From rewards to optimality labels: RLOO advantages, the three label sources, condition dropout.
+"""Computes RLOO advantages, optimality labels from three sources, and condition dropout.
 
-All are pure functions. A group is given as lists over its K episodes: `rewards[i]` float (T_i,),
+All functions are pure. A group is given as lists over its K episodes: `rewards[i]` float (T_i,),
 the reward of each control step, and `starts[i]` int (n_i,), the control steps at which its
 windows start.
 """
@@ -22,11 +22,11 @@ IntArray = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Labelling:
-    """How windows get their labels.
+    """Holds the settings by which windows get their labels.
 
-    :param source: of the advantages, see `window_advantages`
-    :param threshold: a window whose advantage reaches it is optimal
-    :param negatives: label of the others: "null" is ∅, "zero" is o = 0
+    :param source: how advantages are computed, see `window_advantages`
+    :param threshold: a window whose advantage reaches this is optimal
+    :param negatives: label of the windows that are not optimal: "null" is ∅, "zero" is o = 0
     """
 
     source: LabelSource
@@ -35,7 +35,7 @@ class Labelling:
 
 
 def rloo_advantages(returns: Any) -> Any:
-    """Leave-one-out advantages A_i = R_i - mean of the other K - 1 returns.
+    """Compute leave-one-out advantages A_i = R_i - mean of the other K - 1 returns.
 
     RLOO: Kool et al. 2019; Ahmadian et al. 2024 (arXiv 2402.14740), section 3.3.
 
@@ -57,12 +57,12 @@ def rloo_advantages(returns: Any) -> Any:
 def window_advantages(
     rewards: list[FloatArray], starts: list[IntArray], source: LabelSource, horizon: int
 ) -> list[FloatArray]:
-    """The advantage of every window of one group, (n_i,) for each episode.
+    """Compute the advantage of every window of one group, (n_i,) for each episode.
 
     - episode_rloo: the episode's own RLOO advantage.
     - window_rloo: reward-to-go from the window's start, minus the mean over the other episodes of
-      their reward-to-go at the same control step; an episode that has ended counts with the value
-      of its last window.
+      their reward-to-go at the same control step; an episode that has ended by then counts with the
+      value at its last window.
     - window_return: reward collected in [start, start + horizon), minus the mean over all windows
       of the group.
     """
@@ -78,7 +78,7 @@ def window_advantages(
 
         result = []
         for i, steps in enumerate(starts):
-            # (K, n_i), each column a small group of its own
+            # (K, n_i); each column is treated as a group of its own
             values = np.stack([value(j, steps) for j in range(len(rewards))])
             result.append(rloo_advantages(values.T)[:, i])
         return result
@@ -90,12 +90,12 @@ def window_advantages(
     return [c - baseline for c in collected]
 
 
-# Sums of rewards that are equal on paper differ by rounding: by less than this share of them.
+# Sums of rewards that would be equal in exact arithmetic differ by less than this share of them.
 ROUNDING = 1e-9
 
 
 def is_uniform(returns: FloatArray) -> bool:
-    """Whether all K returns of a group are equal, up to rounding: then it has nothing to teach."""
+    """Return whether a group's K returns are equal up to rounding, so that it teaches nothing."""
     return bool(np.ptp(returns) <= ROUNDING * np.abs(returns).max())
 
 
@@ -106,11 +106,11 @@ def label_group(
     horizon: int,
     labelling: Labelling,
 ) -> list[IntArray]:
-    """Optimality labels of the windows of one group, int64 (n_i,) for each episode.
+    """Compute the optimality labels of the windows of one group, int64 (n_i,) for each episode.
 
-    A window is optimal (1) where its advantage reaches the threshold, up to rounding, else ∅ (-1),
-    or 0 with `negatives="zero"`. In a uniform group all advantages are 0, and that rule alone would
-    call failures optimal: there a window's episode has to be a success, too.
+    A window is optimal (1) if its advantage reaches the threshold, up to rounding; else it gets ∅
+    (-1), or 0 with `negatives="zero"`. In a uniform group all advantages are 0, and that rule alone
+    would label failures optimal: there a window's episode must also be a success.
     """
     if is_uniform(np.array([r.sum() for r in rewards])):
         advantages = [np.zeros(len(s)) for s in starts]
@@ -129,11 +129,11 @@ def label_group(
 def draw_epoch(
     labels: torch.Tensor, positive_share: float | None, generator: torch.Generator
 ) -> torch.Tensor:
-    """Indices of the windows of one pass, int64 (n,), in random order.
+    """Draw the indices of the windows of one pass, int64 (n,), in random order.
 
     :param labels: int64 (n,)
-    :param positive_share: None: every window once. Else as many draws, this share of them optimal
-        windows (o = 1): of both kinds each comes once more only when all others have come
+    :param positive_share: None: every window once. Else n draws, of which this share are optimal
+        windows (o = 1); within each kind a window is repeated only after all others were drawn
     """
     count = len(labels)
     optimal = labels == POSITIVE
@@ -160,10 +160,10 @@ def draw_epoch(
 def drop_condition(
     labels: torch.Tensor, probability: float, generator: torch.Generator
 ) -> torch.Tensor:
-    """Labels int64 (batch,) in which each condition became ∅ with this probability.
+    """Replace each condition by ∅ with this probability; labels int64 (batch,).
 
-    Condition dropout of classifier-free guidance. Where there are negatives (0) they are dropped
-    at the same rate, so that ∅ sees all data (CFGRL, arXiv 2505.23458).
+    This is the condition dropout of classifier-free guidance. Negatives (0), if there are any, are
+    dropped at the same rate, so that ∅ sees all data (CFGRL, arXiv 2505.23458).
     """
     dropped = torch.rand(labels.shape, generator=generator) < probability
     return torch.where(dropped, NULL, labels)

@@ -1,4 +1,4 @@
-"""What an iteration reports, under SB3's names."""
+"""Computes the metrics of an iteration, under SB3's names."""
 
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -13,9 +13,9 @@ from cfgrl_gym.algorithms.windows import WindowBatch
 
 
 class EpisodeStatistics:
-    """What is counted of all finished iterations' episodes, and the recent successes of each task.
+    """Counts the episodes of all finished iterations, and keeps each task's recent successes.
 
-    :param window: how many episodes of a task count
+    :param window: number of a task's recent episodes that its success rate is computed from
     :param recent: successes of each task so far, the latest last
     """
 
@@ -26,7 +26,7 @@ class EpisodeStatistics:
         self.recent = {int(t): deque(done, window) for t, done in (recent or {}).items()}
 
     def add(self, episodes: Sequence[Episode]) -> None:
-        """Count the episodes, and the successes of those that have a task and report them."""
+        """Count the episodes, and record the success of those that have a task and report it."""
         self.num_episodes += len(episodes)
         self.num_control_steps += sum(len(episode.rewards) for episode in episodes)
         for episode in episodes:
@@ -35,18 +35,18 @@ class EpisodeStatistics:
                 self.recent.setdefault(task, deque(maxlen=self.window)).append(episode.success)
 
     def metrics(self) -> dict[str, float]:
-        """The counts and the success rate of each task, under the names they are logged with."""
+        """Return the counts and each task's success rate, under the names they are logged with."""
         counts = {"episodes": self.num_episodes, "control_steps": self.num_control_steps}
         rates = {f"success_rate/task_{task}": safe_mean(done) for task, done in self.recent.items()}
         return {f"rollout/{name}": value for name, value in (counts | rates).items()}
 
     def successes(self) -> dict[str, list[bool]]:
-        """The recent successes as JSON can hold them: what the constructor takes as `recent`."""
+        """Return the recent successes in JSON's types, as the constructor takes them (`recent`)."""
         return {str(task): list(done) for task, done in self.recent.items()}
 
 
 def rollout_metrics(collector: Collector, windows: WindowBatch | None) -> dict[str, float]:
-    """Groups, labels (before condition dropout) and speed of one collection."""
+    """Return the groups, labels (before condition dropout) and speed of one collection."""
     episodes, selection = collector.decided, collector.selection
     metrics: dict[str, float] = {
         "rollout/groups_kept": len(selection.kept),
@@ -65,24 +65,24 @@ def rollout_metrics(collector: Collector, windows: WindowBatch | None) -> dict[s
     return metrics
 
 
-MAX_SKIPPED_STEPS = 10  # in a row: then it isn't an outlier
+MAX_SKIPPED_STEPS = 10  # in a row: too many to be outliers
 
 
 class UpdateMetrics:
-    """Means over one update, of all samples each time they were used."""
+    """Averages metrics over one update; a sample counts each time it is used."""
 
     def __init__(self, skipped_in_a_row: int = 0) -> None:
         self.skipped_steps = 0
-        self.skipped_in_a_row = skipped_in_a_row  # up to now, over updates
+        self.skipped_in_a_row = skipped_in_a_row  # up to now, across updates
         self.losses: list[Tensor] = []
         self.labels: list[Tensor] = []
         self.dropped: list[Tensor] = []
         self.grad_norms: list[float] = []
 
     def is_sound(self, losses: Tensor, grad_norm: Tensor) -> bool:
-        """Whether an optimizer step may be made; one that may not is counted.
+        """Return whether loss and gradient are finite; count the step as skipped if they aren't.
 
-        :raises NonFiniteError: it is the last of too many in a row
+        :raises NonFiniteError: too many steps in a row were skipped
         """
         if bool(losses.isfinite().all()) and bool(grad_norm.isfinite()):
             self.skipped_in_a_row = 0
@@ -99,16 +99,16 @@ class UpdateMetrics:
         return False
 
     def add(self, losses: Tensor, grad_norm: Tensor, labels: Tensor, dropped: Tensor) -> None:
-        """One optimizer step: losses (batch,), norm of their mean's gradient, labels before and
-        after condition dropout, int64 (batch,)."""
+        """Add one optimizer step: losses (batch,), norm of their mean's gradient, and labels before
+        and after condition dropout, int64 (batch,)."""
         self.losses.append(losses.float().cpu())
         self.grad_norms.append(grad_norm.item())
         self.labels.append(labels)
         self.dropped.append(dropped)
 
     def summary(self) -> dict[str, float]:
-        """Loss in total and by branch, conditions and how many were dropped, gradient norm; the
-        count of skipped steps, which is all where every one was."""
+        """Return the loss in total and by branch, the number of conditions and of dropped ones, the
+        gradient norm and the number of skipped steps; only the last if all steps were skipped."""
         if not self.losses:
             return {"train/skipped_steps": self.skipped_steps}
         loss, labels, dropped = map(torch.cat, (self.losses, self.labels, self.dropped))

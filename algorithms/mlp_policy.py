@@ -1,4 +1,4 @@
-"""`MlpPolicy`: a small flow-matching policy for vector observations."""
+"""Implements `MlpPolicy`, a small flow-matching policy for vector observations."""
 
 import math
 from itertools import pairwise
@@ -17,16 +17,16 @@ from cfgrl_gym.envs.arguments import is_int
 
 # Periods of the time features, log-spaced as openpi's posemb_sincos has them.
 MIN_PERIOD, MAX_PERIOD, NUM_PERIODS = 4e-3, 4.0, 16
-CONDITION_STD = 0.02  # of the initial condition embedding: small, but not a dead branch
+CONDITION_STD = 0.02  # of the initial condition embedding: small, but not zero
 
 
 class MlpPolicy(FlowPolicy):
-    """Flow matching with a multi-layer perceptron over [observation, noisy chunk, time].
+    """Predicts velocities with a multi-layer perceptron over [observation, noisy chunk, time].
 
     The horizon is the chunk of the action space; actions are scaled from the Box to [-1, 1].
     o = 1 (and o = 0) add a learned vector to the first hidden layer; ∅ adds nothing.
 
-    :param observation_space: a Box of numbers, flattened; taken as it is, not normalised
+    :param observation_space: a Box of numbers; observations are flattened, but not normalised
     :param action_space: a Box (action_dim,) or (chunk, action_dim) with finite bounds
     :param lr_schedule: learning rate as a function of the progress remaining
     :param net_arch: widths of the hidden layers
@@ -87,22 +87,22 @@ class MlpPolicy(FlowPolicy):
         self.start_average()
 
     def encode_observation(self, obs: Observation, *, skip_prefix: bool = False) -> Inputs:
-        """Observation (batch, ...) to {"obs": float32 (batch, obs_dim)}."""
+        """Convert observations (batch, ...) to {"obs": float32 (batch, obs_dim)}."""
         vector = torch.as_tensor(cast(Any, obs), dtype=torch.float32, device=self.device)
         return {"obs": vector.flatten(1)}
 
     def encode_actions(self, inputs: Inputs, actions: Tensor) -> Tensor:
-        """Scale the Box to [-1, 1]; (batch, H, action_dim) both ways."""
+        """Scale actions (batch, H, action_dim) from the Box to [-1, 1]."""
         return 2 * (actions.to(self.device) - self.low) / (self.high - self.low) - 1
 
     def decode_actions(self, inputs: Inputs, model_actions: Tensor) -> Tensor:
-        """The inverse of `encode_actions`, not clipped."""
+        """Scale actions back from [-1, 1] to the Box, without clipping."""
         return self.low + (model_actions + 1) / 2 * (self.high - self.low)
 
     def velocity(
         self, inputs: Inputs, x_t: Tensor, t: Tensor, labels: Tensor, prefix: Any = None
     ) -> Tensor:
-        """Conditional velocity, (batch, horizon, action_width)."""
+        """Compute the conditional velocity, (batch, horizon, action_width)."""
         angles = 2 * math.pi * t[:, None] / self.periods  # (batch, NUM_PERIODS)
         features = torch.cat([inputs["obs"], x_t.flatten(1), angles.sin(), angles.cos()], -1)
         condition = self.condition[labels.clamp(min=0)]  # (batch, hidden)

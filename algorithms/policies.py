@@ -1,8 +1,8 @@
-"""What CFGRL asks of a policy: a conditional velocity field over action chunks.
+"""Defines what CFGRL asks of a policy: a conditional velocity field over action chunks.
 
-`FlowPolicy` is an SB3 `BasePolicy`. It owns sampling, guidance and the flow-matching loss;
-a subclass brings the network (`velocity`), what can be computed once for all denoising steps
-(`encode_prefix`), and the maps between the environment's and the model's spaces.
+`FlowPolicy` is an SB3 `BasePolicy`. It implements sampling, guidance and the flow-matching loss;
+a subclass implements the network (`velocity`), the prefix that is computed once for all denoising
+steps (`encode_prefix`), and the maps between the environment's and the model's spaces.
 """
 
 import os
@@ -39,11 +39,11 @@ SelfPolicy = TypeVar("SelfPolicy", bound="FlowPolicy")
 PrefixRow = dict[str, Tensor]  # what `encode_prefix` gave for one sample, batch size 1
 Guidance = Literal["velocity", "action"]
 CFG_SCALE_VARIABLE = "PI0_CFG_SCALE"
-DETERMINISTIC_SEED = 0  # predict(deterministic=True) starts every chunk from this one noise
+DETERMINISTIC_SEED = 0  # predict(deterministic=True) starts every chunk from this seed's noise
 
 
 def default_cfg_scale() -> float:
-    """1.0, or what the environment variable PI0_CFG_SCALE says."""
+    """Return the environment variable PI0_CFG_SCALE, or 1.0 if it is not set."""
     text = os.environ.get(CFG_SCALE_VARIABLE, "1.0")
     try:
         return float(text)
@@ -52,7 +52,7 @@ def default_cfg_scale() -> float:
 
 
 def forced_label() -> int | None:
-    """The branch that PI0_IS_POSITIVE ∈ {0, 1, none} forces; None when the variable is not set."""
+    """Return the branch that PI0_IS_POSITIVE ∈ {0, 1, none} forces; None if it is not set."""
     text = os.environ.get("PI0_IS_POSITIVE")
     if text is None:
         return None
@@ -63,8 +63,8 @@ def forced_label() -> int | None:
 
 
 class Acted(NamedTuple):
-    """What a policy sampled: model_actions (batch, horizon, action_width), actions (batch, chunk,
-    action_dim) within the action space, and the prefix they were sampled from."""
+    """Holds what a policy sampled: model_actions (batch, horizon, action_width), actions (batch,
+    chunk, action_dim) within the action space, and the prefix they were sampled from."""
 
     model_actions: Tensor
     actions: Tensor
@@ -72,7 +72,7 @@ class Acted(NamedTuple):
 
 
 class UpdatePlan(NamedTuple):
-    """How an update fits the device: batch_size, windows of one forward pass; needed, bytes for it
+    """Says how an update fits the device: batch_size, windows per forward pass; needed, its bytes
     (None: not known); room, bytes left there for keeping prefixes."""
 
     batch_size: int
@@ -81,22 +81,22 @@ class UpdatePlan(NamedTuple):
 
 
 class FlowPolicy(BasePolicy):
-    """Base of the policies that CFGRL trains.
+    """Serves as the base class of the policies that CFGRL trains.
 
     :param horizon: H, action steps that the model predicts
     :param action_width: width of a model-space action (padded)
-    :param cfg_scale: w of guidance; `policy.cfg_scale` may be changed at any time. None: 1.0, or
-        the environment variable PI0_CFG_SCALE
+    :param cfg_scale: w, the guidance scale; `policy.cfg_scale` may be changed at any time. None:
+        the environment variable PI0_CFG_SCALE, or 1.0 if it is not set
     :param num_inference_steps: Euler steps of the sampler, 1 to 10,000
     :param guidance: "velocity" guides every denoising step; "action" combines two finished chunks
-    :param ema_decay: act with an exponential moving average of the trained weights, of this decay
-        an optimizer step; None: with the weights themselves
+    :param ema_decay: act with an exponential moving average of the trained weights that decays by
+        this factor each optimizer step; None: act with the weights themselves
     """
 
-    # Dataclasses among the constructor's arguments: what a saved model may name beside JSON.
+    # Dataclasses that a saved model may contain besides JSON values, as constructor arguments.
     saved_types: ClassVar[tuple[type, ...]] = ()
     default_learning_rate = 3e-4  # of `CFGRL`, where none is given
-    # Whether training leaves the prefix as it is, so that one computed before may be used again.
+    # Whether training leaves the prefix unchanged, so that one computed earlier may be used again.
     frozen_prefix = False
 
     def __init__(
@@ -139,63 +139,63 @@ class FlowPolicy(BasePolicy):
                 f"{horizon}; make the environment with chunk_size <= {horizon}"
             )
 
-    # What a subclass brings -------------------------------------------------------------------
+    # What a subclass implements ---------------------------------------------------------------
 
     @abstractmethod
     def encode_observation(self, obs: Observation, *, skip_prefix: bool = False) -> Inputs:
-        """Batched observation, as the environment gives it, to model inputs (batch first).
+        """Convert an observation, batched as the environment gives it, to inputs (batch first).
 
-        :param skip_prefix: leave out what only `encode_prefix` reads
+        :param skip_prefix: leave out the inputs that only `encode_prefix` reads
         """
 
     @abstractmethod
     def velocity(
         self, inputs: Inputs, x_t: Tensor, t: Tensor, labels: Tensor, prefix: Any = None
     ) -> Tensor:
-        """Conditional velocity, (batch, horizon, action_width).
+        """Compute the conditional velocity, (batch, horizon, action_width).
 
         :param labels: int64 (batch,): NULL (-1), 0 or 1
-        :param prefix: what `encode_prefix` gave for these inputs; None computes it here
+        :param prefix: what `encode_prefix` returned for these inputs; None computes it here
         """
 
     @abstractmethod
     def encode_actions(self, inputs: Inputs, actions: Tensor) -> Tensor:
-        """Environment actions (batch, H, action_dim) to model space (batch, H, action_width)."""
+        """Convert actions (batch, H, action_dim) to model space (batch, H, action_width)."""
 
     @abstractmethod
     def decode_actions(self, inputs: Inputs, model_actions: Tensor) -> Tensor:
-        """The inverse of `encode_actions`: (batch, H, action_dim), not clipped to the Box."""
+        """Invert `encode_actions`, giving (batch, H, action_dim) not clipped to the Box."""
 
     def encode_prefix(self, inputs: Inputs) -> Any:
-        """What is shared by both branches and all denoising steps; None where nothing is."""
+        """Compute the prefix that both branches and all denoising steps share, or return None."""
         return None
 
     def split_prefix(self, prefix: Any) -> list[PrefixRow]:
-        """A prefix sample by sample, to be kept; only asked of a policy with `frozen_prefix`."""
+        """Split a prefix into its samples, to be kept; only called if `frozen_prefix` is true."""
         raise NotImplementedError
 
     def join_prefix(self, rows: Sequence[PrefixRow]) -> Any:
-        """The inverse of `split_prefix`."""
+        """Join the samples that `split_prefix` made into one prefix."""
         raise NotImplementedError
 
     def velocities(
         self, inputs: Inputs, x_t: Tensor, t: Tensor, branches: tuple[int, ...], prefix: Any
     ) -> tuple[Tensor, ...]:
-        """The velocity under each of these labels, for all rows."""
+        """Compute the velocity of all rows under each of these labels."""
         return tuple(
             self.velocity(inputs, x_t, t, self._labels(x_t.shape[0], label), prefix)
             for label in branches
         )
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """Precision of acting and of the loss; here that of the weights."""
+        """Return a context with the precision of acting and of the loss; here the weights' own."""
         return nullcontext()
 
     # Sampling ---------------------------------------------------------------------------------
 
     @contextmanager
     def acting(self) -> Iterator[None]:
-        """Have the weights and layers that act, whatever the mode: see `set_training_mode`."""
+        """Switch to the mode for acting inside the block; see `set_training_mode`."""
         training = self.training
         if training:
             self.set_training_mode(False)
@@ -214,7 +214,7 @@ class FlowPolicy(BasePolicy):
     def predict_velocity(
         self, obs: Observation, x_t: Tensor, t: Tensor, is_positive: int | Tensor | None = None
     ) -> Tensor:
-        """Model-space velocity of one branch.
+        """Compute the model-space velocity of one branch.
 
         :param obs: batched observation as the environment gives it
         :param x_t: (batch, horizon, action_width)
@@ -232,7 +232,7 @@ class FlowPolicy(BasePolicy):
             return self.velocities(inputs, x_t, t, (label,), prefix)[0].float()
 
     def _sample(self, inputs: Inputs, prefix: Any, noise: Tensor, cfg_scale: float) -> Tensor:
-        """Integrate the guided flow from `noise`; returns model-space actions."""
+        """Integrate the guided flow from `noise` and return model-space actions."""
 
         def integrate(branches: tuple[int, ...]) -> Tensor:
             def field(x: Tensor, t: Tensor) -> Tensor:
@@ -243,7 +243,7 @@ class FlowPolicy(BasePolicy):
 
             return euler(field, noise, self.num_inference_steps)
 
-        # w = 1 is the v_1 branch and w = 0 the v_∅ branch: one branch instead of two.
+        # With w = 1 only the v_1 branch is needed, with w = 0 only the v_∅ branch.
         forced = forced_label()
         single = forced if forced is not None else {1.0: POSITIVE, 0.0: NULL}.get(cfg_scale)
         if single is not None:
@@ -261,12 +261,12 @@ class FlowPolicy(BasePolicy):
         cfg_scale: float | None = None,
         generator: torch.Generator | None = None,
     ) -> Acted:
-        """Sample chunks.
+        """Sample a chunk of actions for each observation.
 
         :param obs: batched observation as the environment gives it
         :param noise: (batch, horizon, action_width); None draws it from `generator`
         :param cfg_scale: w; None: the policy's own
-        :raises NonFiniteError: for an observation or weights that aren't finite
+        :raises NonFiniteError: an observation or the weights aren't finite
         """
         inputs = self.encode_observation(obs)
         batch = next(iter(inputs.values())).shape[0]
@@ -290,7 +290,7 @@ class FlowPolicy(BasePolicy):
     def sample_actions(
         self, obs: Observation, noise: Tensor | None = None, cfg_scale: float | None = None
     ) -> Tensor:
-        """Environment-space actions (batch, chunk, action_dim) for a batched observation."""
+        """Sample environment-space actions (batch, chunk, action_dim) for a batched observation."""
         return self.act(obs, noise=noise, cfg_scale=cfg_scale).actions
 
     @torch.no_grad()
@@ -302,11 +302,11 @@ class FlowPolicy(BasePolicy):
         noise: Tensor,
         prefix: Any = None,
     ) -> Tensor:
-        """Root mean square of v_1 - v_∅ at x_t for each sample, (batch,): how far they differ.
+        """Compute how far the branches differ: the root mean square of v_1 - v_∅ at x_t, (batch,).
 
         :param model_actions: (batch, horizon, action_width)
         :param t: and `noise`: see `draw_flow`
-        :param prefix: of these observations, where it is known
+        :param prefix: the prefix of these observations, if it is known
         """
         inputs = self.encode_observation(obs, skip_prefix=prefix is not None)
         with self.acting(), self.autocast():
@@ -320,7 +320,7 @@ class FlowPolicy(BasePolicy):
     # Training ---------------------------------------------------------------------------------
 
     def draw_flow(self, batch: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-        """Training times (batch,) and noise (batch, horizon, action_width), float32."""
+        """Draw training times (batch,) and noise (batch, horizon, action_width), float32."""
         source = self.device if generator is None else generator.device
         t = sample_time(batch, generator, source)
         return t, sample_noise((batch, self.horizon, self.action_width), generator, source)
@@ -335,13 +335,13 @@ class FlowPolicy(BasePolicy):
         noise: Tensor,
         prefix: Any = None,
     ) -> Tensor:
-        """Flow-matching loss of each sample, (batch,) float32: one forward pass, no weights.
+        """Compute the unweighted flow-matching loss of each sample, (batch,) float32, in one pass.
 
         :param model_actions: (batch, horizon, action_width)
         :param is_pad: bool (batch, horizon)
-        :param labels: int64 (batch,), condition dropout already applied
+        :param labels: int64 (batch,), after condition dropout
         :param t: and `noise`: see `draw_flow`
-        :param prefix: of these observations, where it is known
+        :param prefix: the prefix of these observations, if it is known
         """
         inputs = self.encode_observation(obs, skip_prefix=prefix is not None)
         actions, is_pad, labels, t, noise = (
@@ -352,16 +352,16 @@ class FlowPolicy(BasePolicy):
         return masked_mse(v.float(), noise - actions, is_pad, self.action_dim)
 
     def plan_update(self, batch_size: int, free: int) -> UpdatePlan:
-        """How an update fits the device; here nothing is known of that.
+        """Plan how an update fits the device; this base class makes no estimate.
 
-        :param batch_size: windows of one forward pass, as asked for
-        :param free: bytes for weights, gradients, optimizer and all else
+        :param batch_size: requested windows per forward pass
+        :param free: bytes for weights, gradients, optimizer and everything else
         :raises MemoryError: not even one window fits
         """
         return UpdatePlan(batch_size, needed=None, room=0)
 
     def start_average(self) -> None:
-        """Begin the average of the weights that train now, where `ema_decay` asks for one.
+        """Start the average of the weights that train now, if `ema_decay` is set.
 
         A subclass calls this at the end of its constructor.
         """
@@ -369,13 +369,13 @@ class FlowPolicy(BasePolicy):
             self.average = WeightAverage(self, self.ema_decay)
 
     def after_optimizer_step(self) -> None:
-        """To be called after each step of the optimizer, in training mode."""
+        """Update the average; to be called after each optimizer step, in training mode."""
         if self.average is not None:
             self.average.update()
 
     def set_training_mode(self, mode: bool) -> None:
-        """Training or acting: dropout and the like, and which weights are in, the optimizer's or
-        their average."""
+        """Switch between training and acting, which affects layers such as dropout, and whether the
+        policy has the optimizer's weights or their average."""
         super().set_training_mode(mode)
         if self.average is not None:
             self.average.set_in_use(not mode)
@@ -383,20 +383,20 @@ class FlowPolicy(BasePolicy):
     # SB3 --------------------------------------------------------------------------------------
 
     def get_extra_state(self) -> Tensor:
-        """`cfg_scale`, which is saved with the weights."""
+        """Return `cfg_scale`, which is saved with the weights."""
         return torch.tensor(self.cfg_scale, dtype=torch.float64)
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Restore `cfg_scale`, unless PI0_CFG_SCALE says otherwise."""
+        """Restore `cfg_scale`, unless PI0_CFG_SCALE overrides it."""
         if CFG_SCALE_VARIABLE not in os.environ:
             self.cfg_scale = float(state)
 
     def state_to_save(self) -> dict[str, Any]:
-        """The state dict, without what `constructor_arguments` restores from elsewhere."""
+        """Return the state dict, without what `constructor_arguments` restores from elsewhere."""
         return self.state_dict()
 
     def complete_state(self, state: dict[str, Any]) -> dict[str, Any]:
-        """What `state_to_save` gave, with what it left out, as this policy has it."""
+        """Complete what `state_to_save` returned with what it left out, taken from this policy."""
         return state
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
@@ -412,7 +412,7 @@ class FlowPolicy(BasePolicy):
         }
 
     def constructor_arguments(self) -> dict[str, Any]:
-        """What rebuilds this policy, beside spaces and learning rate, to load its state into."""
+        """Return the arguments that, with spaces and learning rate, rebuild this policy."""
         arguments = self._get_constructor_parameters()
         for name in ("observation_space", "action_space", "lr_schedule"):
             arguments.pop(name, None)
@@ -426,10 +426,11 @@ class FlowPolicy(BasePolicy):
         *,
         trusted: bool = False,
     ) -> SelfPolicy:
-        """SB3's `load`, of what `policy.save` wrote: a pickle, which can run code.
+        """Load what SB3's `policy.save` wrote: a pickle, which can run code.
 
-        :param trusted: whether it may; `CFGRL.load` and `save_pretrained` need no such trust
-        :raises ValueError: it may not
+        :param trusted: True if the file may run code; `CFGRL.load` and checkpoints that
+            `save_pretrained` wrote never do
+        :raises ValueError: `trusted` is false
         """
         if not trusted:
             raise ValueError(

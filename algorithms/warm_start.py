@@ -1,4 +1,4 @@
-"""Supervised warm start: flow matching on demonstrations, as o = 1 with condition dropout."""
+"""Warm-starts a policy by flow matching on demonstrations, as o = 1 with condition dropout."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -25,16 +25,17 @@ from cfgrl_gym.wrappers.transforms import resize_with_pad, to_delta
 
 @dataclass(frozen=True)
 class WarmStartConfig:
-    """How a policy is fitted to demonstrations.
+    """Holds the settings with which a policy is fitted to demonstrations.
 
     :param steps: optimizer steps
     :param batch_size: windows in each step
-    :param learning_rate: peak; it rises over the first 5% of the steps and falls to a tenth
+    :param learning_rate: peak learning rate, reached after the first 5% of the steps; it then falls
+        to a tenth
     :param window_stride: control steps between the windows that are cut from a demonstration; only
-        steps whose images were drawn are used
+        steps whose images were rendered are used
     :param dropout_prob: share of the samples whose condition is dropped, so that ∅ is learned too
     :param max_grad_norm: gradients are clipped to this norm
-    :param seed: of the batches, the noise and the dropout
+    :param seed: seed of the batches, the noise and the dropout
     """
 
     steps: int = 3000
@@ -49,15 +50,15 @@ class WarmStartConfig:
 def demonstration_stats(
     demonstrations: Sequence[Demonstration], *, horizon: int, delta: bool, std_floor: float
 ) -> NormStats:
-    """Normalisation statistics of demonstrations, of the actions as the model sees them.
+    """Compute normalisation statistics of demonstrations, with actions as the model sees them.
 
-    As openpi computes them (`scripts/compute_norm_stats.py`), actions are those of all windows,
-    one starting at every step; steps beyond the end of a demonstration don't count.
+    As in openpi (`scripts/compute_norm_stats.py`), the actions are those of all windows, one of
+    which starts at every step; steps beyond the end of a demonstration don't count.
 
     :param horizon: steps of a window
     :param delta: actions are relative to the window's first state in the first 6 dimensions
-    :param std_floor: least standard deviation, so that a dimension that hardly varies in the
-        demonstrations doesn't explode outside them
+    :param std_floor: smallest standard deviation, so that a dimension that hardly varies in the
+        demonstrations doesn't become huge when normalised elsewhere
     """
     states = np.concatenate([demo.state for demo in demonstrations])
     actions = []
@@ -72,7 +73,7 @@ def demonstration_stats(
 def demonstration_windows(
     policy: Pi0Policy, demonstrations: Sequence[Demonstration], stride: int
 ) -> WindowBatch:
-    """Windows of `policy.horizon` steps, all labelled o = 1, images at the model's own size."""
+    """Cut windows of `policy.horizon` steps, labelled o = 1, with images in the model's size."""
     size = policy.image_size
     parts: dict[str, list[np.ndarray]] = {}
     actions, pads = [], []
@@ -113,7 +114,7 @@ def warm_start(
     config: WarmStartConfig,
     on_step: Callable[[int, float], None] = lambda step, loss: None,
 ) -> list[float]:
-    """Fit the policy; returns the loss of every step.
+    """Fit the policy to demonstrations and return the loss of every step.
 
     :param on_step: called with (steps done, loss)
     :raises ValueError: no demonstrations
@@ -154,7 +155,7 @@ def warm_start(
 
 
 def _schedule(step: int, steps: int) -> float:
-    """Linear rise over the first 5%, then a cosine down to a tenth."""
+    """Return the learning rate's factor: linear over the first 5%, then a cosine to a tenth."""
     warmup = max(1, steps // 20)
     if step < warmup:
         return (step + 1) / warmup

@@ -1,4 +1,4 @@
-"""An exponential moving average of a policy's trained weights, which acts in their place."""
+"""Keeps an exponential moving average of a policy's trained weights, which acts in their place."""
 
 from typing import Any
 
@@ -8,19 +8,20 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 
 class WeightAverage(nn.Module):
-    """Holds, of every trained parameter, the copy that isn't in use: the average while the
-    optimizer works, the optimizer's weights while the average acts.
+    """Holds the copy of every trained parameter that isn't in use: the average while the optimizer
+    works, the optimizer's weights while the average acts.
 
-    Until the first step the average is what the weights are, also where these are changed after
-    the constructor. Values are exchanged in place, so that optimizers, compiled code and CUDA
-    graphs keep their tensors. The copies are buffers: saved and loaded with the policy, with which
-    of the two is in.
+    Until the first step the average equals the weights, even if these are changed after the
+    constructor. Values are exchanged in place, so that optimizers, compiled code and CUDA graphs
+    keep their tensors. The copies are buffers: they are saved and loaded with the policy, together
+    with a flag for which of the two it has.
 
-    :param policy: its parameters that require a gradient are averaged, from their values now on
-    :param decay: of the average, an optimizer step
+    :param policy: its parameters that require a gradient are averaged, beginning with their values
+        now
+    :param decay: factor by which the average decays in each optimizer step
     """
 
-    in_use: Tensor  # bool: the average is in the policy, the optimizer's weights are here
+    in_use: Tensor  # bool: the policy has the average, and the optimizer's weights are here
 
     def __init__(self, policy: nn.Module, decay: float) -> None:
         super().__init__()
@@ -39,9 +40,9 @@ class WeightAverage(nn.Module):
 
     @torch.no_grad()
     def update(self) -> None:
-        """Draw the average towards the optimizer's weights.
+        """Move the average towards the optimizer's weights.
 
-        :raises RuntimeError: the average itself is in use
+        :raises RuntimeError: the policy has the average instead of the optimizer's weights
         """
         if self.in_use:
             raise RuntimeError("weights are averaged in training mode: set_training_mode(True)")
@@ -51,7 +52,7 @@ class WeightAverage(nn.Module):
 
     @torch.no_grad()
     def set_in_use(self, average: bool) -> None:
-        """Have the average in the policy, or the optimizer's weights."""
+        """Give the policy the average, or else the optimizer's weights."""
         if bool(self.in_use) == average:
             return
         for parameter, copy in zip(self._parameters_of_policy, self._copies, strict=True):

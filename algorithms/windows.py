@@ -1,4 +1,4 @@
-"""Cutting episodes into labelled windows: what one sample of the flow-matching loss is made of."""
+"""Cuts episodes into labelled windows, each one sample of the flow-matching loss."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,16 +13,16 @@ from cfgrl_gym.algorithms.collector import Chunk, Episode, Row, stack
 from cfgrl_gym.algorithms.labels import Labelling, label_group
 from cfgrl_gym.algorithms.policies import FlowPolicy
 
-# Batched observations and environment actions (n, H, action_dim) to model space (n, H, width).
+# (batched observations, environment actions (n, H, action_dim)) -> model space (n, H, width)
 Encode = Callable[[Any, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class Window:
-    """H action steps that follow an observation.
+    """Holds an observation and the H action steps that follow it.
 
-    Steps that were never executed are padding. They hold what was sampled where there is such a
-    sample, else the last executed action again: the network sees them, the loss does not.
+    Steps that were never executed are padding. They hold the sampled action where there is one,
+    else a copy of the last executed action: the network sees them, the loss does not.
     """
 
     observation: Row
@@ -34,7 +34,7 @@ class Window:
 
 @dataclass(frozen=True)
 class WindowBatch:
-    """Windows with their labels, on the CPU."""
+    """Holds windows with their labels, on the CPU."""
 
     observations: Any  # (batch, ...) array or dictionary of arrays
     model_actions: Tensor  # float32 (batch, horizon, action_width)
@@ -44,14 +44,14 @@ class WindowBatch:
 
     @property
     def samples(self) -> tuple[Any, Tensor, Tensor, Tensor]:
-        """The first four fields, in the order of `FlowPolicy.flow_matching_loss`."""
+        """Return the first four fields, in the order of `FlowPolicy.flow_matching_loss`."""
         return self.observations, self.model_actions, self.action_is_pad, self.labels
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, indices: Tensor) -> "WindowBatch":
-        """The samples at these indices, int64 (n,)."""
+        """Return the samples at these indices, int64 (n,)."""
         rows = indices.numpy()
         return WindowBatch(
             {key: value[rows] for key, value in self.observations.items()}
@@ -65,7 +65,7 @@ class WindowBatch:
 
 
 def batch_windows(windows: list[Window], labels: NDArray[np.int64]) -> WindowBatch:
-    """Stack windows, in their order."""
+    """Stack windows and their labels into a batch, in their order."""
     return WindowBatch(
         stack([window.observation for window in windows]),
         torch.from_numpy(np.stack([window.model_actions for window in windows])),
@@ -76,7 +76,7 @@ def batch_windows(windows: list[Window], labels: NDArray[np.int64]) -> WindowBat
 
 
 def join_windows(batches: Sequence[WindowBatch]) -> WindowBatch:
-    """All the windows of several batches, in their order."""
+    """Join the windows of several batches, in their order."""
     if len(batches) == 1:
         return batches[0]
     observations = [batch.observations for batch in batches]
@@ -92,21 +92,21 @@ def join_windows(batches: Sequence[WindowBatch]) -> WindowBatch:
 
 
 class Replay:
-    """The windows of earlier iterations, which an update learns from beside its own iteration's."""
+    """Keeps the windows of earlier iterations, which an update uses besides those of its own."""
 
     def __init__(self) -> None:
         self.batches: list[WindowBatch] = []  # of each iteration, the newest one last
 
     def last(self, iterations: int) -> list[WindowBatch]:
-        """The windows of so many iterations, the newest one last."""
+        """Return the windows of this many iterations, the newest one last."""
         return self.batches[-iterations:] if iterations else []
 
     def keep_last(self, iterations: int) -> None:
-        """Free those of all iterations before."""
+        """Drop all windows but those of this many latest iterations."""
         self.batches = self.last(iterations)
 
     def add(self, windows: WindowBatch) -> WindowBatch:
-        """Add an iteration's windows; gives all that there are."""
+        """Add an iteration's windows and return all that are kept."""
         self.batches.append(windows)
         return join_windows(self.batches)
 
@@ -114,9 +114,9 @@ class Replay:
 def label_windows(
     groups: Sequence[Sequence[Episode]], policy: FlowPolicy, stride: int, labelling: Labelling
 ) -> WindowBatch | None:
-    """The windows of these groups with their labels, group by group; None without any group.
+    """Cut and label the windows of these groups, group by group; None if there is no group.
 
-    :param groups: the K finished episodes of each
+    :param groups: the K finished episodes of each group
     :param stride: control steps between windows, see `cut_windows`
     """
 
@@ -152,14 +152,15 @@ def label_windows(
 def cut_windows(
     episode: Episode, *, horizon: int, chunk_size: int, stride: int, encode: Encode
 ) -> list[Window]:
-    """The windows of an episode, in order of time.
+    """Cut the windows of an episode, in order of time.
 
-    One at every chunk's start (every `stride / chunk_size`-th where the stride is longer than a
-    chunk) and, with a shorter stride, one at each of its multiples inside a chunk. At a chunk's
-    start the chunk's targets are the model-space actions that were sampled; all other targets
-    are the executed environment actions, encoded with the window's own observation.
+    A window begins at every chunk's start (at every `stride / chunk_size`-th chunk if the stride is
+    longer than a chunk); with a shorter stride, also at each multiple of it inside a chunk. In a
+    window at a chunk's start, that chunk's targets are the model-space actions that were sampled;
+    all other targets are the executed environment actions, encoded with the window's own
+    observation.
 
-    :raises ValueError: where a window needs an observation inside a chunk that was not given
+    :raises ValueError: a window needs an observation inside a chunk that wasn't returned
     """
     executed = np.concatenate([chunk.actions for chunk in episode.chunks])  # (T, action_dim)
     every = max(1, stride // chunk_size)

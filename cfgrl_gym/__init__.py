@@ -1,7 +1,7 @@
-"""CFGRL for PI0 on LIBERO: Gymnasium environments and an SB3-style algorithm.
+"""Provides CFGRL for PI0 on LIBERO: Gymnasium environments and an SB3-style algorithm.
 
-Importing the package registers `Libero-v0` and `LiberoChunked-v0` and stays light:
-torch, transformers and robosuite are imported when first needed.
+Importing the package registers `Libero-v0` and `LiberoChunked-v0`. It is fast, because torch,
+transformers and robosuite are imported when first needed.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 __all__ = ["CFGRL", "MlpPolicy", "Pi0Policy", "ThreadVecEnv", "WorkerVecEnv", "__version__"]
 
-# The environments count their own steps (their limit is in control steps, a chunk is many),
-# so Gymnasium's TimeLimit stays out.
+# The environments count their own steps (their limit is in control steps, and a chunk has many),
+# so Gymnasium's TimeLimit is not used.
 _LIMIT = WrapperSpec("limit_control_steps", "cfgrl_gym.envs.libero:limit_control_steps", {})
 register(
     id="Libero-v0",

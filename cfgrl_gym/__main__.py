@@ -1,9 +1,9 @@
-"""`python -m cfgrl_gym` is `cfgrl`."""
+"""Runs `cfgrl` as `python -m cfgrl_gym`."""
 
 import sys
 
 from cfgrl_gym.cli import main
 
-# Worker processes import this module again: they must not run it.
+# Worker processes import this module again, and must not run the command.
 if __name__ == "__main__":
     sys.exit(main())

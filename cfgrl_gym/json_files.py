@@ -1,4 +1,4 @@
-"""JSON files that may be anything: damaged, or somebody else's."""
+"""Reads JSON files that may be damaged or hold something unexpected."""
 
 import json
 from pathlib import Path, PureWindowsPath
@@ -6,10 +6,10 @@ from typing import Any
 
 
 def read_json_object(path: Path, remedy: str = "download it again") -> dict[str, Any]:
-    """The object in a JSON file.
+    """Read the object in a JSON file.
 
-    :param remedy: what to do about a damaged one, for the error message
-    :raises ValueError: not JSON, or no object
+    :param remedy: what to do about a damaged file, for the error message
+    :raises ValueError: it isn't JSON, or not an object
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -21,13 +21,13 @@ def read_json_object(path: Path, remedy: str = "download it again") -> dict[str,
 
 
 def named_file(folder: Path, name: Any, named_in: str) -> Path:
-    """The file in a folder that another file there names.
+    """Return the path of a file in a folder, as named by another file there.
 
-    Only the name is judged: links in the folder itself, as the hub's cache is made of, are
+    Only the name is checked: links in the folder itself, of which the hub's cache consists, are
     followed wherever they lead.
 
     :param named_in: the file that names it, for the error message
-    :raises ValueError: the name leads out of the folder, or is none
+    :raises ValueError: the name leads out of the folder, or isn't a file name
     """
     if not isinstance(name, str) or not name.strip("./") or not name.isprintable():
         raise ValueError(f"'{folder / named_in}' names {name!r:.100}, which is no file's name")

@@ -1,4 +1,4 @@
-"""Files and folders that are there whole or not at all, and files known by their hash."""
+"""Writes files and folders that appear complete or not at all, and computes files' hashes."""
 
 import contextlib
 import glob
@@ -10,11 +10,11 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
-LEFT_OVER_AFTER = 3600  # seconds: an unfinished file this old is of a process that was killed
+LEFT_OVER_AFTER = 3600  # seconds: an older unfinished file was left by a process that was killed
 
 
 def sha256(file: Path) -> str:
-    """Hexadecimal SHA-256 of a file."""
+    """Compute the hexadecimal SHA-256 of a file."""
     digest = hashlib.sha256()
     with file.open("rb") as stream:
         while block := stream.read(2**24):
@@ -24,7 +24,7 @@ def sha256(file: Path) -> str:
 
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Give a file to write, which takes the place of `path` once the block ends without an error.
+    """Yield a file to write, which replaces `path` once the block ends without an error.
 
     Several processes may write the same file at once.
     """
@@ -42,10 +42,9 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def whole_folder(path: Path, durable: bool = False) -> Iterator[Path]:
-    """Give an empty folder to fill, which takes the place of `path` once the block ends without an
-    error.
+    """Yield an empty folder to fill, which replaces `path` once the block ends without an error.
 
-    :param durable: with its files it is then on the disk itself, not only in the system's memory
+    :param durable: write the folder and its files to the disk itself (fsync) before
     """
     new = path.with_name(f".{path.name}.new")
     shutil.rmtree(new, ignore_errors=True)
@@ -66,7 +65,7 @@ def whole_folder(path: Path, durable: bool = False) -> Iterator[Path]:
 
 
 def remove_folder(path: Path) -> None:
-    """Delete a folder so that no half of it is ever seen under its name."""
+    """Delete a folder without ever leaving a part of it under its name."""
     shutil.rmtree(_set_aside(path), ignore_errors=True)
 
 

@@ -1,4 +1,4 @@
-"""Wrappers between LIBERO and a policy; all but the observation wrapper fit any environment."""
+"""Provides wrappers between LIBERO and a policy; only the observation wrapper requires LIBERO."""
 
 from cfgrl_gym.wrappers.action_chunk import ActionChunk
 from cfgrl_gym.wrappers.libero_observation import TwoTestObservation

@@ -1,4 +1,4 @@
-"""LIBERO as PI0's checkpoints see it and act on it: the observation, and `LiberoChunked-v0`.
+"""Wraps LIBERO in the observations and actions of PI0's checkpoints, and makes `LiberoChunked-v0`.
 
 Reference: `2_test_pi0_on_libero.py` of openpi_pytorch. Its `[:, :, ::-1]`, commented as a change
 of colour order, acts on a transposed (C, H, W) image and reverses the width; together with the
@@ -50,11 +50,10 @@ def robot_state(raw: dict[str, np.ndarray]) -> np.ndarray:
 
 
 class TwoTestObservation(gym.Wrapper[Any, np.ndarray, Any, np.ndarray], RecordConstructorArgs):
-    """Camera images, the robot's state and the instruction, as PI0 reads them.
+    """Gives camera images, the robot's state and the instruction in the form that PI0 reads.
 
-    Keys: `base_0_rgb` and `left_wrist_0_rgb`, uint8 (size, size, 3), as far as the environment has
-    these cameras; `state`, float32 (8,), not normalised; `prompt`, uint8 (256,), see
-    `decode_prompt`.
+    Keys: `base_0_rgb` and `left_wrist_0_rgb`, uint8 (size, size, 3), if the environment has these
+    cameras; `state`, float32 (8,), not normalised; `prompt`, uint8 (256,), see `decode_prompt`.
 
     :param env: an environment with LIBERO's raw observations and `info["prompt"]`
     :raises ValueError: the environment lacks a key that is needed
@@ -96,7 +95,7 @@ class TwoTestObservation(gym.Wrapper[Any, np.ndarray, Any, np.ndarray], RecordCo
         return self._observation(raw, info), reward, terminated, truncated, info
 
     def _observation(self, raw: Any, info: dict[str, Any]) -> dict[str, np.ndarray]:
-        if raw is not self._raw:  # inside a chunk the environment repeats itself
+        if raw is not self._raw:  # inside a chunk the environment repeats its observation
             self._raw = raw
             self._seen = {slot: rotate_image(raw[key]) for slot, key in self._slots.items()}
             self._seen["state"] = robot_state(raw)
@@ -105,11 +104,11 @@ class TwoTestObservation(gym.Wrapper[Any, np.ndarray, Any, np.ndarray], RecordCo
 
 
 class LiberoChunked(ActionChunk):
-    """The outermost wrapper of `LiberoChunked-v0`."""
+    """Serves as the outermost wrapper of `LiberoChunked-v0`."""
 
     @property
     def spec(self) -> EnvSpec | None:  # type: ignore[override]
-        """The entry point applies the wrappers inside, so they are not listed for `gym.make`."""
+        """Return the spec without the wrappers inside, because the entry point applies these."""
         return self.unwrapped.spec
 
 

@@ -1,4 +1,4 @@
-"""Normalisation statistics of states and actions, in openpi's `norm_stats.json` format."""
+"""Computes and stores normalisation statistics, in openpi's `norm_stats.json` format."""
 
 import json
 import warnings
@@ -19,7 +19,7 @@ _FORMAT = '{"norm_stats": {"state": {"mean": [...], "std": [...]}, "actions": {.
 
 @dataclass(frozen=True)
 class Moments:
-    """Statistics of one vector, in its own units; the quantiles may be missing."""
+    """Holds the statistics of one vector, in its own units; the quantiles may be missing."""
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -33,7 +33,7 @@ class Moments:
                 continue
             try:
                 vector = tuple(float(x) for x in value)
-            except OverflowError:  # an integer of JSON's may have any length
+            except OverflowError:  # an integer in JSON may have any length
                 raise ValueError(f"{name} must be finite numbers") from None
             object.__setattr__(self, name, vector)
             if len(vector) != len(self.mean):
@@ -56,9 +56,9 @@ class Moments:
 
 @dataclass(frozen=True)
 class NormStats:
-    """Statistics of the state (8 numbers) and of the actions as the model sees them (7 numbers).
+    """Holds statistics of the state (8 numbers) and of actions as the model sees them (7 numbers).
 
-    "As the model sees them": where the extra delta transform is on, of action - state.
+    "As the model sees them" means action - state, if the extra delta transform is used.
 
     >>> stats = NormStats.load("norm_stats.json")  # doctest: +SKIP
     """
@@ -74,7 +74,7 @@ class NormStats:
 
     @classmethod
     def identity(cls) -> "NormStats":
-        """Return mean 0 and standard deviation 1, with which nothing is normalised."""
+        """Return mean 0 and standard deviation 1, which leave all values as they are."""
         return cls(
             Moments((0.0,) * STATE_DIM, (1.0,) * STATE_DIM),
             Moments((0.0,) * ACTION_DIM, (1.0,) * ACTION_DIM),
@@ -87,10 +87,11 @@ class NormStats:
         """Compute the statistics of demonstrations.
 
         :param states: (N, 8), not normalised
-        :param actions: (..., 7), as the model sees them (already minus the state, where the extra
-            delta transform is on)
-        :param std_floor: smallest standard deviation given out. A dimension that hardly moves in
-            the demonstrations (an orientation, say) would otherwise blow up the least deviation.
+        :param actions: (..., 7), as the model sees them (already minus the state, if the extra
+            delta transform is used)
+        :param std_floor: smallest standard deviation to return. Otherwise, in a dimension that
+            hardly varies in the demonstrations (for example an orientation), normalisation would
+            magnify small deviations.
         """
         if std_floor < 0:
             raise ValueError(f"std_floor must not be negative; got {std_floor}")
@@ -118,8 +119,8 @@ class NormStats:
         """Read openpi's `norm_stats.json`; longer vectors are cut to the first 8 / 7 numbers.
 
         :param path: the file, or the folder that holds it
-        :raises FileNotFoundError: no such file
-        :raises ValueError: not JSON, or not in the format, or numbers that can't be statistics
+        :raises FileNotFoundError: there is no such file
+        :raises ValueError: it isn't JSON or in openpi's format, or its numbers can't be statistics
         """
         path = Path(path)
         if path.is_dir():
@@ -139,7 +140,7 @@ class NormStats:
         )
 
     def save(self, path: str | Path) -> None:
-        """Write openpi's format to a file (or as `norm_stats.json` into a folder)."""
+        """Write the statistics in openpi's format to a file (`norm_stats.json` in a folder)."""
         path = Path(path)
         if path.is_dir():
             path = path / "norm_stats.json"
@@ -161,8 +162,8 @@ def moments_of(vectors: Any, name: str, size: int, where: str) -> Moments:
     """Build the statistics of the first `size` numbers of each vector.
 
     :param vectors: {"mean": [...], "std": [...]} and, if known, "q01" and "q99"
-    :param name: of the quantity, for error messages
-    :param where: the file, for error messages
+    :param name: name of the quantity, for error messages
+    :param where: name of the file, for error messages
     :raises ValueError: a vector is missing, shorter than `size`, or can't be statistics
     """
     chosen: dict[str, tuple[float, ...]] = {}
@@ -188,9 +189,9 @@ def moments_of(vectors: Any, name: str, size: int, where: str) -> Moments:
 
 
 def _warn_of_constants(moments: Moments, name: str) -> None:
-    """Warn of dimensions that never changed where the statistics come from.
+    """Warn of dimensions that never changed in the data of the statistics.
 
-    :param name: of the quantity, and of the file that has it
+    :param name: name of the quantity, and of its file
     """
     constant = [i for i, std in enumerate(moments.std) if std <= STD_EPSILON]
     if constant:
@@ -204,7 +205,7 @@ def _warn_of_constants(moments: Moments, name: str) -> None:
 
 
 def _warn_of_another_robot(vectors: dict[str, list[float]], name: str, size: int) -> None:
-    """Warn of numbers beyond LIBERO's that aren't padding, which has mean 0."""
+    """Warn of further numbers than LIBERO's that aren't padding, which has mean 0."""
     mean = vectors["mean"]
     if any(mean[size:]):
         warnings.warn(

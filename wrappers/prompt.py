@@ -1,4 +1,4 @@
-"""Instructions as fixed-size byte arrays, because SB3's buffers take no text space."""
+"""Encodes instructions as fixed-size byte arrays, because SB3's buffers don't support text."""
 
 import numpy as np
 
@@ -19,10 +19,10 @@ def encode_prompt(text: str, size: int = PROMPT_BYTES) -> np.ndarray:
 
 
 def decode_prompt(encoded: np.ndarray) -> str:
-    """Decode the text that `encode_prompt` was given.
+    """Decode a text that `encode_prompt` encoded.
 
     :param encoded: uint8 (n,)
-    :raises ValueError: not one row of bytes, or not UTF-8
+    :raises ValueError: it isn't a single row of bytes, or isn't UTF-8
     """
     array = np.asarray(encoded, dtype=np.uint8)
     if array.ndim != 1:

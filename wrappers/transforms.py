@@ -1,7 +1,8 @@
-"""The "2-test" transform between LIBERO and PI0, each step beside its inverse.
+"""Implements the "2-test" transform between LIBERO and PI0, each step with its inverse.
 
-The steps of openpi_pytorch's script `2_test_pi0_on_libero.py`. Arithmetic uses plain operators, so
-the same functions take NumPy arrays and torch tensors; statistics and data must be of one kind.
+The steps are those of openpi_pytorch's script `2_test_pi0_on_libero.py`. Arithmetic uses plain
+operators, so the functions take NumPy arrays and torch tensors; statistics and data must both be
+arrays or both be tensors.
 The 180° rotation of camera images happens in the environment's wrapper, not here.
 """
 
@@ -19,7 +20,7 @@ POSE_DIM = 6  # position (3) and axis-angle (3): the dimensions of the extra del
 
 @dataclass(frozen=True)
 class Normalize:
-    """(x - mean) / (std + 1e-6); mean and std (dim,), x (..., dim)."""
+    """Computes (x - mean) / (std + 1e-6) for mean and std (dim,) and x (..., dim)."""
 
     mean: Array
     std: Array
@@ -34,7 +35,7 @@ class Normalize:
 
 @dataclass(frozen=True)
 class Unnormalize:
-    """x * (std + 1e-6) + mean; the inverse of `Normalize`."""
+    """Computes x * (std + 1e-6) + mean, the inverse of `Normalize`."""
 
     mean: Array
     std: Array
@@ -62,7 +63,7 @@ def to_absolute(actions: Array, state: Array) -> Array:
 
 
 def _pose(state: Array, width: int) -> Array:
-    """What the delta transform subtracts from each action, 0 beyond the first 6 dimensions."""
+    """Return what the delta transform subtracts from each action, 0 beyond the first 6 dims."""
     return pad_last(state[..., None, :POSE_DIM], width)
 
 
@@ -73,7 +74,7 @@ def pad_last(x: Array, width: int) -> Array:
         raise ValueError(f"can't pad {x.shape[-1]} dimensions to {width}; it would cut {-missing}")
     if isinstance(x, np.ndarray):
         return np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, missing)])
-    import torch.nn.functional as F  # here, so that environment processes need not load it
+    import torch.nn.functional as F  # here, so that environment processes don't load torch
 
     return F.pad(x, (0, missing))
 
@@ -85,7 +86,7 @@ def unpad_last(x: Array, width: int) -> Array:
 
 @dataclass(frozen=True)
 class ActionsToModel:
-    """Turns environment actions into model space: delta (where on), normalise, zero-pad.
+    """Converts environment actions to model space: delta (if set), normalise, zero-pad.
 
     :param normalize: statistics of the actions as the model sees them, 7 numbers
     :param width: the model's action width
@@ -97,7 +98,7 @@ class ActionsToModel:
     delta: bool
 
     def __call__(self, actions: Array, state: Array) -> Array:
-        """(..., H, 7) and the state (..., 8), not normalised, to (..., H, width)."""
+        """Convert actions (..., H, 7), given the raw state (..., 8), to (..., H, width)."""
         if self.delta:
             actions = to_delta(actions, state)
         return pad_last(self.normalize(actions), self.width)
@@ -105,14 +106,14 @@ class ActionsToModel:
 
 @dataclass(frozen=True)
 class ActionsFromModel:
-    """Turns model space into environment actions; the inverse of `ActionsToModel`."""
+    """Converts model space to environment actions, the inverse of `ActionsToModel`."""
 
     unnormalize: Unnormalize
     action_dim: int
     delta: bool
 
     def __call__(self, actions: Array, state: Array) -> Array:
-        """(..., H, width) and the state (..., 8), not normalised, to (..., H, action_dim)."""
+        """Convert actions (..., H, width), given a raw state (..., 8), to (..., H, action_dim)."""
         actions = self.unnormalize(unpad_last(actions, self.action_dim))
         return to_absolute(actions, state) if self.delta else actions
 
@@ -130,11 +131,11 @@ def image_from_model(image: Array) -> Array:
 def resize_with_pad(images: Array, height: int, width: int) -> Array:
     """Resize with the aspect ratio kept: bilinear, centred, the rest filled with 0.
 
-    As openpi's `image_tools.resize_with_pad`. On uint8 images the fill is black, which
-    `image_to_model` turns into -1.
+    This is openpi's `image_tools.resize_with_pad`. On uint8 images the padding is black, which
+    `image_to_model` maps to -1.
 
     :param images: uint8 (..., H, W, 3)
-    :return: uint8 (..., height, width, 3), of the kind given
+    :return: uint8 (..., height, width, 3), an array or tensor like the input
     """
     if images.ndim < 3 or images.shape[-1] != 3 or 0 in images.shape:
         raise ValueError(
@@ -170,8 +171,8 @@ def resize_with_pad(images: Array, height: int, width: int) -> Array:
 def quat2axisangle(quat: np.ndarray) -> np.ndarray:
     """Convert a quaternion (x, y, z, w) to axis-angle in radians, (3,); w is clipped to [-1, 1].
 
-    The same maths as robosuite's `utils.transform_utils.quat2axisangle`, without its side effect
-    on the argument.
+    This computes the same as robosuite's `utils.transform_utils.quat2axisangle`, without modifying
+    its argument.
     """
     w = min(max(float(quat[3]), -1.0), 1.0)
     denominator = math.sqrt(1.0 - w * w)

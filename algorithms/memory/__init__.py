@@ -1,1 +1,1 @@
-"""Using the memory there is: prefixes kept, micro-batches that fit, and the plan of both."""
+"""Manages an update's memory: which prefixes are kept, and which micro-batches fit."""

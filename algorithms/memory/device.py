@@ -1,4 +1,4 @@
-"""How much memory there is for a policy and its training."""
+"""Measures how much memory there is for a policy and its training."""
 
 from collections.abc import Iterable
 
@@ -15,7 +15,7 @@ def weights_of(module: nn.Module) -> list[Tensor]:
 
 
 def size_of(tensors: Iterable[Tensor]) -> int:
-    """Return the bytes that tensors take."""
+    """Return the number of bytes that tensors occupy."""
     return sum(tensor.nbytes for tensor in tensors)
 
 
@@ -25,10 +25,10 @@ def available_host_bytes() -> int:
 
 
 def available_bytes(device: torch.device, module: nn.Module) -> int:
-    """Return the bytes on `device` for `module` and its training, its weights there included.
+    """Return the bytes on `device` for `module` and its training, including the weights there.
 
-    On CUDA: what the driver says is free, and what this process's allocator holds for `module` or
-    for nothing. On the CPU: `available_host_bytes`, and what `module` holds.
+    On CUDA: what the driver reports as free, plus what this process's allocator has reserved for
+    `module` or not given out. On the CPU: `available_host_bytes`, plus what `module` occupies.
     """
     held = size_of(tensor for tensor in weights_of(module) if tensor.device.type == device.type)
     if device.type == "cuda":

@@ -1,4 +1,4 @@
-"""One optimizer step's gradients, computed in parts that fit the device."""
+"""Computes the gradients of one optimizer step in micro-batches that fit the device."""
 
 import warnings
 from collections.abc import Callable
@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# An allocation that fails outside torch's own CUDA allocator is a plain RuntimeError, which only
-# its text tells apart: c10/core/impl/alloc_cpu.cpp, the CUDA driver, cuBLAS and cuDNN.
+# An allocation that fails outside torch's own CUDA allocator raises a plain RuntimeError, which can
+# only be told by its text: c10/core/impl/alloc_cpu.cpp, the CUDA driver, cuBLAS and cuDNN.
 _OUT_OF_MEMORY = (
     "DefaultCPUAllocator: can't allocate memory",
     "DefaultCPUAllocator: not enough memory",
@@ -19,7 +19,7 @@ _OUT_OF_MEMORY = (
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether `error` is a failed allocation, of the device's memory or of the host's.
+    """Return whether `error` is a failed allocation of the device's or the host's memory.
 
     True for torch.OutOfMemoryError, MemoryError (Python's and NumPy's), and the RuntimeErrors
     of torch's CPU allocator, the CUDA driver, cuBLAS and cuDNN.
@@ -30,9 +30,10 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 class MicroBatches:
-    """Splits a step's samples into parts of at most `size`, and into smaller ones from then on when
-    the device runs out of memory. The gradients are the same however the samples are split, to
-    rounding: each sample weighs the same.
+    """Splits a step's samples into micro-batches of at most `size`, which becomes smaller for good
+    when the device runs out of memory.
+
+    Up to rounding, the gradients don't depend on the split: each sample has the same weight.
     """
 
     def __init__(self, size: int) -> None:
@@ -41,7 +42,7 @@ class MicroBatches:
     def backward(
         self, optimizer: torch.optim.Optimizer, loss: Callable[..., Tensor], *samples: Any
     ) -> Tensor:
-        """Leave the gradients of the mean loss in the parameters.
+        """Set the parameters' gradients to those of the mean loss.
 
         :param loss: some of the samples -> the loss of each, (n,)
         :param samples: arguments of `loss`, each indexed by rows, int64 (n,)
@@ -66,7 +67,7 @@ class MicroBatches:
                 "avoids this",
                 stacklevel=2,
             )
-            # Only here, outside the except clause, is nothing of the failed attempt alive.
+            # Only here, outside the except clause, are all tensors of the failed attempt freed.
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
 

@@ -1,4 +1,4 @@
-"""How an update will use the memory there is, decided before a run starts."""
+"""Decides before a run starts how its updates will use the memory."""
 
 import warnings
 
@@ -20,7 +20,7 @@ def plan_memory(
     :param batch_size: largest number of windows in one forward pass
     :param device_memory: GiB of the device's memory to use; None: all that is free
     :param prefix_memory: GiB of the host's memory for prefixes; None: half of what is free
-    :param verbose: print the plan, from 1 on
+    :param verbose: 1 or more: print the plan
     :raises MemoryError: the device can't hold an update
     """
     policy = prefixes.policy

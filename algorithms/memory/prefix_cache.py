@@ -1,4 +1,4 @@
-"""Prefixes that were computed to act, kept until the update has used them."""
+"""Keeps prefixes that were computed for acting until the update has used them."""
 
 from collections.abc import Iterable, Sequence
 from itertools import count, islice
@@ -12,12 +12,13 @@ from cfgrl_gym.algorithms.policies import FlowPolicy, PrefixRow
 
 
 class PrefixCache:
-    """A dictionary of samples' prefixes within a budget: on the policy's device first, then in the
-    host's memory (pinned, where the device is a GPU). A sample that finds no room has its prefix
-    computed again each time it is used.
+    """Keeps the prefixes of samples within a budget: on the policy's device first, then in the
+    host's memory (pinned, if the device is a GPU).
 
-    :param policy: whose prefixes these are; nothing is kept unless its `frozen_prefix` says that
-        training leaves them as they are
+    The prefix of a sample for which there is no room is computed again each time it is used.
+
+    :param policy: the policy that computes the prefixes; nothing is kept unless its `frozen_prefix`
+        says that training leaves them unchanged
     :param device_bytes: and `host_bytes`: see `resize`
     """
 
@@ -40,32 +41,32 @@ class PrefixCache:
         )
 
     def resize(self, device_bytes: int, host_bytes: int) -> None:
-        """Forget all, and have so much room on a GPU and in the host's memory from now on."""
+        """Drop all prefixes, and set the room on a GPU and in the host's memory."""
         self.free = {"device": device_bytes if self.on_gpu else 0, "host": host_bytes}
         self._kept: dict[int, tuple[str, PrefixRow]] = {}
 
     def new_keys(self, number: int) -> list[int]:
-        """Keys for so many samples; nothing is kept under them yet."""
+        """Return new keys for this many samples; nothing is kept under them yet."""
         return list(islice(self._keys, number))
 
     def keep(self, prefix: Any, number: int) -> list[int]:
-        """Copy the prefixes of a batch's first samples, as far as there is room; the keys."""
+        """Copy the prefixes of a batch's first samples while there is room; return the keys."""
         keys = self.new_keys(number)
         if self.policy.frozen_prefix:
             self._fill(keys, self.policy.split_prefix(prefix)[:number])
         return keys
 
     def keep_only(self, keys: Iterable[int]) -> None:
-        """Forget all prefixes but those under these keys."""
+        """Drop all prefixes but those under these keys."""
         for key in self._kept.keys() - set(keys):
             place, row = self._kept.pop(key)
             self.free[place] += _size(row)
 
     @torch.no_grad()
     def recall(self, observations: Any, keys: Sequence[int] | torch.Tensor) -> Any:
-        """The prefix of a batch: what was kept, and the rest computed (and kept, if there is room).
+        """Return a batch's prefix, computing (and keeping, if there is room) what wasn't kept.
 
-        :param observations: batched, as the environment gives them; rows as `keys`
+        :param observations: batched as the environment gives them, one row for each of `keys`
         :return: None for a policy whose prefix is not frozen: its loss computes it with gradients
         """
         policy = self.policy
@@ -103,7 +104,7 @@ class PrefixCache:
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
-                self.free[place] = 0  # the budget promised more than there is
+                self.free[place] = 0  # there is less memory than the budget assumed
                 continue
             self.free[place] -= size
             self._kept[key] = place, copy

@@ -1,4 +1,4 @@
-"""PI0 with an optimality condition: the model, its policy, its presets."""
+"""Provides PI0 with an optimality condition: the model, its policy and its presets."""
 
 from cfgrl_gym.algorithms.pi0.checkpoints.build import Pi0PolicyConfig
 from cfgrl_gym.algorithms.pi0.condition import CONDITION_MODES, Pi0CFGRLConfig

@@ -1,7 +1,8 @@
-"""The optimality condition of PI0: its configuration, its parameters, its three ways in.
+"""Implements PI0's optimality condition: its configuration, parameters and three modes.
 
 ∅ (label -1) injects nothing. Rows labelled ∅ get exact zeros in place of an embedding, chosen
-with `torch.where`, so that neither their output nor a gradient touches a condition parameter.
+with `torch.where`, so that their output doesn't depend on a condition parameter, and no gradient
+of theirs reaches one.
 """
 
 from collections.abc import Iterable
@@ -16,13 +17,13 @@ from cfgrl_gym.algorithms.flow import NULL, POSITIVE
 
 ConditionMode = Literal["token", "bias", "concat"]
 CONDITION_MODES = get_args(ConditionMode)
-# Of a checkpoint that has no condition. A fresh "token" changes nothing but the rounding, which in
-# bfloat16 can be seen; a fresh "bias" changes not a bit.
+# The mode for a checkpoint that has no condition. A new "token" changes only the rounding, which is
+# visible in bfloat16; a new "bias" changes not a single bit.
 CHECKPOINT_MODE: ConditionMode = "bias"
 NUM_LABELS = 2  # o = 0 and o = 1; ∅ has no embedding
 INIT_STD = 0.02  # transformers' default initializer_range
-# Of what the parameters mean. In version 1 (config.json says none) the token pushed the action
-# tokens one position on, and saw them.
+# The version of what the parameters mean. In version 1 (no version in config.json) the token
+# shifted the action tokens by one position, and attended to them.
 CONDITION_VERSION = 2
 
 
@@ -46,19 +47,19 @@ def as_labels(is_positive: int | bool | Tensor | None, batch: int, device: torch
 
 
 def is_conditional(names: Iterable[str]) -> bool:
-    """Whether tensors of these names include an optimality condition."""
+    """Return whether tensors of these names include an optimality condition."""
     return any(name.removeprefix("model.").startswith("condition.") for name in names)
 
 
 class Pi0CFGRLConfig(PI0Config):
-    """transformers' PI0 configuration with the mode of the optimality condition.
+    """Extends transformers' PI0 configuration by the mode of the optimality condition.
 
     The model type stays "pi0": plain transformers loads what this saves (and ignores the
     condition), and transformers' conversion of LeRobot's key names applies here too.
 
     :param condition_mode: "token" (one extra suffix token), "bias" (added to every action
         token) or "concat" (concatenated into the action-time projection)
-    :param condition_version: of what the condition's parameters mean
+    :param condition_version: version of what the condition's parameters mean
     """
 
     condition_mode: str = "token"
@@ -73,7 +74,7 @@ class Pi0CFGRLConfig(PI0Config):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "Pi0CFGRLConfig":
-        """Build the configuration that `to_dict` gave, as transformers does.
+        """Build the configuration from what `to_dict` returned, as transformers does.
 
         :raises ValueError: its condition is a token of an earlier version
         """
@@ -92,7 +93,7 @@ class Pi0CFGRLConfig(PI0Config):
     def set_float32(self) -> None:
         """Set float32 as the dtype of every part.
 
-        What trains is float32; `from_pretrained` and loaded configurations may say otherwise.
+        Trained weights are float32; `from_pretrained` and loaded configurations may say otherwise.
         """
         vlm: Any = self.vlm_config
         parts: tuple[Any, ...] = (self, self.dit_config)
@@ -101,11 +102,11 @@ class Pi0CFGRLConfig(PI0Config):
 
 
 class OptimalityCondition(nn.Module):
-    """The parameters of the condition: an embedding of o ∈ {0, 1}, and in "concat" mode the
-    input columns that it adds to the action-time projection.
+    """Holds the condition's parameters: an embedding of o ∈ {0, 1}, and in "concat" mode the input
+    columns that it adds to the action-time projection.
 
     Every mode starts as a no-op: "token" and "bias" with a zero embedding, "concat" with zero
-    columns. A gradient reaches them from the first step on.
+    columns. All of these receive a gradient from the first step on.
     """
 
     def __init__(self, mode: str, hidden_size: int) -> None:
@@ -119,7 +120,7 @@ class OptimalityCondition(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Initialise the parameters; transformers calls this where a checkpoint lacks them."""
-        if self.mode == "concat":  # of two zero factors neither would ever learn
+        if self.mode == "concat":  # if both factors were zero, neither would get a gradient
             init.normal_(self.embedding, mean=0.0, std=INIT_STD)
             init.zeros_(self.columns)
         else:

@@ -1,4 +1,4 @@
-"""Converting the environment's observations to PI0's inputs, and checking its spaces."""
+"""Converts the environment's observations to PI0's inputs, and checks its spaces."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -21,9 +21,9 @@ _FIX = (
 
 
 def check_spaces(observation_space: spaces.Space, action_space: spaces.Space) -> tuple[str, ...]:
-    """Check that PI0 can take these spaces; returns the cameras there are, in PI0's order.
+    """Check that PI0 can take these spaces, and return the cameras present, in PI0's order.
 
-    :raises ValueError: PI0 can't take these spaces; says what is missing and the fix
+    :raises ValueError: it can't; the message says what is missing and how to add it
     """
     if not isinstance(observation_space, spaces.Dict):
         raise ValueError(
@@ -53,7 +53,10 @@ def check_spaces(observation_space: spaces.Space, action_space: spaces.Space) ->
 
 
 def _check_part(name: str, shape: Sequence[int], dtype: str, remedy: str) -> None:
-    """:raises ValueError: a part of one observation has another shape or dtype than PI0 takes"""
+    """Check one part of an observation.
+
+    :raises ValueError: it has another shape or dtype than PI0 takes
+    """
     if name == "state":
         good = tuple(shape) == (STATE_DIM,)
         expected = f"({STATE_DIM},): position (3), axis-angle (3), gripper (2)"
@@ -95,7 +98,7 @@ def encode_text(
     """Build the prefix's token ids and masks, int64 (batch, image tokens + prompt tokens).
 
     :param prompts: UTF-8 bytes, uint8 (batch, N), zero-padded
-    :param image_tokens: tokens of all the cameras there are; they come first
+    :param image_tokens: number of tokens of all cameras together; they come first
     """
     rows = prompts.cpu().numpy().astype(np.uint8)
     texts = [row.tobytes().rstrip(b"\0").decode("utf-8", errors="replace") for row in rows]

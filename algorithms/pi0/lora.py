@@ -1,15 +1,17 @@
-"""Low-rank adapters (LoRA, Hu et al. 2021) for PI0: `Pi0Policy(trainable="lora")`.
+"""Adds low-rank adapters (LoRA, Hu et al. 2021) to PI0: `Pi0Policy(trainable="lora")`.
 
-What openpi's variants gemma_2b_lora and gemma_300m_lora (models/gemma.py) adapt, with peft: every
-projection of attention and MLP, in the language model at rank 16 and in the action expert at 32,
-alpha being the rank. The rest differs where memory or exactness ask for it:
+With peft, this adapts what openpi's variants gemma_2b_lora and gemma_300m_lora (models/gemma.py)
+adapt: every projection of attention and MLP, at rank 16 in the language model and at rank 32 in the
+action expert, with alpha equal to the rank. The rest differs from openpi, to save memory or to keep
+the policy exactly as it was:
 
-- openpi's freeze filter (models/pi0_config.py) takes in the language model and the expert only, so
-  it trains the vision tower in full: 0.4 B parameters with gradients and optimizer moments. Here
-  the vision tower and its projector are frozen.
-- openpi draws both factors at random. Here B starts at zero, so a policy starts as what it was.
-- Of the VLM's last layer only keys and values are adapted: the expert reads nothing behind them,
-  so no gradient would reach the others.
+- openpi's freeze filter (models/pi0_config.py) covers the language model and the expert only, so it
+  trains the vision tower in full: 0.4 B parameters with gradients and optimizer moments. Here the
+  vision tower and its projector are frozen.
+- openpi draws both factors at random. Here B starts at zero, so adapters don't change a policy at
+  first.
+- Of the VLM's last layer only the key and value projections are adapted: the expert reads nothing
+  that comes after them, so no gradient would reach the others.
 """
 
 from typing import Any
@@ -20,7 +22,7 @@ from torch import Tensor, nn
 from cfgrl_gym.algorithms.pi0.model import Pi0ForCFGRL
 
 LORA_RANK = 16  # of the language model; openpi, models/gemma.py, gemma_2b_lora
-EXPERT_RANKS = 2  # the expert's rank in language model's ranks; 32 in openpi's gemma_300m_lora
+EXPERT_RANKS = 2  # the expert's rank over the language model's; 32 in openpi's gemma_300m_lora
 ADAPTER = "default"  # peft's own name, part of the adapters' keys in the state dict
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -44,7 +46,7 @@ def check_lora(rank: int) -> None:
 def set_trainable(
     model: Pi0ForCFGRL, trainable: str, lora_rank: int = LORA_RANK, seed: int | None = None
 ) -> None:
-    """Freeze what doesn't train, in a model of which everything does so far.
+    """Freeze what is not to be trained, in a model whose parameters all require gradients.
 
     :param trainable: "all"; "expert", with the VLM frozen; or "lora", see `add_lora`
     """
@@ -55,18 +57,18 @@ def set_trainable(
 
 
 def add_lora(model: Pi0ForCFGRL, rank: int = LORA_RANK, seed: int | None = None) -> None:
-    """Add adapters to the model in place and freeze all else but the condition and the expert's
-    input and output projections (`embed_action_time`, `action_out_proj`).
+    """Add adapters to the model in place, and freeze everything else except the condition and the
+    expert's input and output projections (`embed_action_time`, `action_out_proj`).
 
     The velocity stays bit for bit the same. An adapted layer's own weight moves to the key
     `<layer>.base_layer.weight`, beside `<layer>.lora_A.default.weight` (rank, in) and
     `<layer>.lora_B.default.weight` (out, rank). Adapters are float32 whatever the base's dtype, and
     a later `.to(dtype)` would cast them too: cast the base first.
 
-    :param rank: of the language model's adapters; the expert's have twice as much. One number,
-        because openpi fixes the others: alpha is the rank (the adapters' product isn't scaled)
-    :param seed: of the initial weights; the global generator is left as it was. None draws from
-        the global generator
+    :param rank: rank of the language model's adapters; the expert's have twice this rank. Alpha is
+        the rank, as in openpi (the adapters' product isn't scaled)
+    :param seed: seed of the initial weights; the global generator is left unchanged. None draws
+        from the global generator
     :raises ValueError: peft is not installed, or the rank is not positive
     """
     check_lora(rank)
@@ -96,7 +98,7 @@ def _inject(module: nn.Module, rank: int, exclude: str | None = None) -> None:
 
 
 def _adapted(module: nn.Module) -> dict[str, Any]:
-    """The layers with an adapter, by name."""
+    """Return the layers with an adapter, by name."""
     from peft.tuners.lora import LoraLayer
 
     return {name: part for name, part in module.named_modules() if isinstance(part, LoraLayer)}
@@ -109,7 +111,7 @@ def merged_state_dict(model: Pi0ForCFGRL) -> dict[str, Tensor]:
     An adapted weight is W + scaling · B·A, computed in float32 and rounded to W's dtype: in
     bfloat16 the result differs from the adapted layer by that rounding.
 
-    :return: tensors on the CPU, so that the copies take no memory of the device
+    :return: tensors on the CPU, so that the copies take no device memory
     """
     state = {
         name.replace(".base_layer.", "."): value.cpu()

@@ -1,7 +1,8 @@
-"""How much device memory an update of PI0 needs, and which micro-batch fits, without allocating.
+"""Estimates the device memory that an update of PI0 needs, without allocating it.
 
-Weights, gradients and optimizer states are counted. Activations are found by running the update on
-tensors without storage and counting the live ones, about a second for each batch size at full size.
+Weights, gradients and optimizer states are counted. Activations are measured by running the update
+on tensors without storage and counting the live ones, which takes about a second for each batch
+size at full size.
 """
 
 import copy
@@ -36,16 +37,16 @@ _PICKS_CAMERAS_BY_MASK = Version(transformers.__version__) < Version("5.23")
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """The bytes on the device at the peak of an update, by part.
+    """Holds the bytes on the device at the peak of an update, by part.
 
     :param weights: parameters and buffers
-    :param gradients: of the trained parameters
+    :param gradients: gradients of the trained parameters
     :param optimizer: AdamW's two averages of every trained parameter
     :param average: the exponential moving average of the trained parameters, if there is one
-    :param prefix: keys and values of one micro-batch's images and language, where they are kept
+    :param prefix: keys and values of one micro-batch's images and language, if they are kept
     :param activations: everything else alive at the peak: what the backward pass needs and the
-        weights that autocast casts; or a prefix's computation, or the optimizer's temporaries,
-        where one of these is more
+        weights that autocast casts; or, if that is more, the computation of a prefix or the
+        optimizer's temporaries
     """
 
     weights: int
@@ -57,7 +58,7 @@ class MemoryEstimate:
 
     @property
     def total(self) -> int:
-        """The sum of all parts."""
+        """Return the sum of all parts."""
         return sum(self.parts().values())
 
     def parts(self) -> dict[str, int]:
@@ -78,17 +79,17 @@ def estimate_update(
 ) -> MemoryEstimate:
     """Estimate the memory of one AdamW step on micro-batches of `batch_size` windows.
 
-    What trains, dtypes, adapters and gradient checkpointing are the model's own. Where the VLM is
-    frozen, its keys and values are kept with the windows. The estimate includes computing them
-    again without gradients, and so also acting in as many environments at once.
+    Trained parameters, dtypes, adapters and gradient checkpointing are the model's own. If the VLM
+    is frozen, its keys and values are kept with the windows. The estimate includes computing them
+    again without gradients, and thereby also acting in `batch_size` environments at once.
 
-    :param model: on any device, the meta device included; it is left as it is
-    :param cameras: images of each observation
+    :param model: on any device, including the meta device; it is left unchanged
+    :param cameras: images in each observation
     :param prompt_tokens: length of the tokenized prompts
     :param device_type: "cuda" (bfloat16 autocast) or "cpu" (the model's own dtypes)
-    :param average: a moving average of the trained parameters is kept on the device
+    :param average: whether a moving average of the trained parameters is kept on the device
     :param two_prefixes: the policy's `use_prefix_dropout`
-    :param accumulate: gradients of earlier micro-batches exist already
+    :param accumulate: whether gradients of earlier micro-batches exist already
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     gradients = size_of(trained)
@@ -106,14 +107,14 @@ def estimate_update(
         if not any(p.requires_grad for p in fake.model.vlm.parameters()):
             with torch.no_grad(), autocast, LiveBytes() as live:
                 prefix = encode_example(fake, inputs)
-            # Of both branches, and what is chosen from the two.
+            # The prefixes of both branches, and the rows chosen from the two.
             prefix_size = live.now * (3 if two_prefixes else 1)
             vlm = live.peak - live.now
         with LiveBytes(cuda) as live:
             with autocast:
                 loss = example_loss(fake, inputs, prefix)
             loss.backward()
-    # Gradients that aren't there from the start are among what was counted.
+    # Gradients that don't exist at the start are included in what was counted.
     step = max(live.peak, vlm) - (0 if accumulate else gradients)
     return MemoryEstimate(
         weights=size_of(weights_of(model)),
@@ -131,9 +132,9 @@ def plan_update(
     """Find the largest micro-batch, halving from `batch_size`, whose update fits.
 
     :param free: bytes for everything that the estimate counts, see `available_bytes`
-    :param device: its name, for the message
+    :param device: the device's name, for the message
     :param how: keywords of `estimate_update` except `accumulate`, which follows from the size
-    :raises MemoryError: not even one window at a time fits; says what is needed and what helps
+    :raises MemoryError: not even one window at a time fits; says how much is needed and what helps
     """
     usable = int(free / (1 + HEADROOM))
     size = batch_size
@@ -148,9 +149,9 @@ def plan_update(
 
 
 def _optimizer_temporaries(trained: list[nn.Parameter], cuda: bool) -> int:
-    """What AdamW's step holds for a while (torch/optim/adam.py): sqrt(exp_avg_sq) of all parameters
-    at once on CUDA (foreach); on the CPU that and its quotient of one parameter after the other,
-    with the previous one's quotient still there."""
+    """Return the bytes of AdamW's temporaries (torch/optim/adam.py): on CUDA (foreach)
+    sqrt(exp_avg_sq) of all parameters at once; on the CPU that and its quotient of one parameter
+    after the other, while the previous one's quotient is still alive."""
     sizes = [parameter.nbytes for parameter in trained]
     return sum(sizes) if cuda else 3 * max(sizes, default=0)
 
@@ -158,7 +159,7 @@ def _optimizer_temporaries(trained: list[nn.Parameter], cuda: bool) -> int:
 def example_inputs(
     model: Pi0ForCFGRL, batch: int, cameras: int, prompt_tokens: int
 ) -> dict[str, Tensor]:
-    """Make inputs of zeros and ones, in the shapes and dtypes that `Pi0Policy` gives."""
+    """Make inputs of zeros and ones, in the shapes and dtypes that `Pi0Policy` passes."""
     config: Any = model.config
     vision = config.vlm_config.vision_config
     tokens = cameras * (vision.image_size // vision.patch_size) ** 2 + prompt_tokens
@@ -191,7 +192,7 @@ def example_loss(
 ) -> Tensor:
     """Compute the loss of `example_inputs` as `Pi0Policy` does in an update.
 
-    :param prefix: None computes it, with gradients
+    :param prefix: the encoded prefix; None computes it, with gradients
     """
     noise, actions, t = inputs["noise"], inputs["actions"], inputs["t"]
     x_t = interpolate(actions, noise, t)
@@ -201,7 +202,7 @@ def example_loss(
 
 
 def _refusal(model: Pi0ForCFGRL, estimate: MemoryEstimate, free: int, device: str) -> str:
-    """What doesn't fit, by part, and what would help this model."""
+    """Say what doesn't fit, by part, and what would help this model."""
     parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in estimate.parts().items())
     vlm = list(model.model.vlm.parameters())
     trained = [parameter.requires_grad for parameter in vlm]
@@ -225,7 +226,7 @@ def _refusal(model: Pi0ForCFGRL, estimate: MemoryEstimate, free: int, device: st
 
 
 def _without_storage(model: Pi0ForCFGRL) -> Pi0ForCFGRL:
-    """A copy whose tensors claim to lie on the CPU; to be called in a `FakeTensorMode`."""
+    """Return a copy whose tensors claim to be on the CPU; to be called in a `FakeTensorMode`."""
     memo: dict[int, Any] = {}
     for parameter in model.parameters():
         empty = torch.empty(parameter.shape, dtype=parameter.dtype)
@@ -238,9 +239,9 @@ def _without_storage(model: Pi0ForCFGRL) -> Pi0ForCFGRL:
 class LiveBytes(TorchDispatchMode):
     """Counts the bytes of all live tensors that operations inside the context created.
 
-    Memory that an operation frees before it returns isn't seen, except for the largest such case
-    where `cuda`: PyTorch's memory-efficient attention, which a block mask gets on CUDA, accumulates
-    the gradients of keys and values in float32
+    Memory that an operation frees before it returns isn't seen, except for the largest such case,
+    if `cuda` is set: PyTorch's memory-efficient attention, which is used for a block mask on CUDA,
+    accumulates the gradients of keys and values in float32
     (ATen/native/transformers/cuda/mem_eff_attention/kernel_backward.h, kNeedsAccumGradK).
 
     :ivar now: bytes alive
@@ -269,7 +270,7 @@ class LiveBytes(TorchDispatchMode):
         return output
 
     def _add(self, tree: Any, new: bool) -> None:
-        """Take note of new storages; what was there before costs nothing."""
+        """Count new storages; storages that existed before cost nothing."""
         for leaf in tree_leaves(tree):
             if not isinstance(leaf, Tensor):
                 continue

@@ -1,4 +1,4 @@
-"""transformers' PI0 with an optimality condition o ∈ {∅, 0, 1}, and nothing else added."""
+"""Adds an optimality condition o ∈ {∅, 0, 1} to transformers' PI0, and nothing else."""
 
 from functools import partial
 from typing import Any
@@ -17,27 +17,27 @@ from cfgrl_gym.algorithms.pi0.condition import OptimalityCondition, Pi0CFGRLConf
 from cfgrl_gym.algorithms.pi0.prefix import CACHE, Prefix, run_prefix
 
 # The tokens of one branch (batch, n, hidden), of which the last chunk_size are the actions. In
-# "token" mode the condition stands before them, and bool (batch,) says which rows have one.
+# "token" mode the condition precedes them, and bool (batch,) says which rows have one.
 Block = tuple[Tensor, Tensor | None]
 
 
 class Pi0ForCFGRL(PI0ForConditionalGeneration):
-    """PI0 whose velocity may be conditioned on optimality.
+    """Extends PI0 by a velocity that may be conditioned on optimality.
 
     `forward` takes transformers' own arguments plus `is_positive`: None (∅), 0, 1, or an integer
-    tensor (batch,) with -1 for ∅. A batch that is ∅ throughout runs transformers' own forward,
-    untouched. In a mixed batch every row gets what it would get alone (to rounding):
+    tensor (batch,) with -1 for ∅. A batch in which all rows are ∅ runs transformers' own forward,
+    unchanged. In a mixed batch every row's result is, up to rounding, what it would be alone:
 
     - "token": the suffix becomes [state, condition, actions...]. The condition is a second state
-      token with the embedding added: at the state's position, it sees prefix, state and itself.
-      The actions see both, and the two share the attention that the state alone has otherwise. So
-      a zero embedding changes nothing, and action tokens sit where they do without a condition. A
-      ∅ row has the token masked out, and its state token counts in full.
+      token with the embedding added: it has the state's position and attends to prefix, state and
+      itself. The actions attend to both, and the two share the attention that the state alone has
+      otherwise. So a zero embedding changes nothing, and the action tokens keep their positions. In
+      a ∅ row the condition token is masked out, and the state token has its full weight.
     - "bias": the embedding is added to every action token.
     - "concat": the embedding is concatenated into the input of `action_time_mlp_in`.
 
-    `velocity` and `branch_velocities` are the parts that training and acting use: an expert pass
-    over a prefix that was computed before, with no control flow that depends on data.
+    Training and acting use `velocity` and `branch_velocities`: an expert pass over a prefix that
+    was computed before, with no control flow that depends on data.
 
     transformers' part of the state dict keeps transformers' names; the condition's parameters are
     `condition.*`, and are initialised afresh when a checkpoint has none.
@@ -45,10 +45,10 @@ class Pi0ForCFGRL(PI0ForConditionalGeneration):
 
     config_class = Pi0CFGRLConfig
     # dit.embed_tokens is never read (the expert takes embeddings): see `drop_unused_embeddings`.
-    # The condition is new to any checkpoint that isn't ours.
+    # Checkpoints of other projects lack the condition.
     _keys_to_ignore_on_load_missing = [r"dit\.embed_tokens", r"^condition\."]  # noqa: RUF012
     _keys_to_ignore_on_load_unexpected = [r"dit\.embed_tokens"]  # noqa: RUF012
-    # With dtype=bfloat16 the VLM alone is bfloat16: what trains keeps float32 weights.
+    # With dtype=bfloat16 only the VLM is bfloat16; all other weights stay float32, for training.
     _keep_in_fp32_modules_strict = [  # noqa: RUF012
         "dit",
         "embed_action_time",
@@ -64,13 +64,13 @@ class Pi0ForCFGRL(PI0ForConditionalGeneration):
 
     @classmethod
     def is_custom_code(cls) -> bool:
-        """Tensor names are transformers' own PI0's, so its conversion of the hub's names, which
-        skips custom code, applies: in when loading and back when saving."""
+        """Return False: tensors have the names of transformers' PI0, so its conversion of the hub's
+        names, which skips custom code, must apply when loading and when saving."""
         return False
 
     @property
     def dtype(self) -> torch.dtype:  # type: ignore[override]
-        """The dtype of what trains, written to config.json; a frozen VLM may be bfloat16."""
+        """Return the trained weights' dtype, for config.json; a frozen VLM may be bfloat16."""
         return self.action_out_proj.weight.dtype
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -84,14 +84,14 @@ class Pi0ForCFGRL(PI0ForConditionalGeneration):
             parameter.data = parameter.data.to(dtype)
 
     def drop_unused_embeddings(self) -> None:
-        """Free the expert's token embeddings: 263 M parameters at full size that nothing reads."""
+        """Free the expert's unused token embeddings, 263 M parameters at full size."""
         self.model.dit.embed_tokens = None
 
     def checkpoint_layers(self) -> None:
-        """Turn on gradient checkpointing: keep each layer's input only, recompute the rest.
+        """Turn on gradient checkpointing: keep only each layer's input and recompute the rest.
 
-        transformers' own gradient checkpointing drops the cache that the prefix comes in; here it
-        serves the vision tower only.
+        transformers' own gradient checkpointing drops the KV cache that holds the prefix, so it is
+        used for the vision tower only.
         """
         self.checkpointing = True
         tower: Any = self.model.vlm.vision_tower
@@ -152,9 +152,9 @@ class Pi0ForCFGRL(PI0ForConditionalGeneration):
             Pass the prefix's attention_mask with it. Where all labels are ∅, transformers lengthens
             it. `past_key_values`, its name before transformers 5.24, is taken as well
         :param is_positive: None (∅), 0, 1, or int (batch,) with -1 for ∅
-        The other arguments are transformers'; those that aren't named here reach its own forward
-        only, which runs where all labels are ∅.
-        :raises ValueError: a label that is not ∅, and no attention_mask or with position_ids
+        The other arguments are transformers'; those that aren't named here are only passed to its
+        own forward, which runs if all labels are ∅.
+        :raises ValueError: a label is not ∅, and attention_mask is missing or position_ids is given
         """
         earlier = kwargs.pop("past_key_values", None)  # as an earlier transformers' sampler does
         cache = earlier if cache is None else cache
@@ -201,7 +201,7 @@ class Pi0ForCFGRL(PI0ForConditionalGeneration):
     def velocity(
         self, prefix: Prefix, state: Tensor, x_t: Tensor, timestep: Tensor, labels: Tensor
     ) -> Tensor:
-        """Compute the velocity, (batch, chunk_size, max_action_dim), each row under its label.
+        """Compute the velocity of each row under its label, (batch, chunk_size, max_action_dim).
 
         :param labels: int64 (batch,) in {-1, 0, 1}, -1 for ∅
         """
@@ -220,8 +220,8 @@ class Pi0ForCFGRL(PI0ForConditionalGeneration):
     ) -> tuple[Tensor, ...]:
         """Compute the velocities of the same rows under several labels, in one expert pass.
 
-        The branches' action tokens stand side by side behind one state token and don't see each
-        other; prefix and weights are read once for all of them.
+        The branches' action tokens follow one shared state token and don't attend to each other's;
+        prefix and weights are read once for all branches.
 
         :param branches: labels in {-1, 0, 1}, -1 for ∅
         """
@@ -238,8 +238,8 @@ class Pi0ForCFGRL(PI0ForConditionalGeneration):
     def _embed_suffix(
         self, state: Tensor, x_t: Tensor, timestep: Tensor, labels: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """The state token (batch, 1, hidden) and the tokens after it (batch, n, hidden): actions,
-        in "token" mode with the condition before them."""
+        """Return the state token (batch, 1, hidden) and the tokens after it (batch, n, hidden): the
+        actions, in "token" mode preceded by the condition."""
         injected = self.condition(labels)[:, None]  # (batch, 1, hidden)
         if self.condition.mode == "concat":
             embeds = self._embed_action_time_concat(state, x_t, timestep, injected)
@@ -255,7 +255,7 @@ class Pi0ForCFGRL(PI0ForConditionalGeneration):
     def _embed_action_time_concat(
         self, state: Tensor, x_t: Tensor, timestep: Tensor, injected: Tensor
     ) -> Tensor:
-        """transformers' PI0ActionTimeEmbedding.forward with a wider input to its first layer."""
+        """Run transformers' PI0ActionTimeEmbedding.forward with a wider input to layer one."""
         embed = self.embed_action_time
         action = embed.action_in_proj(x_t)  # (batch, chunk, hidden)
         time = embed.sinusoid_embeds(timestep)[:, None, :].expand_as(action).to(action.dtype)
@@ -265,15 +265,15 @@ class Pi0ForCFGRL(PI0ForConditionalGeneration):
         return torch.cat([embed.state_proj(state)[:, None], action_time], dim=1)
 
     def _run_expert(self, prefix: Prefix, state_token: Tensor, blocks: list[Block]) -> list[Tensor]:
-        """transformers' suffix pass over a state token and blocks of tokens after it.
+        """Run transformers' suffix pass over a state token and the blocks of tokens after it.
 
-        :param blocks: each sees the prefix, the state token and itself
+        :param blocks: each attends to the prefix, the state token and itself
         :return: the velocity of each block, (batch, chunk_size, max_action_dim)
         """
         dit: Any = self.model.dit
         hidden = torch.cat([state_token, *(tokens for tokens, _ in blocks)], dim=1)
         ends = [tokens.shape[1] for tokens, _ in blocks]
-        # Actions count on from the state; a condition before them stands where the state does.
+        # The actions' positions follow the state's; a condition has the same position as the state.
         after = torch.arange(self.config.chunk_size + 1, device=hidden.device)
         steps = torch.cat([after[:1], *(after[-n:] for n in ends)])
         position_ids = prefix.attention_mask.sum(1, keepdim=True) + steps  # (batch, tokens)
@@ -293,11 +293,11 @@ class Pi0ForCFGRL(PI0ForConditionalGeneration):
 
 
 def _suffix_weights(prefix_mask: Tensor, blocks: list[Block], dtype: torch.dtype) -> Tensor:
-    """How often each key counts for each suffix token, (batch, suffix, prefix + suffix).
+    """Return the weight of each key for each suffix token, (batch, suffix, prefix + suffix).
 
-    0 or 1 as in transformers' PI0Model.forward: prefix and state are one block, actions see all
-    before them. Where there is a condition, state and condition count half each: while the two are
-    equal the softmax is that of the state alone.
+    It is 0 or 1 as in transformers' PI0Model.forward: the state attends to the prefix and itself,
+    the actions to everything before them. If there is a condition, state and condition have weight
+    1/2 each, so that the softmax is that of the state alone as long as the two are equal.
     """
     length = 1 + sum(tokens.shape[1] for tokens, _ in blocks)
     suffix = torch.zeros(len(prefix_mask), length, length, dtype=dtype, device=prefix_mask.device)
@@ -308,7 +308,7 @@ def _suffix_weights(prefix_mask: Tensor, blocks: list[Block], dtype: torch.dtype
         suffix[:, start:end, start:end] = 1
         if conditioned is not None:
             half = conditioned[:, None].to(dtype) / 2  # (batch, 1), 0 for ∅
-            suffix[:, start, start + 1 : end] = 0  # like the state, it doesn't see the actions
+            suffix[:, start, start + 1 : end] = 0  # like the state, it doesn't attend to actions
             suffix[:, start:end, start] = half
             suffix[:, start:end, 0] = 1 - half
         start = end
@@ -317,9 +317,9 @@ def _suffix_weights(prefix_mask: Tensor, blocks: list[Block], dtype: torch.dtype
 
 
 def _attention_bias(weights: Tensor, config: Any) -> Tensor:
-    """What `_run_layer` adds to the attention's logits, (batch, 1, heads_per_key · tokens, keys).
+    """Return what `_run_layer` adds to the logits, (batch, 1, heads_per_key · tokens, keys).
 
-    :param weights: how often each key counts for each token, (batch, tokens, keys)
+    :param weights: the weight of each key for each token, (batch, tokens, keys)
     """
     groups = config.num_attention_heads // config.num_key_value_heads
     return weights.log().repeat(1, groups, 1)[:, None]
@@ -328,11 +328,11 @@ def _attention_bias(weights: Tensor, config: Any) -> Tensor:
 def _run_layer(
     layer: Any, hidden: Tensor, rotary: tuple[Tensor, Tensor], bias: Tensor, prefix: Tensor
 ) -> Tensor:
-    """transformers' GemmaDecoderLayer.forward over a prefix, as one attention for all heads.
+    """Run transformers' GemmaDecoderLayer.forward over a prefix, as one attention for all heads.
 
-    transformers' attention hands PI0's one key-value head to the kernel eight times, which in the
-    backward pass means eight gradients of the prefix to be added up; here the query heads that
-    share a key-value head are queries of it, one after the other.
+    transformers' attention passes PI0's one key-value head to the kernel eight times, so that the
+    backward pass has to sum eight gradients of the prefix. Here the queries of all heads that share
+    a key-value head are concatenated instead.
 
     :param hidden: (batch, tokens, width)
     :param rotary: cosine and sine, (batch, tokens, head_dim)

@@ -1,4 +1,4 @@
-"""The PI0 policy: `CFGRL("Pi0Policy", env)`."""
+"""Implements the PI0 policy: `CFGRL("Pi0Policy", env)`."""
 
 import json
 import warnings
@@ -30,17 +30,16 @@ from cfgrl_gym.wrappers.transforms import ActionsFromModel, ActionsToModel, Norm
 # openpi, training/optimizer.py
 OPENPI_ADAMW = {"betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 1e-10}
 
-FULL_SIZE = 1024  # least width of an action expert that is PI0's own
+FULL_SIZE = 1024  # smallest width of an action expert that counts as full size
 FULL_LEARNING_RATE = 2.5e-5  # openpi's peak in fine-tuning: training/optimizer.py
 SMALL_LEARNING_RATE = 5e-4  # chosen on libero_tiny: docs/study.md
 
 
 class Pi0Policy(FlowPolicy):
-    """PI0 with an optimality condition, for LIBERO's observations.
+    """Makes a CFGRL policy of PI0 with an optimality condition, for LIBERO's observations.
 
     :param observation_space: Dict of uint8 images (H, W, 3) under PI0's camera names (base_0_rgb;
-        left_wrist_0_rgb and right_wrist_0_rgb where there are any), state float32 (8,) and
-        prompt uint8 (N,)
+        optionally left_wrist_0_rgb and right_wrist_0_rgb), state float32 (8,) and prompt uint8 (N,)
     :param action_space: Box (chunk, 7) or (7,)
     :param lr_schedule: learning rate as a function of the remaining progress
     :param preset: "tiny" (random weights, byte-level tokenizer, for a CPU) or "pi0" (full size)
@@ -48,43 +47,42 @@ class Pi0Policy(FlowPolicy):
         package; with preset "pi0", any PI0 checkpoint folder or hub name. None: random weights
     :param norm_stats: a `NormStats` or the path of openpi's norm_stats.json. None: the checkpoint
         folder's; without a checkpoint, tiny takes mean 0 and standard deviation 1 (states
-        and actions reach the model as they are)
+        and actions are not changed)
     :param condition_mode: how the optimality condition enters: "token", "bias" or "concat", each of
-        which starts as a no-op. None: the checkpoint's own, "bias" where it has none, and "token"
+        which starts as a no-op. None: the checkpoint's own, "bias" if it has none, and "token"
         without a checkpoint
-    :param use_prefix_dropout: the ∅ branch doesn't see the instruction either. The prefix then
-        differs between the branches and is computed once for each
-    :param delta_actions: the model's actions are the environment's minus the state in the first
-        6 dimensions. None: the checkpoint's, else True for "pi0" and False for "tiny"
+    :param use_prefix_dropout: hide the instruction from the ∅ branch too. The prefix then differs
+        between the branches and is computed once for each
+    :param delta_actions: whether the model's actions are the environment's minus the state in the
+        first 6 dimensions. None: the checkpoint's, else True for "pi0" and False for "tiny"
     :param trainable: "expert" (the VLM is frozen), "all", or "lora" (adapters on language model
         and expert: see `pi0/lora.py`; needs peft). None: "expert" with a checkpoint, else "all"
     :param lora_rank: with trainable "lora": rank of the language model's adapters; the expert's
         is twice that
-    :param gradient_checkpointing: keep only each layer's input for the backward pass and compute
-        the rest again: less memory, more time
+    :param gradient_checkpointing: keep only each layer's input for the backward pass and recompute
+        the rest: less memory, more time
     :param horizon: action steps that the model predicts. None: the checkpoint's, else the
         action space's chunk
     :param sizes: sizes of a new tiny model
-    :param seed: of a new model's weights and of the adapters'; None draws them from the global
-        generator
-    :param vlm_dtype: "float32" or "bfloat16": of the VLM's weights where they are frozen; all that
-        trains is float32. None: "bfloat16" with preset "pi0", else "float32"
+    :param seed: seed of the weights of a new model and of new adapters; None draws them from the
+        global generator
+    :param vlm_dtype: "float32" or "bfloat16", the dtype of the VLM's weights if they are frozen;
+        trained weights are float32. None: "bfloat16" with preset "pi0", else "float32"
     :param tokenizer: preset "pi0": folder or hub name of the tokenizer. None: the checkpoint's
         own, else PaliGemma's on the hub
     :param model_config: configuration of a new model as transformers writes it; overrides
-        `sizes`. What `save` keeps, to rebuild the network before its weights are loaded
-    :param base: SHA-256 of the checkpoint's weight files, by name, that it must have. What `save`
-        keeps of a checkpoint whose frozen weights it doesn't repeat
-    :param cameras: of the observations' images, those that the policy looks at. None: the
-        checkpoint's, else all
+        `sizes`. `save` stores it, to rebuild the network before its weights are loaded
+    :param base: SHA-256 that each of the checkpoint's weight files must have, by file name. `save`
+        stores it for a checkpoint whose frozen weights it doesn't repeat
+    :param cameras: the cameras whose images the policy looks at. None: the checkpoint's, else all
     :param compile_denoising: run the denoising steps through torch.compile (on a GPU with CUDA
         graphs). The first chunk of each batch size then takes minutes at full size, and after
-        eight different shapes new ones run as without it
-    :param ema_decay: act with an exponential moving average of the trained weights, of this decay
-        an optimizer step; None: with the weights themselves
-    :param optimizer_class: of `policy.optimizer`
-    :param optimizer_kwargs: None: openpi's AdamW settings where the class is AdamW
-    :param kwargs: of `FlowPolicy` (cfg_scale, num_inference_steps, guidance)
+        eight different shapes, new shapes run uncompiled
+    :param ema_decay: act with an exponential moving average of the trained weights that decays by
+        this factor each optimizer step; None: act with the weights themselves
+    :param optimizer_class: class of `policy.optimizer`
+    :param optimizer_kwargs: arguments of the optimizer. None: openpi's settings if it is AdamW
+    :param kwargs: arguments of `FlowPolicy` (cfg_scale, num_inference_steps, guidance)
 
     >>> policy = Pi0Policy(env.observation_space, env.action_space, lambda _: 1e-3)
     ... # doctest: +SKIP
@@ -192,7 +190,7 @@ class Pi0Policy(FlowPolicy):
 
     @property
     def norm_stats(self) -> NormStats:
-        """The normalisation statistics in use, float32, without the quantiles."""
+        """Return the normalisation statistics in use, float32, without the quantiles."""
         state, actions = (
             Moments(*(tuple(self.get_buffer(f"{part}_{of}").tolist()) for of in ("mean", "std")))
             for part in ("state", "actions")
@@ -221,7 +219,7 @@ class Pi0Policy(FlowPolicy):
     def encode_observation(self, obs: Observation, *, skip_prefix: bool = False) -> Inputs:
         """Convert a batched observation (NumPy arrays or tensors) to model inputs.
 
-        :param skip_prefix: only state and raw_state, for a prefix that is known
+        :param skip_prefix: return only state and raw_state, if the prefix is known
         :return: input_ids, attention_mask, instruction_mask int64 (batch, tokens); pixel_values
             float32 (batch, cameras, 3, size, size) in [-1, 1]; pixel_attention_mask bool (batch,
             cameras); state float32 (batch, max_state_dim), normalised and padded; raw_state
@@ -238,12 +236,12 @@ class Pi0Policy(FlowPolicy):
             return inputs
         text = encode_text(parts["prompt"], self.tokenizer, self.image_token_id, self.image_tokens)
         pixels = encode_cameras(parts, self.cameras, self.image_size)
-        # A missing camera's slot is dropped, which equals masking it.
+        # A missing camera's slot is left out, which is equivalent to masking it.
         there = torch.ones(pixels.shape[:2], dtype=torch.bool, device=pixels.device)
         return {**inputs, **text, "pixel_values": pixels, "pixel_attention_mask": there}
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """Compute in bfloat16 on a GPU that has it; the trained weights stay float32."""
+        """Return a context that computes in bfloat16 on a GPU that has it; weights stay float32."""
         use = self.device.type == "cuda" and torch.cuda.is_bf16_supported()
         return torch.autocast(self.device.type, torch.bfloat16, enabled=use)
 
@@ -257,7 +255,7 @@ class Pi0Policy(FlowPolicy):
             )
 
     def encode_prefix(self, inputs: Inputs) -> tuple[Prefix, Prefix]:
-        """Compute the VLM's keys and values for (labelled, ∅) rows.
+        """Compute the prefixes (keys and values of the VLM) for labelled rows and for ∅ rows.
 
         Both are the same object unless `use_prefix_dropout` hides the instruction from ∅.
         """
@@ -331,9 +329,9 @@ class Pi0Policy(FlowPolicy):
         `PI0ForConditionalGeneration.from_pretrained(folder)` loads the unconditional model.
 
         Adapters (trainable "lora") are written merged into the weights: the folder is an ordinary
-        checkpoint, and a policy made from it with trainable="lora" starts with fresh adapters on
-        the merged weights. This policy stays as it is. `save` keeps the adapters themselves.
-        With `ema_decay` the averaged weights are written, which are those that act.
+        checkpoint, and a policy made from it with trainable="lora" starts with new adapters on the
+        merged weights. This policy is not changed. `save` stores the adapters themselves.
+        With `ema_decay` the averaged weights are written, because those act.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -368,11 +366,11 @@ class Pi0Policy(FlowPolicy):
             arguments |= {"checkpoint": self.base.name, "base": hashes, "model_config": None}
             tokenizer = self.config.tokenizer
             if tokenizer and Path(tokenizer).resolve() == self.base.folder:
-                arguments["tokenizer"] = None  # it comes, and moves, with the checkpoint
+                arguments["tokenizer"] = None  # it is in the checkpoint, and moves with it
         return arguments
 
     def _base_hashes(self) -> dict[str, str] | None:
-        """Hashes of the checkpoint that has the frozen weights; None where they must be saved."""
+        """Return hashes of the checkpoint with the frozen weights; None if these must be saved."""
         if self.base is None or not self._frozen():
             return None
         hashes = self.base.hashes()
@@ -388,7 +386,7 @@ class Pi0Policy(FlowPolicy):
         return {name: p.detach() for name, p in self.named_parameters() if not p.requires_grad}
 
     def state_to_save(self) -> dict[str, Any]:
-        """The state dict, without frozen weights that the base checkpoint has."""
+        """Return the state dict, without frozen weights that the base checkpoint has."""
         state = self.state_dict()
         if self._base_hashes() is None:
             return state
@@ -411,17 +409,17 @@ class Pi0Policy(FlowPolicy):
 
 
 def _without_instruction(inputs: Inputs) -> Tensor:
-    """The attention mask with the instruction's tokens hidden: what an empty prompt would give."""
+    """Return the attention mask without the instruction's tokens, as for an empty prompt."""
     return inputs["attention_mask"] * (1 - inputs["instruction_mask"])
 
 
 def _compiled(branch_velocities: Callable[..., tuple[Tensor, ...]]) -> Callable[..., Any]:
-    """`Pi0ForCFGRL.branch_velocities`, compiled for each shape it is called with; on a GPU as CUDA
+    """Compile `Pi0ForCFGRL.branch_velocities` for each shape it is called with; on a GPU as CUDA
     graphs.
 
-    Not as one obligatory graph (`fullgraph`): that makes the ninth shape an error (torch's
-    recompile_limit), and a collection has a batch size for each number of environments that are
-    still busy. Without it the shapes after the eighth run as they are.
+    `fullgraph` is not set, because it makes the ninth shape an error (torch's recompile_limit), and
+    a collection has a batch size for each number of environments that are still busy. Without it,
+    shapes after the eighth run uncompiled.
     """
     graph = torch.compile(branch_velocities, dynamic=False, mode="reduce-overhead")
 

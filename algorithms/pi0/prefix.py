@@ -1,4 +1,4 @@
-"""The keys and values of PI0's prefix (images and language): computed once, used by everything."""
+"""Computes the keys and values of PI0's prefix (images and language), to be used many times."""
 
 import inspect
 from dataclasses import dataclass
@@ -20,13 +20,12 @@ if CACHE not in inspect.signature(GemmaDecoderLayer.forward).parameters:
 
 @dataclass(frozen=True)
 class Prefix:
-    """Keys and values of images and language, which the action expert attends to.
+    """Holds the keys and values of images and language, which the action expert attends to.
 
-    Nothing ever writes to a prefix, so any number of branches, denoising steps and epochs can
-    share one.
+    A prefix is never modified, so any number of branches, denoising steps and epochs can share it.
 
-    :param keys_values: (batch, layers, 2, kv_heads, tokens, head_dim), in the VLM's dtype; 18 KB a
-        token at full size in bfloat16
+    :param keys_values: (batch, layers, 2, kv_heads, tokens, head_dim), in the VLM's dtype; 18 KB
+        per token at full size in bfloat16
     :param attention_mask: int64 (batch, tokens), 1 for real tokens
     """
 
@@ -83,7 +82,7 @@ def select_rows(rows: Tensor, yes: Prefix, no: Prefix) -> Prefix:
 
 
 class Recorder:
-    """A KV cache for one pass of a Gemma attention layer, which keeps the keys and values."""
+    """Stands in for a KV cache in a pass of a Gemma attention layer, and keeps keys and values."""
 
     keys_values: Tensor  # (batch, 2, kv_heads, tokens, head_dim)
 
@@ -92,7 +91,7 @@ class Recorder:
         keys: Tensor,
         values: Tensor,
         *_: Any,
-        **__: Any,  # by position or name, by version
+        **__: Any,  # by position or by name, depending on the version
     ) -> tuple[Tensor, Tensor]:
         self.keys_values = torch.stack([keys, values], 1)
         return keys, values
@@ -131,7 +130,7 @@ def run_prefix(
 
 
 def _mask(allowed: Tensor, config: Any, dtype: torch.dtype) -> Tensor:
-    """In the form that transformers' attention takes: bool for sdpa, added for eager.
+    """Convert a mask to the form that transformers' attention takes: bool for sdpa, else added.
 
     :param allowed: bool (batch, 1, tokens, tokens)
     """
@@ -141,7 +140,7 @@ def _mask(allowed: Tensor, config: Any, dtype: torch.dtype) -> Tensor:
 
 
 def _keys_values(layer: Any, hidden: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-    """transformers' GemmaAttention.forward as far as the cache."""
+    """Run transformers' GemmaAttention.forward up to the KV cache."""
     attention = layer.self_attn
     normed = layer.input_layernorm(hidden)
     shape = (*hidden.shape[:-1], -1, attention.head_dim)

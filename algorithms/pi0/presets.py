@@ -1,4 +1,4 @@
-"""The two sizes of PI0: `tiny`, for a CPU, and `pi0`, the full 3.3 B model."""
+"""Defines the two sizes of PI0: `tiny`, for a CPU, and `pi0`, the full 3.3 B model."""
 
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -16,17 +16,19 @@ PRESETS = get_args(Preset)
 
 @dataclass(frozen=True)
 class TinySizes:
-    """Sizes of the tiny preset.
+    """Holds the sizes of the tiny preset.
 
     :param image_size: side of the square images the model sees, in pixels
-    :param patch_size: side of a patch; (image_size / patch_size)² tokens for each camera
+    :param patch_size: side of a patch in pixels; there are (image_size / patch_size)² tokens for
+        each camera
     :param hidden_size: width of vision tower, language model and expert
     :param vision_layers: layers of the vision tower
-    :param num_layers: layers of language model and expert (they share attention, so as many)
-    :param num_heads: attention heads, everywhere
-    :param mlp_ratio: width of every MLP, in hidden sizes
-    :param max_action_dim: the model's action width. The seven real dimensions and no padding:
-        padded ones carry no loss, and a small model is only disturbed by them
+    :param num_layers: layers of the language model, and of the expert (they share attention, so the
+        number is the same)
+    :param num_heads: attention heads of every layer
+    :param mlp_ratio: width of every MLP, as a multiple of hidden_size
+    :param max_action_dim: the model's action width. The default is the seven real dimensions, with
+        no padding: padded ones have no loss and only disturb a small model
     :param max_state_dim: the model's state width
     """
 
@@ -97,9 +99,9 @@ def new_model(
 ) -> Pi0ForCFGRL:
     """Build a randomly initialised model.
 
-    :param seed: of the initial weights; the global generator is left as it was. None draws from
-        the global generator
-    :param vlm_dtype: of the VLM's weights; the others are float32
+    :param seed: seed of the initial weights; the global generator is left unchanged. None draws
+        from the global generator
+    :param vlm_dtype: dtype of the VLM's weights; the others are float32
     """
     config.set_float32()
     with torch.random.fork_rng(enabled=seed is not None):

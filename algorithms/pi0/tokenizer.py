@@ -1,6 +1,6 @@
-"""Prompts to token ids: `<bos>` + instruction + newline, right-padded.
+"""Converts prompts to token ids: `<bos>` + instruction + newline, right-padded.
 
-Two tokenizers with one interface: bytes, for the tiny preset, and PaliGemma's, for the full one.
+Two tokenizers share one interface: bytes for the tiny preset, PaliGemma's for the full one.
 """
 
 import warnings
@@ -64,7 +64,8 @@ class PaliGemmaTokenizer:
 
         folder = _tokenizer_folder(source, places)
         with refuse(f"no tokenizer could be read from '{folder}'", _HELP):
-            # Without the last argument, a folder that names code of its own is a question on stdin.
+            # Without the last argument, a folder that names code of its own asks a question on
+            # stdin.
             self._tokenizer: Any = AutoTokenizer.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=False
             )
@@ -89,12 +90,12 @@ PromptTokenizer = ByteTokenizer | PaliGemmaTokenizer
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Whether a tokenizer's files lie in this folder."""
+    """Return whether this folder has a tokenizer's files."""
     return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
 
 
 def _tokenizer_folder(source: str, places: Places) -> Path:
-    """The folder with the tokenizer's files, fetched from the hub unless they are in its cache."""
+    """Return the folder of the tokenizer's files, fetched from the hub unless they are cached."""
     folder = Path(source).expanduser()
     if places == "anywhere":
         if has_tokenizer(folder):
@@ -102,7 +103,7 @@ def _tokenizer_folder(source: str, places: Places) -> Path:
         if folder.is_dir():
             raise FileNotFoundError(f"folder '{source}' holds no tokenizer. {_HELP}")
     try:
-        # The cache first: with the files there, a network that is down need not be waited for.
+        # The cache comes first, so that files there don't have to wait for a network that is down.
         cached = Path(snapshot_download(source, local_files_only=True))
         if has_tokenizer(cached):
             return cached

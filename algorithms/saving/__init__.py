@@ -1,1 +1,1 @@
-"""Models and trainings on disk: SB3's .zip, and checkpoints that a training goes on from."""
+"""Saves models and trainings: SB3's .zip, and checkpoints from which a training goes on."""

@@ -1,4 +1,4 @@
-"""Checkpoints of a training, from which it resumes as if it had not been stopped.
+"""Writes and reads a training's checkpoints, from which it resumes as if it had not been stopped.
 
 A checkpoint is a folder named after its iteration: `model.pt` (trained weights, optimizer, random
 generators) and `replay.pt` (windows of earlier iterations, where there are any) hold tensors and
@@ -33,15 +33,15 @@ MODEL_FILE, REPLAY_FILE = "model.pt", "replay.pt"
 class CheckpointStore:
     """Saves the checkpoints of one training and deletes old ones.
 
-    :param folder: where the checkpoints are
-    :param keep: how many of the latest are kept, beside the best one
+    :param folder: the folder of the checkpoints
+    :param keep: number of latest checkpoints to keep, besides the best one
     """
 
     def __init__(self, folder: Path, keep: int = 3) -> None:
         self.folder, self.keep = folder, keep
 
     def iterations(self) -> list[int]:
-        """List the iterations of the checkpoints there are, ascending."""
+        """List the iterations of the existing checkpoints, in ascending order."""
         if not self.folder.is_dir():
             return []
         return sorted(int(path.name) for path in self.folder.iterdir() if path.name.isdigit())
@@ -53,7 +53,7 @@ class CheckpointStore:
     def save(self, model: CFGRL, about: dict[str, Any] | None = None) -> Path:
         """Write a checkpoint of a model between two iterations, then delete old ones.
 
-        :param about: anything else as JSON, which `load_checkpoint` returns
+        :param about: further values in JSON's types, which `load_checkpoint` returns
         :raises OSError: it could not be written; the earlier ones are intact
         """
         folder = self.path(model.iteration)
@@ -69,7 +69,7 @@ class CheckpointStore:
         return folder
 
     def rate(self, iteration: int, success_rate: float) -> None:
-        """Record the success rate of a checkpoint's policy, which decides on the best one."""
+        """Record the success rate of a checkpoint's policy, by which the best one is chosen."""
         folder = self.path(iteration)
         if folder.is_dir():
             with whole_file(folder / SCORE_FILE) as new:
@@ -84,7 +84,7 @@ class CheckpointStore:
             return -math.inf
 
     def best(self) -> int | None:
-        """Return the iteration with the highest success rate, the latest of equals."""
+        """Return the iteration with the highest success rate, the latest if several are equal."""
         return max(self.iterations(), key=lambda i: (self.success_rate(i), i), default=None)
 
     def _delete_old(self) -> None:
@@ -167,7 +167,7 @@ def _save(tensors: Any, file: Path) -> None:
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The contents of state.json and model.pt, once every file's checksum is found right."""
+    """Return the contents of state.json and model.pt, after checking every file's checksum."""
     remedy = (
         "remove that folder to resume from the checkpoint before it, or begin the training anew"
     )
@@ -206,13 +206,13 @@ def _tensors(batch: WindowBatch) -> dict[str, Any]:
 
 def _windows(tensors: dict[str, Any], number: int) -> WindowBatch:
     observations = tree_map(Tensor.numpy, tensors["observations"])
-    # Negative, so that none is the key of a prefix in a running cache.
+    # Negative, so that none equals the key of a prefix in a running cache.
     keys = -1 - torch.arange(len(tensors["labels"])) - (number << 32)
     return WindowBatch(**tensors | {"observations": observations, "prefix_keys": keys})
 
 
 def _generators() -> dict[str, Any]:
-    """The states of the global generators; CFGRL's own follow from seed and iteration."""
+    """Return the states of the global generators; CFGRL's own follow from seed and iteration."""
     name, keys, *rest = np.random.get_state()  # noqa: NPY002
     version, numbers, gauss = random.getstate()
     return {

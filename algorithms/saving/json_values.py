@@ -1,4 +1,4 @@
-"""Constructor arguments as JSON, and back without anything that could run code.
+"""Converts constructor arguments to JSON, and back without anything that could run code.
 
 An object is written as its constructor's arguments and the name of its class. Reading looks that
 name up among the classes listed here and those that a policy adds; no other class can be named.
@@ -19,7 +19,7 @@ from gymnasium import spaces
 TYPE = "$type"  # the key of a class's name
 MAX_ARRAY_SIZE = 10**8  # of a space's bounds; a larger one could exhaust the memory
 _ARRAY, _OPTIMIZER = "array", "torch.optim"
-# Names of arguments under which an instance keeps them too.
+# Names of arguments that an instance has as attributes of the same name.
 _ARGUMENTS: dict[type, tuple[str, ...]] = {
     spaces.Box: ("low", "high", "dtype"),
     spaces.Dict: ("spaces",),
@@ -36,7 +36,7 @@ def to_json(value: Any, more: Iterable[type] = ()) -> Any:
     """Convert a value to JSON's types; tuples become lists, paths become strings.
 
     :param more: dataclasses that may occur in it
-    :raises TypeError: it is, or contains, something else
+    :raises TypeError: it is, or contains, a value of another type
     """
     if value is None or isinstance(value, bool | int | float | str):
         return value

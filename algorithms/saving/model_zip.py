@@ -1,4 +1,4 @@
-"""A model's .zip without pickles: JSON for arguments and progress, safetensors for weights.
+"""Writes and reads a model's .zip without pickles: JSON for arguments, safetensors for weights.
 
 `model.json` has the spaces, the arguments of algorithm and policy, and the counters of the
 training; `policy.safetensors` and `optimizer.safetensors` have the tensors. Reading them runs no
@@ -45,7 +45,7 @@ SelfModel = TypeVar("SelfModel", bound="PickleFreeSaving")
 
 
 class PickleFreeSaving(BaseAlgorithm):
-    """SB3's `save` and `load` with a .zip that holds JSON and safetensors, and so can't run code.
+    """Implements SB3's `save` and `load` with JSON and safetensors, which can't run code.
 
     A .zip needs no other file to be loaded, except for the weights of a frozen base checkpoint, of
     which it keeps the path and the hash. What JSON can't hold is left out, with a warning, and has
@@ -87,7 +87,7 @@ class PickleFreeSaving(BaseAlgorithm):
 
     @classmethod
     def _arguments(cls) -> dict[str, Any]:
-        """The annotations of those constructor parameters that are saved as attributes."""
+        """Return the annotations of those constructor parameters that are saved as attributes."""
         annotations = constructor_parameters(cls, PickleFreeSaving)
         for name in ("policy", "env", "policy_kwargs", "device", "_init_setup_model"):
             annotations.pop(name, None)
@@ -98,7 +98,7 @@ class PickleFreeSaving(BaseAlgorithm):
     ) -> None:
         """Save the model to a .zip, which replaces an earlier one once it is complete.
 
-        :param path: of the file, whose ".zip" may be left out, or an open file
+        :param path: path of the file, whose ".zip" may be left out, or an open file
         :param exclude: arguments that are not to be saved; a loaded model has their defaults
         :param include: further attributes, as far as JSON can hold them
         """
@@ -166,15 +166,15 @@ class PickleFreeSaving(BaseAlgorithm):
     ) -> SelfModel:
         """Load a model that `save` wrote; no code from the file runs.
 
-        :param path: of the file, whose ".zip" may be left out, or an open file
-        :param env: to continue learning in; None for predicting only
-        :param custom_objects: values to take instead of the file's, by the name of the argument;
-            those of "policy_kwargs" are taken one by one, "policy_class" is a `FlowPolicy`
+        :param path: path of the file, whose ".zip" may be left out, or an open file
+        :param env: environment to continue learning in; None for predicting only
+        :param custom_objects: values to use instead of the file's, by the name of the argument;
+            those of "policy_kwargs" are replaced one by one, "policy_class" is a `FlowPolicy`
         :param print_system_info: print the system that saved the model, and this one
         :param force_reset: has no effect: a loaded model always resets its environments first
         :param checkpoint: path of the policy's base checkpoint, if it has moved
         :param kwargs: as custom_objects
-        :raises FileNotFoundError: no such file, or the base isn't there
+        :raises FileNotFoundError: the file or the base doesn't exist
         :raises ValueError: the file is damaged or not from `save`, something that it leaves out
             isn't given, or the base has changed
         """
@@ -227,7 +227,7 @@ class PickleFreeSaving(BaseAlgorithm):
         return model
 
     def get_parameters(self) -> dict[str, dict[str, Any]]:
-        """Return SB3's parameters; of a policy with a base checkpoint, trained weights only."""
+        """Return SB3's parameters; for a policy with a base checkpoint, only trained weights."""
         return {**super().get_parameters(), "policy": self.policy.state_to_save()}
 
     def set_parameters(
@@ -235,7 +235,7 @@ class PickleFreeSaving(BaseAlgorithm):
     ) -> None:
         """Load parameters as SB3 does, from what `get_parameters` returned or from a .zip.
 
-        :raises ValueError: the file is damaged, or its optimizer is another
+        :raises ValueError: the file is damaged, or has another kind of optimizer
         """
         parameters = load_path_or_dict
         if not isinstance(parameters, dict):
@@ -250,9 +250,9 @@ class PickleFreeSaving(BaseAlgorithm):
         super().set_parameters(parameters, exact_match, device)
 
     def _states(self, parts: Mapping[str, bytes]) -> dict[str, dict[str, Any]]:
-        """The state dictionaries of a .zip, as in `get_parameters`.
+        """Return the state dictionaries of a .zip, as in `get_parameters`.
 
-        The optimizer's settings are this model's own, which was made with the saved arguments.
+        The optimizer's settings are those of this model, which was made with the saved arguments.
         """
         state: dict[int, dict[str, Tensor]] = {}
         for key, tensor in safetensors.torch.load(parts[OPTIMIZER_PART]).items():
@@ -268,7 +268,7 @@ class PickleFreeSaving(BaseAlgorithm):
 def _split(
     values: Mapping[str, Any], more: Iterable[type] = ()
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """Those of the values that JSON can hold, and of the others the reason why not."""
+    """Return the values that JSON can hold, and for each of the others the reason why it can't."""
     held, left_out = {}, {}
     for name, value in values.items():
         try:
@@ -306,9 +306,9 @@ def _write(file: Any, contents: Iterable[bytes]) -> None:
 
 
 def _read(path: Any) -> dict[str, bytes]:
-    """The parts of a .zip, whose checksums are right.
+    """Return the parts of a .zip, after checking their checksums.
 
-    :raises FileNotFoundError: no such file
+    :raises FileNotFoundError: there is no such file
     :raises ValueError: it is damaged, or not from `save`
     """
     file: Any = open_path(path, "r", verbose=0, suffix="zip")
@@ -339,9 +339,9 @@ _EARLIER_FORM = (
 
 @contextmanager
 def _about(path: Any) -> Iterator[None]:
-    """Name the file in errors about what it holds, which may be of any kind.
+    """Name the file in errors of any kind about its contents.
 
-    Not in those about the base (FileNotFoundError) and the device (MemoryError).
+    Errors about the base (FileNotFoundError) and the device (MemoryError) are left unchanged.
     """
     try:
         yield
@@ -354,11 +354,14 @@ def _about(path: Any) -> Iterator[None]:
         ) from error
 
 
-# What is wrong though it can be read --------------------------------------------------------------
+# Checks of what was read --------------------------------------------------------------------------
 
 
 def _check_types(values: Mapping[str, Any], annotations: Mapping[str, Any]) -> None:
-    """:raises ValueError: a value that its annotation, where it consists of classes, excludes"""
+    """Check values against those annotations that consist of classes.
+
+    :raises ValueError: a value isn't of these classes
+    """
     for name in values.keys() & annotations.keys():
         annotation, kind = annotations[name], type(values[name])
         union = get_origin(annotation) in (Union, UnionType)
@@ -369,7 +372,10 @@ def _check_types(values: Mapping[str, Any], annotations: Mapping[str, Any]) -> N
 
 
 def _check_training(saved: Mapping[str, Any], new: Mapping[str, Any]) -> None:
-    """:raises ValueError: not what `training_state` gives"""
+    """Check a saved training state.
+
+    :raises ValueError: it isn't what `training_state` returns
+    """
     counters, successes = (
         saved["counters"],
         [saved["ep_success"], *saved["task_successes"].values()],
@@ -385,7 +391,10 @@ def _check_training(saved: Mapping[str, Any], new: Mapping[str, Any]) -> None:
 
 
 def _check_optimizer(saved: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> None:
-    """:raises ValueError: a state on which this optimizer would only fail at its next step"""
+    """Check a saved optimizer state before it is loaded.
+
+    :raises ValueError: with this state the optimizer would fail, but only at its next step
+    """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     # Sorted, because safetensors gives its tensors in any order: the same file, the same message.
     for index, state in sorted(saved["state"].items()):

@@ -1,4 +1,4 @@
-"""Keeping others' hands off the environments that a collection runs in."""
+"""Guards the environments of a running collection against resets and steps by other code."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -9,13 +9,13 @@ from stable_baselines3.common.vec_env import VecEnv
 
 @contextmanager
 def left_alone(env: VecEnv) -> Iterator[None]:
-    """Refuse, inside the block, to reset or step these environments.
+    """Make resets and steps of these environments by other code fail inside the block.
 
-    Episodes that are under way would go on from elsewhere, without a word: an `EvalCallback` on
-    the training's own environments does that. Refused are the vector itself and, where they are in
-    this process, the single environments, which others may hold without their vector.
+    Otherwise, running episodes would silently go on from another state, as with an `EvalCallback`
+    on the training's own environments. This guards the `VecEnv` itself and, where they are in this
+    process, its single environments, because other code may hold these directly.
 
-    :raises RuntimeError: in the call that would have moved them
+    :raises RuntimeError: in the call that would have reset or stepped them
     """
     vector: Any = env.unwrapped
     singles = [single.unwrapped for single in getattr(vector, "envs", ())]

@@ -1,4 +1,4 @@
-"""What each environment of a `VecEnv` begins when its episode ends: a planned start, or a rest."""
+"""Tells each environment of a `VecEnv` what follows its episode: a planned start, or a rest."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,11 +12,12 @@ UNTOLD = "untold"
 
 
 class PlannedReset(gym.Wrapper[Any, Any, Any, Any]):
-    """Begins at its next reset what was planned for it, or rests until the one after.
+    """Makes the next reset of its environment the planned one, or lets the environment rest.
 
-    A `VecEnv` resets an environment as soon as its episode is over, and steps it as long as it
-    steps any. With this wrapper that reset is the planned one, so that none is made twice; and an
-    environment that rests is neither reset nor stepped, so that no `Monitor` counts what it does.
+    A `VecEnv` resets an environment as soon as its episode is over, and steps all environments as
+    long as it steps any. With this wrapper that automatic reset is the planned one, so that no
+    second reset is needed; and a resting environment is neither reset nor stepped, so that no
+    `Monitor` records episodes of it. A rest ends with the reset after it.
     """
 
     def __init__(self, env: gym.Env) -> None:
@@ -27,27 +28,27 @@ class PlannedReset(gym.Wrapper[Any, Any, Any, Any]):
         self._last: Any = None  # observation
 
     def plan_reset(self, arguments: dict[str, Any] | None) -> None:
-        """Plan the next reset, by the keyword arguments of `Env.reset`; None: a rest instead."""
+        """Plan the next reset by the keyword arguments of `Env.reset`; None: rest instead."""
         self._planned, self._rests_next = arguments, arguments is None
 
     def forget_plan(self) -> None:
-        """Reset and step as without this wrapper from now on."""
+        """Drop the plan and end a rest, so that the environment behaves as without this wrapper."""
         self._planned, self._rests_next, self._rests = None, False, False
 
     def rest(self) -> None:
-        """Do nothing until the next reset."""
+        """Ignore all steps until the next reset."""
         self._rests = True
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Any, dict[str, Any]]:
-        """Reset the environment, as planned if it was; a rest gives the last observation again."""
+        """Reset the environment as planned; for a rest, return the last observation again."""
         arguments = {"seed": seed, "options": options} | (self._planned or {})
         self._rests = self._rests_next
         self._planned, self._rests_next = None, False
         if self._rests:
             if self._last is None:
-                self._last = self.observation_space.sample()  # any will do: nobody acts on it
+                self._last = self.observation_space.sample()  # any will do: no action depends on it
             return self._last, {}
         self._last, info = self.env.reset(**arguments)
         return self._last, info
@@ -62,13 +63,14 @@ class PlannedReset(gym.Wrapper[Any, Any, Any, Any]):
 
 
 class NextStarts:
-    """Tells environments ahead of time what they begin next, in the way that they understand.
+    """Tells environments ahead of time what they begin next, by the method that each supports.
 
-    Those of a `WorkerVecEnv` are `PlannedReset`s; those of a `DummyVecEnv` and its subclasses are
-    wrapped in it until `release`. With any other `VecEnv`, environments that have `queue_episode`
-    are told by it, and others are not: the collector resets them a second time. Neither can rest.
+    The environments of a `WorkerVecEnv` are `PlannedReset`s; those of a `DummyVecEnv` and its
+    subclasses are wrapped in `PlannedReset` until `release`. With any other `VecEnv`, environments
+    that have `queue_episode` are told through it; others can't be told, and the collector resets
+    them a second time. Neither of these can rest.
 
-    :param env: whose environments these are
+    :param env: the `VecEnv` of these environments
     """
 
     def __init__(self, env: VecEnv) -> None:
@@ -83,7 +85,7 @@ class NextStarts:
         self._queues = not self.plans and env.has_attr("queue_episode")
 
     def tell(self, index: int, start: Start | None) -> None:
-        """Say what environment `index` begins next; None: nothing, it rests."""
+        """Tell environment `index` the start of its next episode; None: it rests."""
         before, self._told[index] = self._told[index], start
         if before == start:
             return
@@ -98,17 +100,17 @@ class NextStarts:
             self._told[index] = UNTOLD
 
     def begun(self, index: int) -> Start | None:
-        """Where environment `index`, which was just reset, was told to begin, if it was."""
+        """Return the start that environment `index`, which was just reset, was told, if any."""
         start, self._told[index] = self._told[index], UNTOLD
         return start if isinstance(start, Start) else None
 
     def rest(self, index: int) -> None:
-        """Let an environment do nothing until it is reset."""
+        """Let an environment rest until it is reset."""
         if self.plans:
             self.env.env_method("rest", indices=[index])
 
     def forget(self, indices: Sequence[int] | None = None) -> None:
-        """Take back what environments were told; None: all of them."""
+        """Withdraw what these environments were told; None: what all of them were told."""
         if self.plans:
             self.env.env_method("forget_plan", indices=indices)
         elif self._queues:
@@ -117,7 +119,7 @@ class NextStarts:
             self._told[index] = UNTOLD
 
     def release(self) -> None:
-        """Leave nothing behind in the environments."""
+        """Withdraw all that environments were told, and unwrap those that were wrapped here."""
         self.forget()
         if isinstance(self._inner, DummyVecEnv):
             self._inner.envs = self._bare

@@ -1,4 +1,4 @@
-"""Which environments CFGRL accepts, and which tasks they offer."""
+"""Checks that CFGRL accepts an environment, and finds the tasks that it offers."""
 
 from collections.abc import Sequence
 
@@ -17,7 +17,7 @@ from stable_baselines3.common.vec_env import (
     VecVideoRecorder,
 )
 
-# Wrappers that leave observations and rewards as the environment gave them.
+# Wrappers that leave observations and rewards unchanged.
 TRANSPARENT_WRAPPERS = (VecMonitor, VecCheckNan, VecVideoRecorder)
 
 

@@ -1,4 +1,4 @@
-"""Environments of one process, stepped in threads."""
+"""Steps several environments of one process in threads."""
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -12,10 +12,10 @@ from cfgrl_gym.envs.rendering import processors
 
 
 class ThreadVecEnv(DummyVecEnv):
-    """SB3's `DummyVecEnv` with environments that step in parallel threads, one for each core.
+    """Steps environments as SB3's `DummyVecEnv` does, but in parallel threads, one for each core.
 
-    For environments that release Python's global interpreter lock while they work, as LIBERO's do
-    here in physics and rendering. Threads share compiled models and render contexts, which are
+    It suits environments that release Python's global interpreter lock while they work, as LIBERO's
+    do here in physics and rendering. Threads share compiled models and render contexts, which are
     large; processes (`SubprocVecEnv`) would each need their own.
 
     :param env_fns: functions that make the environments, called one after another
@@ -56,7 +56,7 @@ class ThreadVecEnv(DummyVecEnv):
         self._save_obs(index, obs)
 
     def _each(self, work: Callable[[int], None]) -> None:
-        """Do the work for all environments to the end, then raise the first error."""
+        """Finish the work for all environments, then raise the first error."""
         futures = [self._pool.submit(work, index) for index in range(self.num_envs)]
         wait(futures)
         for future in futures:

@@ -1,4 +1,4 @@
-"""The command line, `cfgrl`: demonstrations, warm start, training, evaluation, reports, a check-up.
+"""Implements the command line, `cfgrl`: demos, warm start, training, evaluation, reports, checks.
 
 Each command is a function of one typed configuration: `cfgrl_gym.cli.train.run(TrainConfig(...))`.
 """
@@ -15,7 +15,7 @@ from cfgrl_gym.envs.render_backend import RenderingUnavailableError
 TRACEBACK_VARIABLE = "CFGRL_TRACEBACK"
 USAGE_ERROR, INTERRUPTED = 2, 130
 
-# What a user can put right, with a message that says how. Anything else keeps its traceback.
+# Errors that a user can fix, whose messages say how. Any other error is shown with its traceback.
 _EXPECTED = (
     ValueError,
     OSError,
@@ -27,9 +27,9 @@ _EXPECTED = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command line; returns the exit status.
+    """Run a command line and return the exit status.
 
-    :param argv: without the program's name; None takes this process's
+    :param argv: arguments without the program's name; None takes those of this process
     """
     try:
         return parse(sys.argv[1:] if argv is None else argv)()

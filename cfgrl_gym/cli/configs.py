@@ -1,8 +1,8 @@
-"""The configuration of each command: what its YAML file and its options may say.
+"""Defines the configuration of each command: its options, also those of its YAML file.
 
-A command has options of its own, and takes others from the classes that it hands them to: their
-names, types, defaults and explanations stand there only. Hence importing this module imports torch
-and transformers, which `cfgrl --help` does without.
+A command has options of its own, and takes others from the classes that it passes them to: their
+names, types, defaults and explanations are only there. Hence importing this module imports torch
+and transformers, which `cfgrl --help` does not need.
 """
 
 import inspect
@@ -22,7 +22,7 @@ from cfgrl_gym.envs.suites import TaskIds
 
 Camera = Literal["agentview", "robot0_eye_in_hand"]
 LARGEST_SEED = 2**32 - 1  # NumPy's
-# The least value of the options of these names, in every command.
+# The smallest value of options with these names, in every command.
 AT_LEAST_1 = {
     *("batch_size", "chunk_size", "demos", "episodes", "eval_episodes", "eval_every", "horizon"),
     *("image_stride", "keep_checkpoints", "log_every", "max_episode_steps", "max_iterations"),
@@ -36,12 +36,12 @@ _STARRED = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
 class Parameters:
-    """Parameters of a class that a command has as options.
+    """Selects the parameters of a class that a command has as options.
 
     :param owner: the class
-    :param title: heads them in the command's help
-    :param only: those that are options; empty: all
-    :param skip: those that are none of the options, or that the command has for itself
+    :param title: their heading in the command's help
+    :param only: names of parameters that are options; empty: all
+    :param skip: names of parameters that are not options, or that the command defines itself
     """
 
     def __init__(self, owner: type, title: str, *, only: str = "", skip: str = "") -> None:
@@ -55,8 +55,8 @@ class Parameters:
 def _constructor_parameters(
     owner: type,
 ) -> tuple[dict[str, inspect.Parameter], dict[str, Any]]:
-    """A constructor's parameters and their types, and the base class's where `**kwargs` go there:
-    those that jsonargparse finds."""
+    """Return a constructor's parameters and their types, including the base class's if `**kwargs`
+    are passed there, as jsonargparse does."""
     named: dict[str, inspect.Parameter] = {}
     hints: dict[str, Any] = {}
     for kind in owner.__mro__:
@@ -73,9 +73,9 @@ def _constructor_parameters(
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Base of the commands' configurations: numbers are finite and in their range.
+    """Serves as the base of the commands' configurations, and checks the range of numbers.
 
-    :raises ValueError: a value that no run could use
+    :raises ValueError: a value can't be used in any run
     """
 
     taken: ClassVar[tuple[Parameters, ...]] = ()  # from other classes
@@ -129,17 +129,17 @@ def taking(*taken: Parameters) -> Callable[[Class], Class]:
 @taking(Parameters(RecordingConfig, "recording", skip="task_id"))
 @dataclass(frozen=True, kw_only=True)
 class DemosConfig(Options):
-    """Options of `cfgrl demos`.
+    """Holds the options of `cfgrl demos`.
 
     :param task_id: the task, several as [0,2,5], or all; each gets a file of its own
-    :param out: folder; files are <out>/<suite>/<task>_demo.hdf5, never overwritten
+    :param out: folder; files are <out>/<suite>/<task>_demo.hdf5, and never overwritten
     """
 
     task_id: TaskIds = 0
     out: str = "./demos"
 
 
-# Parameters of Pi0Policy that commands set themselves, or have an option of their own for.
+# Parameters of Pi0Policy that commands set themselves, or for which they have their own option.
 _NOT_FROM_PI0 = (
     "observation_space action_space lr_schedule preset checkpoint norm_stats cfg_scale horizon "
     "sizes seed model_config base cameras optimizer_class optimizer_kwargs normalize_images "
@@ -159,7 +159,7 @@ _NOT_FROM_PI0 = (
 )
 @dataclass(frozen=True, kw_only=True)
 class SftConfig(Options):
-    """Options of `cfgrl sft`.
+    """Holds the options of `cfgrl sft`.
 
     :param demos: demonstrations: an HDF5 file, a folder that is searched, or a pattern such as
         'demos/libero_object/*.hdf5'; or several of these as [a,b]
@@ -169,9 +169,9 @@ class SftConfig(Options):
     :param horizon: action steps that the model predicts. null: the policy's, else 50
     :param norm_stats: openpi's norm_stats.json. null: the policy's own, else computed from the
         demonstrations
-    :param std_floor: least standard deviation in computed statistics
-    :param cameras: of a new tiny model: which images it sees, agentview and robot0_eye_in_hand (the
-        wrist's, the cheaper one to draw without a GPU). null: both
+    :param std_floor: smallest standard deviation in computed statistics
+    :param cameras: cameras of a new tiny model: agentview, robot0_eye_in_hand (on the wrist, and
+        cheaper to render without a GPU), or both. null: both
     :param log_every: steps between two rows of the metrics
     :param device: auto, cpu, cuda, ...
     :param out: run folder. null: runs/sft-<date-time>
@@ -191,17 +191,17 @@ class SftConfig(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class PolicyOptions(Options):
-    """A policy and the environments that it acts in. Sizes that are null are the policy's.
+    """Holds options for a policy and its environments; sizes that are null are the policy's.
 
     :param policy: libero_tiny (comes with the package), a policy folder (what save_pretrained
         wrote), the run folder of `cfgrl sft` or `cfgrl train`, or a PI0 checkpoint (with preset
         pi0, also a name on the Hugging Face hub)
-    :param preset: tiny or pi0. null: what the folder says
+    :param preset: tiny or pi0. null: the folder's
     :param norm_stats: openpi's norm_stats.json. null: the policy folder's own
     :param chunk_size: actions executed open loop in one step. null: all that the policy predicts
-    :param image_size: side of the camera images in pixels. null: what the model sees
-    :param n_envs: environments, in one worker process for each processor; a worker that dies, hangs
-        or fails is replaced
+    :param image_size: side of the camera images in pixels. null: the model's image size
+    :param n_envs: number of environments, in one worker process per processor; a worker that dies,
+        hangs or fails is replaced
     :param video: record an episode at the end (eval: a success and a failure, if there are any)
     :param device: auto, cpu, cuda, ...
     """
@@ -228,25 +228,25 @@ class PolicyOptions(Options):
 )
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(PolicyOptions):
-    """Options of `cfgrl train`.
+    """Holds the options of `cfgrl train`.
 
-    :param total_timesteps: environment steps, summed over environments; a chunk of actions is one.
-        The iteration that reaches the number is finished
-    :param max_iterations: end after this many iterations, if total_timesteps doesn't end it before
-    :param learning_rate: of the optimizer, constant. null: the policy's own, for its size
+    :param total_timesteps: environment steps, summed over environments; a chunk of actions is one
+        step. The iteration that reaches this number is completed
+    :param max_iterations: end after this many iterations, unless total_timesteps is reached before
+    :param learning_rate: constant learning rate. null: the policy's own, for its size
     :param eval_every: iterations between evaluations on the benchmark's initial states and with its
-        time limit; the first is before training, the last after it. null: none
-    :param eval_episodes: how many initial states of each task to evaluate on, from the first.
+        time limit; the first is before training, the last after it. null: no evaluations
+    :param eval_episodes: number of initial states of each task to evaluate on, from the first.
         null: all (LIBERO has 50)
-    :param eval_cfg_scale: guidance in evaluations, or several values as [1,1.5]. null: the policy's
+    :param eval_cfg_scale: guidance scale in evaluations, or several as [1,1.5]. null: the policy's
         own
     :param save_every: iterations between checkpoints in <out>/checkpoints, from which a run that
-        was stopped or killed goes on with --resume. null: only at its end
-    :param keep_checkpoints: how many of the latest to keep, beside the best one
-    :param seed: of everything random
+        was stopped or killed goes on with --resume. null: only at the end of the run
+    :param keep_checkpoints: number of latest checkpoints to keep, besides the best one
+    :param seed: seed of all random numbers
     :param out: run folder. null: runs/train-<date-time>
-    :param resume: go on with the run in this folder, from its last checkpoint and with the options
-        that it began with; beside it only total_timesteps and max_iterations may be given
+    :param resume: go on with the run in this folder, from its last checkpoint and with its original
+        options; only total_timesteps and max_iterations may be given besides
     """
 
     total_timesteps: int = 10_000
@@ -272,13 +272,13 @@ class TrainConfig(PolicyOptions):
 )
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig(PolicyOptions):
-    """Options of `cfgrl eval`.
+    """Holds the options of `cfgrl eval`.
 
-    :param episodes: how many initial states of each task to evaluate on, from the first. null: all
+    :param episodes: number of initial states of each task to evaluate on, from the first. null: all
         (LIBERO has 50)
     :param init_states: exactly these initial states of each task, as [0,7,21], instead of episodes
-    :param cfg_scale: guidance, or several values as [1,1.5,2] to compare. null: the policy's own
-    :param seed: of the sampling noise; equal for every cfg_scale
+    :param cfg_scale: guidance scale, or several to compare as [1,1.5,2]. null: the policy's own
+    :param seed: seed of the sampling noise; the same for every cfg_scale
     :param out: run folder. null: runs/eval-<date-time>
     """
 
@@ -296,11 +296,11 @@ class EvalConfig(PolicyOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class ReportConfig(Options):
-    """Options of `cfgrl report`.
+    """Holds the options of `cfgrl report`.
 
     :param runs: a folder of `cfgrl train` or `cfgrl eval`, or one that is searched for them; or
-        several as [a,b]. Words without an option are these too: cfgrl report RUN RUN
-    :param out: the HTML file; an earlier report is replaced, nothing else
+        several as [a,b]. They may also be given without --runs: cfgrl report RUN RUN
+    :param out: the HTML file; it replaces an earlier report, but no other file
     :param title: heading of the page
     :param embed_videos: put the videos themselves into the page beside their frames
     """

@@ -1,7 +1,7 @@
 """Record demonstrations of a scripted pick-and-place expert, in LIBERO's HDF5 format.
 
-They are recorded on real LIBERO, a file for each task. The expert knows the tasks of libero_object
-and others of that kind.
+They are recorded on real LIBERO, one file for each task. The expert knows the tasks of
+libero_object and similar ones.
 
 example:
   cfgrl demos --suite libero_object --task_id [0,5] --demos 50 --image_size 112 --workers 4
@@ -17,10 +17,10 @@ from cfgrl_gym.envs.suites import select_tasks
 
 
 def run(config: DemosConfig) -> list[Path]:
-    """Record demonstrations; returns the files, each complete or not there at all.
+    """Record demonstrations and return their files; each is complete or doesn't exist at all.
 
     :raises FileExistsError: a file exists already
-    :raises ValueError: tasks that don't exist, or that the expert can't do
+    :raises ValueError: tasks don't exist, or the expert can't do them
     """
     out = Path(config.out)
     tasks = select_tasks(config.suite, config.task_id)

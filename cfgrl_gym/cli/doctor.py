@@ -1,9 +1,9 @@
-"""Check the installation piece by piece, and say how to put right what is wrong.
+"""Check the installation piece by piece, and say how to fix what is wrong.
 
-The exit status is 1 if something is. With --exactness, the simulator is also held against LIBERO's
-own OffScreenRenderEnv on this machine: the same actions on one task of each suite (libero_spatial,
-_object, _goal, _10, _90, and one of LIBERO-PRO), state, success and observations compared bit for
-bit at every step, and images.
+The exit status is 1 if anything is wrong. With --exactness, the simulator is also compared with
+LIBERO's own OffScreenRenderEnv on this machine: the same actions on one task of each suite
+(libero_spatial, _object, _goal, _10, _90, and one of LIBERO-PRO), with state, success and
+observations compared bit for bit at every step, and some images.
 
 example:
   cfgrl doctor --exactness
@@ -24,13 +24,13 @@ PARALLEL = 2
 
 
 def check(name: str) -> Finding:
-    """Run one check in a process of its own, because what it tries may crash or hang.
+    """Run one check in a process of its own, because it may crash or hang.
 
     :param name: one of CHECKS, or exactness:<suite>
     """
     timeout = EXACTNESS_TIMEOUT_S if name.startswith(EXACTNESS) else TIMEOUT_S
     command = [sys.executable, "-m", "cfgrl_gym.cli.doctor_checks", name]
-    # Only warnings and the like would be lost: the finding comes on stdout.
+    # Only warnings and the like are lost: the finding is on stdout.
     environment = os.environ | {"TOKENIZERS_PARALLELISM": "false"}
     try:
         done = subprocess.run(
@@ -56,9 +56,9 @@ def check(name: str) -> Finding:
 
 
 def run(as_json: bool = False, exactness: bool = False) -> int:
-    """Print what was found; returns 1 if something is broken, else 0.
+    """Print the findings of all checks, and return 1 if something is broken, else 0.
 
-    :param exactness: also compare the simulator with LIBERO's own, a suite after the other
+    :param exactness: also compare the simulator with LIBERO's own, one suite after the other
     """
     names = list(CHECKS)
     if exactness:

@@ -1,4 +1,4 @@
-"""The checks of `cfgrl doctor`: `python -m cfgrl_gym.cli.doctor_checks NAME` prints one as JSON."""
+"""Runs one check of `cfgrl doctor` as `python -m cfgrl_gym.cli.doctor_checks NAME`; prints JSON."""
 
 import importlib.metadata
 import json
@@ -39,7 +39,7 @@ _SCENE = """
 
 @dataclass(frozen=True)
 class Finding:
-    """What a check found, and what to do where that is a problem."""
+    """Holds what a check found, and what to do if that is a problem."""
 
     ok: bool
     detail: str
@@ -75,7 +75,7 @@ def check_packages() -> Finding:
 
 
 def check_rendering() -> Finding:
-    """Check that the back end that LIBERO would use renders an image of a small scene."""
+    """Check that the rendering back end LIBERO would use renders an image of a small scene."""
     from cfgrl_gym.envs.compiled_models import CompiledModel
     from cfgrl_gym.envs.render_backend import FIX, choose_backend
     from cfgrl_gym.envs.rendering import render

@@ -1,4 +1,4 @@
-"""The LIBERO environments of a command, in workers that are replaced when they fail."""
+"""Makes the LIBERO environments of a command, in workers that are replaced when they fail."""
 
 from collections.abc import Callable, Iterable
 from contextlib import closing
@@ -39,7 +39,7 @@ def environment_arguments(
 ) -> dict[str, Any]:
     """Return arguments of `LiberoChunked-v0`; sizes that the user didn't give are the policy's.
 
-    :param slots: PI0's names of the cameras that the policy looks at: no other image is drawn
+    :param slots: PI0's names of the cameras that the policy looks at: no other image is rendered
     """
     return {
         **options.arguments_of(LiberoEnv),

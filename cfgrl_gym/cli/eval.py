@@ -48,11 +48,11 @@ def table(results: list[dict[str, Any]]) -> str:
 
 
 def run(config: EvalConfig) -> Path:
-    """Evaluate and write eval.json; returns the run folder.
+    """Evaluate the policy, write eval.json and return the run folder.
 
-    :raises ValueError: options that don't fit together
-    :raises FileNotFoundError: no such policy
-    :raises FileExistsError: the run folder has something in it
+    :raises ValueError: options don't fit together
+    :raises FileNotFoundError: there is no such policy
+    :raises FileExistsError: the run folder isn't empty
     """
     starts = find_starts(config.suite, config.task_id, config.episodes, config.init_states)
     out = choose_folder("eval", config.out)
@@ -67,7 +67,7 @@ def run(config: EvalConfig) -> Path:
         logger = configure(str(out), ["csv", "json", "tensorboard"])
         for number, scale in enumerate(scales):
             results.append(measure(policy, env, starts, scale, config.seed))
-            # Written after every value, so that a sweep that is stopped keeps what it has.
+            # Written after every value, so that a sweep that is stopped keeps its results so far.
             content = {"policy": config.policy, "suite": config.suite, "results": results}
             text = json.dumps(content, indent=2) + "\n"
             with whole_file(out / RESULT_FILE) as new:
@@ -83,6 +83,6 @@ def run(config: EvalConfig) -> Path:
             start = Start(task_id=episode["task_id"], init_state_id=episode["init_state_id"])
             video = out / f"{name}.mp4"
             again = record_episode(policy, arguments, start, video, scales[0], config.seed)
-            if again != episode["success"]:  # one environment rounds otherwise than several
+            if again != episode["success"]:  # rounding differs with the number of environments
                 video.rename(out / VIDEO_FILE)
     return out

@@ -1,4 +1,4 @@
-"""Success on the benchmark's initial states, of one policy or as it trains; and videos of it."""
+"""Evaluates a policy on the benchmark's initial states, also during training, and makes videos."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -30,11 +30,11 @@ from cfgrl_gym.whole_files import whole_file
 def find_starts(
     suite: str, task_id: Any, episodes: int | None, init_states: list[int] | None = None
 ) -> list[Start]:
-    """List the starts of every episode to run, task by task.
+    """List the starts of all episodes to run, task by task.
 
-    :param episodes: how many initial states of each task, from the first; None: all
-    :param init_states: exactly these instead
-    :raises ValueError: tasks or initial states that don't exist
+    :param episodes: number of initial states of each task, from the first; None: all
+    :param init_states: exactly these states instead
+    :raises ValueError: tasks or initial states don't exist
     """
     starts = []
     for task in select_tasks(suite, task_id):
@@ -65,9 +65,9 @@ def measure(
     seed: int,
     check: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
-    """Evaluate one cfg_scale, with a progress bar; returns its part of the result files.
+    """Evaluate one cfg_scale, with a progress bar, and return its part of the result files.
 
-    :param check: called after every episode, to end it all by an exception
+    :param check: called after every episode; it may end the evaluation by an exception
     """
     with progress_bar(f"cfg_scale {scale:g}", len(starts), "episode") as bar:
 
@@ -93,13 +93,13 @@ def measure(
 
 
 class Evaluations:
-    """Evaluates a policy now and then while it trains, into evaluations.json and TensorBoard.
+    """Evaluates a policy during its training, and writes evaluations.json and TensorBoard events.
 
-    :param folder: of the run
-    :param env: as the benchmark has it
-    :param seconds: of training before this process, where it goes on with an earlier one's
-    :param done_before: iterations; what the file has of earlier evaluations is kept, of this and
-        later ones not
+    :param folder: the run's folder
+    :param env: environments with the benchmark's settings
+    :param seconds: training time before this process, if it resumes an earlier run
+    :param done_before: iteration from which the run resumes; the file's evaluations of earlier
+        iterations are kept, those of this and later ones dropped
     """
 
     def __init__(
@@ -125,20 +125,20 @@ class Evaluations:
 
     @property
     def training_seconds(self) -> float:
-        """The seconds of training so far, without the evaluations."""
+        """Return the seconds of training so far, without the evaluations."""
         return perf_counter() - self._began - self._seconds_here
 
     def run(self, model: CFGRL, iteration: int, check: Callable[[], None]) -> float:
-        """Evaluate, unless this iteration was evaluated already; returns the success rate, of the
+        """Evaluate, unless this iteration was evaluated already, and return the success rate of the
         best cfg_scale.
 
-        :param check: called after every episode, to end it all by an exception
+        :param check: called after every episode; it may end the evaluation by an exception
         """
         if not self.done or self.done[-1]["iteration"] != iteration:
             began, seconds = perf_counter(), self.training_seconds
             training = model.policy.training
             scales = as_list(self.config.eval_cfg_scale) or [model.policy.cfg_scale]
-            seed = self.config.seed  # so the same noise each time
+            seed = self.config.seed  # the same noise each time
             results = [measure(model.policy, self.env, self.starts, w, seed, check) for w in scales]
             model.policy.set_training_mode(training)
             self._seconds_here += perf_counter() - began
@@ -186,10 +186,10 @@ def record_episode(
     cfg_scale: float | None,
     seed: int,
 ) -> bool:
-    """Run one episode, as `evaluate` runs it, and write it as a video.
+    """Run one episode as `evaluate` does, and write it as a video.
 
-    :param arguments: of `LiberoChunked-v0`
-    :param path: ends in .mp4
+    :param arguments: arguments of `LiberoChunked-v0`
+    :param path: path of the video, ending in .mp4
     :return: whether it succeeded
     """
     frames: list[np.ndarray] = []

@@ -1,4 +1,4 @@
-"""From a command line to the function to call, with all options checked."""
+"""Parses a command line into the function to call, with all options checked."""
 
 import argparse
 import contextlib
@@ -49,7 +49,7 @@ COMMANDS = {
 
 
 class _Formatter(jsonargparse.DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Descriptions and examples keep their line breaks; values are written as in YAML."""
+    """Formats help with the line breaks of descriptions and examples, and values as in YAML."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
         text = super()._get_help_string(action) or ""
@@ -59,7 +59,7 @@ class _Formatter(jsonargparse.DefaultHelpFormatter, argparse.RawDescriptionHelpF
 
 
 class _Parser(jsonargparse.ArgumentParser):
-    """Says in one line what is wrong, and exits with status 2."""
+    """Reports an error in one line and exits with status 2."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         _refuse(message, self.prog)
@@ -119,9 +119,9 @@ def _command_parser(name: str, description: str, config: Any) -> jsonargparse.Ar
 
 
 def parse(argv: Sequence[str]) -> Callable[[], int]:
-    """The checked command, ready to run; it returns the exit status.
+    """Return a function that runs the checked command and returns the exit status.
 
-    :raises SystemExit: with status 2 for a command line that is wrong, 0 after --help
+    :raises SystemExit: with status 2 for an invalid command line, 0 after --help
     """
     name = build_parser().parse_args(argv[:1]).command
     module = importlib.import_module(f"cfgrl_gym.cli.{name}")
@@ -154,18 +154,18 @@ def _configuration(kind: Any, values: jsonargparse.Namespace) -> Any:
         if value is None and type(None) not in allowed:
             if "null" not in allowed:
                 raise ValueError(f"{option.name} must not be null")
-            value = "null"  # a word that YAML reads as nothing, such as negatives: null
+            value = "null"  # the word that YAML reads as None, as in negatives: null
         given[option.name] = value
     return kind(**given)
 
 
 def _arrange(command: str, argv: Sequence[str]) -> list[str]:
-    """The command line as jsonargparse takes it.
+    """Return the command line in the form that jsonargparse takes.
 
     Configuration files come first, so that options override them; --n-envs is --n_envs; `report A
     B` is `report --runs ["A", "B"]`; `train --resume RUN` has the run's own configuration file.
 
-    :raises ValueError: options that don't go together, or a file that can't be read
+    :raises ValueError: options don't go together, or a file can't be read
     """
     options, words = _split(argv)
     names = {name for name, _ in options}
@@ -189,7 +189,7 @@ def _arrange(command: str, argv: Sequence[str]) -> list[str]:
 
 
 def _split(argv: Sequence[str]) -> tuple[list[tuple[str, str | None]], list[str]]:
-    """Options with their values, None for those without one, and the words that belong to none."""
+    """Return options with their values, None for those without one, and the words that are left."""
     options: list[tuple[str, str | None]] = []
     words: list[str] = []
     for text in argv:
@@ -207,9 +207,9 @@ def _split(argv: Sequence[str]) -> tuple[list[tuple[str, str | None]], list[str]
 
 
 def _config_to_resume(given: dict[str, str | None]) -> str:
-    """The configuration file of the run to resume.
+    """Return the configuration file of the run to resume.
 
-    :raises ValueError: there is none, or options that a resumed run can't change
+    :raises ValueError: there is none, or options are given that a resumed run can't change
     """
     others = sorted(set(given) - {"--resume", *_CHANGED_BY_RESUMING})
     if others:
@@ -227,9 +227,9 @@ def _config_to_resume(given: dict[str, str | None]) -> str:
 
 
 def _check_file(path: Path) -> None:
-    """Refuse a configuration file that jsonargparse could read for minutes, or into all memory.
+    """Refuse a configuration file that could take jsonargparse minutes to read, or all memory.
 
-    :raises ValueError: too big, or with aliases: a few lines of them are more than any memory holds
+    :raises ValueError: it is too big, or has aliases, a few lines of which can fill any memory
     :raises OSError: it can't be read
     """
     if not path.is_file():

@@ -1,4 +1,4 @@
-"""Finding and building the policy that a command starts from."""
+"""Finds and builds the policy that a command starts from."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +22,7 @@ from cfgrl_gym.wrappers.libero_observation import CAMERA_SLOTS
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A saved policy: what must be known of it before environments are made."""
+    """Holds what must be known of a saved policy before environments are made."""
 
     path: str  # folder or hub name
     preset: str
@@ -33,11 +33,11 @@ class Checkpoint:
 
 
 def find_checkpoint(policy: str, preset: str | None) -> Checkpoint:
-    """The checkpoint that the user names.
+    """Find the checkpoint that the user names.
 
     :param policy: a policy folder, a run folder that holds one, a name in `SHIPPED`, or a hub name
-    :param preset: None: what the folder says
-    :raises FileNotFoundError: no such folder
+    :param preset: "tiny" or "pi0"; None: the folder's
+    :raises FileNotFoundError: there is no such folder
     """
     folder = Path(find_shipped(policy))
     if (folder / POLICY_FOLDER / POLICY_FILE).is_file():
@@ -70,9 +70,9 @@ def find_checkpoint(policy: str, preset: str | None) -> Checkpoint:
 
 
 def check_device(name: str) -> torch.device:
-    """The device of this name, or the one that "auto" chooses.
+    """Return the device of this name, or the one that "auto" chooses.
 
-    :raises ValueError: there is none
+    :raises ValueError: there is no such device
     """
     try:
         device = get_device(name)
@@ -86,7 +86,7 @@ def check_device(name: str) -> torch.device:
 
 
 def policy_arguments(config: PolicyOptions, checkpoint: Checkpoint) -> dict[str, Any]:
-    """Keyword arguments of `Pi0Policy`, beside its spaces.
+    """Return the keyword arguments of `Pi0Policy` except its spaces.
 
     :raises ValueError: the device can't be used
     """
@@ -100,10 +100,10 @@ def policy_arguments(config: PolicyOptions, checkpoint: Checkpoint) -> dict[str,
 
 
 def load_policy(config: EvalConfig) -> Pi0Policy:
-    """The policy to evaluate: a folder's, or that of a training's model.zip or checkpoint.
+    """Load the policy to evaluate: a folder's, or that of a training's model.zip or checkpoint.
 
-    :raises FileNotFoundError: no such policy
-    :raises ValueError: options that contradict what was saved
+    :raises FileNotFoundError: there is no such policy
+    :raises ValueError: options contradict what was saved
     """
     path = Path(config.policy)
     is_zip = config.policy.endswith(".zip")
@@ -143,7 +143,7 @@ def _build(config: PolicyOptions, checkpoint: Checkpoint, chunk_size: int | None
 
 
 def _of_training(folder: Path, config: EvalConfig) -> Pi0Policy:
-    """The policy of a training's checkpoint, which is built as the training built it."""
+    """Load the policy of a training's checkpoint, building it as the training did."""
     file = folder.parent.parent / CONFIG_FILE
     try:
         training = TrainConfig(**yaml.safe_load(file.read_text(encoding="utf-8")))

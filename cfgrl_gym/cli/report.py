@@ -2,9 +2,9 @@
 
 It shows success before and after with 95% intervals, learning curves, guidance sweeps, ablations,
 where the time goes, checks, filmstrips and configurations. It opens from disk, without a network,
-and holds its figures as JSON too. Trainings that differ only in their seed are pooled. An
-evaluation inside a training's folder came after it; one of the policy that a training started from
-was before it.
+and has its figures as JSON, too. Trainings that differ only in their seed are pooled. An evaluation
+inside a training's folder counts as after it; one of the policy that a training started from counts
+as before it.
 
 example:
   cfgrl report runs/study --out report.html --title 'Dropout on libero_object'
@@ -19,13 +19,13 @@ from cfgrl_gym.cli.reporting.rates import count
 from cfgrl_gym.cli.reporting.runs import find_runs
 from cfgrl_gym.whole_files import whole_file
 
-_HEAD = 2000  # characters of a page, within which a report says that it is one
+_HEAD = 2000  # characters at a page's beginning that contain the mark of a report
 
 
 def run(config: ReportConfig) -> Path:
-    """Read the runs and write the page; returns its path.
+    """Read the runs, write the page and return its path.
 
-    :raises FileNotFoundError: no such run folder
+    :raises FileNotFoundError: a run folder doesn't exist
     :raises FileExistsError: the page would replace something that isn't a report
     :raises ValueError: there are no runs, or a file of one is damaged
     """

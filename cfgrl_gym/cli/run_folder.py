@@ -1,4 +1,4 @@
-"""The folder that a command writes its results to, complete enough to do the run again."""
+"""Manages the folder of a command's results, which has all that is needed to repeat the run."""
 
 import contextlib
 import fcntl
@@ -41,10 +41,10 @@ _DISTRIBUTIONS = (
 
 
 def choose_folder(command: str, out: str | None) -> Path:
-    """Choose where a run will write; nothing is created yet.
+    """Choose the folder that a run will write to, without creating it.
 
-    :param out: what the user asked for; None makes a name from the time
-    :raises FileExistsError: there is something already
+    :param out: the folder that the user asked for; None makes a name from the time
+    :raises FileExistsError: it exists and isn't empty
     """
     if out is None:
         stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
@@ -65,9 +65,9 @@ def choose_folder(command: str, out: str | None) -> Path:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Let no other process write a run there within the block; the lock ends with the process.
+    """Lock the folder against other processes inside the block; the lock ends with the process.
 
-    :raises FileExistsError: another one does
+    :raises FileExistsError: another process writes there
     """
     with (folder / LOCK_FILE).open("a+", encoding="utf-8") as file:
         try:
@@ -85,9 +85,9 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def create_folder(folder: Path, config: Any, **about: str) -> None:
-    """Make the folder, with the configuration and the versions of what runs.
+    """Make the folder, with the configuration and the versions of packages.
 
-    :param about: what else is to be known of the run, beside the versions
+    :param about: further facts about the run, stored with the versions
     """
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(versions() | about, indent=2) + "\n"

@@ -1,9 +1,9 @@
-"""What a run says of its progress: on the terminal, and in files that a resumed run goes on with.
+"""Reports a run's progress on the terminal, and in files that a resumed run continues.
 
 The files are progress.csv, progress.json and TensorBoard's events. What was logged after the
-checkpoint that a run resumes from will be logged again, so it is cut off: the JSON lines and the
-events to the length that they had, and the CSV is written anew from the JSON, because its older
-rows change when a column is added.
+checkpoint that a run resumes from will be logged again, so it is removed: the JSON lines and the
+events are cut to the length that they had, and the CSV is rewritten from the JSON, because its
+older rows change when a column is added.
 """
 
 import json
@@ -24,7 +24,7 @@ from tqdm import tqdm
 from cfgrl_gym.cli.run_folder import CSV_FILE, JSON_FILE
 
 _EVENTS = "events.out.tfevents*"
-# What is worth a line on the terminal; the files have all of it.
+# The values shown on the terminal; the files have all of them.
 _LINE = {
     "success": "rollout/success_rate",
     "kept": "rollout/groups_kept",
@@ -35,7 +35,7 @@ _LINE = {
 
 
 def progress_bar(description: str, total: int | None, unit: str) -> "tqdm[Any]":
-    """Make a progress bar on stderr; where that is a log file, it is written less often."""
+    """Make a progress bar on stderr, which is written less often if that is a log file."""
     interval = 0.1 if sys.stderr.isatty() else 10.0
     return tqdm(desc=description, total=total, unit=unit, dynamic_ncols=True, mininterval=interval)
 
@@ -54,16 +54,16 @@ class IterationLine(KVWriter):
 
 
 class _AppendingJSON(JSONOutputFormat):
-    """SB3's, after the lines that are there."""
+    """Writes SB3's JSON lines, and appends them to an existing file."""
 
     def __init__(self, file: Path) -> None:
         self.file = file.open("a", encoding="utf-8")
 
 
 def open_logs(folder: Path, *more: KVWriter) -> Logger:
-    """Open the logger of a run, which goes on where the folder's files end.
+    """Open the logger of a run, which appends to the folder's files.
 
-    :param more: other formats beside the files
+    :param more: other output formats besides the files
     """
     csv = CSVOutputFormat(str(folder / CSV_FILE))
     if (folder / JSON_FILE).is_file():
@@ -74,9 +74,9 @@ def open_logs(folder: Path, *more: KVWriter) -> Logger:
 
 
 def log_sizes(folder: Path, loggers: Sequence[Logger]) -> dict[str, int]:
-    """Return the bytes of every file that is only ever appended to.
+    """Return the size in bytes of every file that is only appended to.
 
-    :param loggers: those that write there
+    :param loggers: the loggers that write there
     """
     for logger in loggers:
         for output in logger.output_formats:
@@ -87,7 +87,7 @@ def log_sizes(folder: Path, loggers: Sequence[Logger]) -> dict[str, int]:
 
 
 def cut_logs(folder: Path, sizes: dict[str, Any]) -> None:
-    """Cut the files to the length that they had, and delete those that weren't there."""
+    """Cut the files to the length that they had, and delete those that didn't exist."""
     for file in [folder / JSON_FILE, *folder.glob(_EVENTS)]:
         if file.name in sizes:
             with file.open("r+b") as stream:

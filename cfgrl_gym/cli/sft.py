@@ -53,7 +53,7 @@ def find_demonstrations(given: str | list[str]) -> list[Path]:
 def build_policy(config: SftConfig, demonstrations: list[Demonstration]) -> Pi0Policy:
     """Build the policy before training, with its normalisation statistics.
 
-    :raises ValueError: options that don't fit together
+    :raises ValueError: options don't fit together
     """
     sizes = TinySizes(**config.arguments_of(TinySizes))
     preset: Any = config.preset or "tiny"
@@ -73,7 +73,7 @@ def build_policy(config: SftConfig, demonstrations: list[Demonstration]) -> Pi0P
     slots = [SLOT_OF_CAMERA[camera] for camera in config.cameras or SLOT_OF_CAMERA]
     has_stats = checkpoint is not None and checkpoint.source.norm_stats() is not None
     compute = config.norm_stats is None and not has_stats
-    # What environments execute of the horizon is not the policy's to say: chunks of 1 will do.
+    # How much of the horizon is executed depends on the environments: here, chunks of 1 will do.
     policy = Pi0Policy(
         *libero_spaces(image_size, 1, slots if checkpoint is None else checkpoint.cameras),
         lambda _: config.learning_rate,
@@ -97,10 +97,10 @@ def build_policy(config: SftConfig, demonstrations: list[Demonstration]) -> Pi0P
 
 
 def run(config: SftConfig) -> Path:
-    """Fit the policy and save it; returns the run folder.
+    """Fit the policy, save it and return the run folder.
 
-    :raises ValueError: files that can't be read, or options that don't fit together
-    :raises FileExistsError: the run folder has something in it
+    :raises ValueError: files can't be read, or options don't fit together
+    :raises FileExistsError: the run folder isn't empty
     """
     files = find_demonstrations(config.demos)
     out = choose_folder("sft", config.out)

@@ -1,4 +1,4 @@
-"""Ending a run by Ctrl-C or SIGTERM where nothing is lost."""
+"""Ends a run on Ctrl-C or SIGTERM at a point where nothing is lost."""
 
 import signal
 import sys
@@ -7,9 +7,9 @@ from typing import Any
 
 
 class Stopped(Exception):
-    """A run was asked to end.
+    """Raised when a run was asked to end.
 
-    :param number: of the signal
+    :param number: the signal's number
     """
 
     def __init__(self, number: int) -> None:
@@ -18,10 +18,11 @@ class Stopped(Exception):
 
 
 class StopRequests:
-    """Notes Ctrl-C and SIGTERM. They end the run at once, until `defer` says that it has a state to
-    save: then it goes on to a point where it can, and a second one ends it at once.
+    """Records Ctrl-C and SIGTERM, so that a run can save its state before it ends.
 
-    Python loses an exception of a signal that comes in a finalizer, for one; what was noted stays.
+    Until `defer` is called they end the run at once. After that it goes on to its next `check`, and
+    only a second signal ends it at once. The signal is recorded because Python can lose the
+    exception, for example if the signal comes during a finalizer.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -56,15 +57,15 @@ class StopRequests:
         )
 
     def defer(self) -> None:
-        """Let the run go on to its next `check` from now on.
+        """Let the run go on to its next `check` after a signal, from now on.
 
-        :raises Stopped: a signal has come before
+        :raises Stopped: a signal has already come
         """
         self._deferred = True
         self.check()
 
     def check(self) -> None:
-        """Do nothing, unless the run is asked to end.
+        """Do nothing, unless the run was asked to end.
 
         :raises Stopped: a signal has come
         """

@@ -1,4 +1,4 @@
-"""Train by classifier-free guidance, from a policy that succeeds now and then (CFGRL).
+"""Train a policy that succeeds some of the time by classifier-free guidance (CFGRL).
 
 Writes <out>/policy, <out>/model.zip (Stable-Baselines3), metrics, TensorBoard events and a video.
 
@@ -48,12 +48,12 @@ def save(model: CFGRL, folder: Path) -> None:
 
 
 class BetweenIterations(BaseCallback):
-    """Saves and evaluates between iterations, shows the progress, and looks whether to stop.
+    """Saves and evaluates between iterations, shows the progress, and checks for stop requests.
 
-    :param folder: of the run
-    :param checkpoints: where to save
-    :param evaluations: None: there are none
-    :param stop: looked at after every step of the environments
+    :param folder: the run's folder
+    :param checkpoints: the store that checkpoints are saved to
+    :param evaluations: evaluations to run; None: no evaluations
+    :param stop: stop requests, checked after every step of the environments
     """
 
     model: CFGRL
@@ -67,7 +67,7 @@ class BetweenIterations(BaseCallback):
         stop: StopRequests,
     ) -> None:
         super().__init__()
-        # Where iterations are counted, nobody knows how many steps they will take.
+        # If the run is limited by iterations, the number of steps isn't known in advance.
         total = None if config.max_iterations else config.total_timesteps
         self.bar = progress_bar("train", total, "step")
         self.config = config
@@ -80,7 +80,7 @@ class BetweenIterations(BaseCallback):
     def save_checkpoint(self) -> None:
         """Save this iteration's checkpoint, unless there is one.
 
-        In the middle of a collection it is the state before the collection.
+        During a collection, the state saved is the one before the collection.
         """
         iteration = self.model.iteration
         if iteration in self.checkpoints.iterations():
@@ -116,7 +116,7 @@ class BetweenIterations(BaseCallback):
         recent = self.model.ep_success_buffer
         if recent:
             self.bar.set_postfix(success=f"{sum(recent) / len(recent):.2f}", refresh=False)
-        if self.evaluations is None:  # then the collection says how good the policy was
+        if self.evaluations is None:  # then the policy is rated by the collection's success
             rate = self.logger.name_to_value["rollout/iteration_success_rate"]
             self.checkpoints.rate(self.model.iteration, rate)
 
@@ -132,9 +132,9 @@ class BetweenIterations(BaseCallback):
 
 
 def _take_up(model: CFGRL, checkpoints: CheckpointStore, folder: Path) -> dict[str, Any]:
-    """Bring model and logs to the last checkpoint, or to the beginning where there is none.
+    """Restore model and logs to the last checkpoint, or to the beginning if there is none.
 
-    :return: what `Evaluations` has to know of the earlier process
+    :return: arguments of `Evaluations` that depend on the earlier process
     """
     about: dict[str, Any] = {"seconds": 0.0, "log_sizes": {}}
     iterations = checkpoints.iterations()
@@ -146,15 +146,15 @@ def _take_up(model: CFGRL, checkpoints: CheckpointStore, folder: Path) -> dict[s
 
 
 def run(config: TrainConfig, algorithm: type[CFGRL] = CFGRL) -> Path:
-    """Train and save, or go on with a training; returns the run folder.
+    """Train and save, or resume a training, and return the run folder.
 
-    :param algorithm: CFGRL, or what is to be compared with it
-    :raises ValueError: options that don't fit together, or a checkpoint that is damaged
-    :raises FileNotFoundError: no such policy
-    :raises FileExistsError: the run folder has something in it, or another process writes there
-    :raises Stopped: by Ctrl-C or SIGTERM; the state is saved
+    :param algorithm: CFGRL, or an algorithm to compare with it
+    :raises ValueError: options don't fit together, or a checkpoint is damaged
+    :raises FileNotFoundError: there is no such policy
+    :raises FileExistsError: the run folder isn't empty, or another process writes there
+    :raises Stopped: Ctrl-C or SIGTERM ended the run; the state is saved
     :raises WorkerError: an environment keeps failing; the state is saved
-    :raises NonFiniteError: the numbers aren't finite any more; the policy is saved as it was before
+    :raises NonFiniteError: losses or gradients aren't finite; the policy from before is saved
     """
     tasks = select_tasks(config.suite, config.task_id)
     evaluated: list[Start] = []
@@ -194,7 +194,7 @@ def run(config: TrainConfig, algorithm: type[CFGRL] = CFGRL) -> Path:
         model.set_logger(open_logs(out, IterationLine()))
         stack.callback(model.logger.close)
         evaluations = None
-        if evaluated:  # on the benchmark's states and with its time limit, whatever is trained on
+        if evaluated:  # with the benchmark's states and time limit, whatever those of the training
             benchmark = {"init_states": "benchmark", "max_episode_steps": None}
             other = stack.enter_context(vec_env(arguments | benchmark, config.n_envs))
             evaluations = Evaluations(out, config, other, evaluated, **resumed)
@@ -212,11 +212,11 @@ def run(config: TrainConfig, algorithm: type[CFGRL] = CFGRL) -> Path:
 
 
 def _learn(model: CFGRL, config: TrainConfig, out: Path, between: BetweenIterations) -> None:
-    """Learn to the end, or leave a state from which `--resume` goes on."""
+    """Learn to the end, or save a state from which `--resume` goes on."""
     iterations = config.max_iterations
     try:
         model.learn(
-            config.total_timesteps - model.num_timesteps,  # SB3 counts on from those that were made
+            config.total_timesteps - model.num_timesteps,  # SB3 adds those made before
             callback=between,
             max_iterations=None if iterations is None else max(0, iterations - model.iteration),
             reset_num_timesteps=False,

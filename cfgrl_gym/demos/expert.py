@@ -1,7 +1,7 @@
-"""A scripted pick-and-place expert that reads the simulator's privileged state.
+"""Implements a scripted pick-and-place expert that reads the simulator's privileged state.
 
-It solves tasks of the form "pick up X and place it in/on Y", as in libero_object. It is a function
-of the current state but for the grasp, so a policy that sees only the present can imitate it.
+It solves tasks of the form "pick up X and place it in/on Y", as in libero_object. Except for the
+grasp it is a function of the current state, so a policy without memory can imitate it.
 """
 
 import numpy as np
@@ -15,7 +15,7 @@ MAX_SPEED, MAX_ROTATION = 0.8, 0.3  # of an action
 CLOSE_STEPS = 8  # control steps until the fingers hold the object
 # Metres.
 APPROACH_HEIGHT = 0.10
-FUNNEL_RADIUS = 0.03  # closer than this in the plane, the hand comes down
+FUNNEL_RADIUS = 0.03  # the hand descends once its horizontal distance is below this
 GRASP_TOLERANCE = 0.012
 LIFT_HEIGHT = 0.20
 RELEASE_HEIGHT = 0.12  # of the object above the target's origin
@@ -23,11 +23,11 @@ RELEASE_RADIUS = 0.02
 
 
 class ExpertUnavailableError(ValueError):
-    """The task is not a pick-and-place that the scripted expert knows."""
+    """Raised when a task is not a pick-and-place that the scripted expert knows."""
 
 
 def _rotation_error(target: np.ndarray, current: np.ndarray) -> np.ndarray:
-    """Rotation vector (3,) that turns `current` into `target`, both (3, 3), in the world frame."""
+    """Return the rotation vector (3,) from `current` to `target` (3, 3), in the world frame."""
     delta = target @ current.T
     vector = np.array(
         [delta[2, 1] - delta[1, 2], delta[0, 2] - delta[2, 0], delta[1, 0] - delta[0, 1]]
@@ -40,8 +40,8 @@ def _rotation_error(target: np.ndarray, current: np.ndarray) -> np.ndarray:
 class PickPlaceExpert:
     """Acts in a `Simulator` whose goal is to put one movable object in or on another.
 
-    :param simulator: after a reset
-    :param orientation: rotation matrix (3, 3) that the hand holds; None: the present one
+    :param simulator: the simulator, after a reset
+    :param orientation: rotation matrix (3, 3) that the hand keeps; None: the present one
     :raises ExpertUnavailableError: the goal is of another kind
     """
 
@@ -85,7 +85,7 @@ class PickPlaceExpert:
 
     @property
     def reaching(self) -> bool:
-        """True until the fingers begin to close."""
+        """Return whether the fingers haven't begun to close yet."""
         return not self._closing
 
     def act(self) -> np.ndarray:
@@ -97,7 +97,7 @@ class PickPlaceExpert:
         elif not self._carrying:
             goal = thing.copy()
             distance = np.linalg.norm((goal - hand)[:2])
-            # A funnel: over the object until the hand is above it, then straight down.
+            # A funnel: first move above the object, then straight down.
             goal[2] += APPROACH_HEIGHT * np.clip((distance - 0.01) / FUNNEL_RADIUS, 0, 1)
             if self._closing or np.abs(thing - hand).max() < GRASP_TOLERANCE:
                 self._closing += 1

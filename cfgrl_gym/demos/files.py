@@ -1,4 +1,4 @@
-"""LIBERO's demonstration files: HDF5 with `data/demo_*/{actions, states, obs/...}`."""
+"""Reads and writes LIBERO's demonstrations: HDF5 with `data/demo_*/{actions, states, obs/...}`."""
 
 import json
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ class DemonstrationFileError(ValueError):
 
 @dataclass(frozen=True)
 class Demonstration:
-    """One episode of T control steps; each row holds an action and the observation before it."""
+    """Holds an episode of T control steps; each row has an action and the observation before it."""
 
     actions: np.ndarray  # (T, 7) in [-1, 1]
     states: np.ndarray  # (T, 1 + nq + nv) before each action
@@ -40,7 +40,7 @@ class Demonstration:
 
     @property
     def state(self) -> np.ndarray:
-        """The policy's state vector of every step, float32 (T, 8)."""
+        """Return the policy's state vector of every step, float32 (T, 8)."""
         return np.concatenate([self.ee_pos, self.ee_ori, self.gripper_states], 1).astype(np.float32)
 
 
@@ -90,7 +90,7 @@ def _instruction(data: Any) -> str:
             f"the attribute problem_info of 'data' must be JSON with a 'language_instruction' "
             f"({error!r})"
         ) from error
-    # Some of LIBERO's own files hold a list of characters.
+    # In some of LIBERO's own files this is a list of characters.
     if not isinstance(text, str | list) or not all(isinstance(part, str) for part in text):
         raise DemonstrationFileError(f"language_instruction must be text; got {text!r:.80}")
     return "".join(text).strip().strip('"')
@@ -120,7 +120,7 @@ def _prompt(data: Any, path: Path) -> str:
 
 
 def _own(group: Any, key: str, kind: type) -> Any:
-    """A member of a group whose content is in this file.
+    """Return a member of a group, after checking that its content is in this file.
 
     HDF5 has three ways to refer to another file: external links, external storage and virtual
     datasets.
@@ -141,7 +141,7 @@ def _own(group: Any, key: str, kind: type) -> Any:
 
 
 def _numbers(group: Any, key: str, default: np.ndarray | None = None) -> np.ndarray:
-    """The numbers of a dataset; `default`, if there is one, where the dataset is missing."""
+    """Return the numbers of a dataset, or `default`, if given, when the dataset is missing."""
     if default is not None and key not in group:
         return default
     dataset = _own(group, key, h5py.Dataset)

@@ -1,4 +1,4 @@
-"""Recording scripted demonstrations on real LIBERO, several processes at a time."""
+"""Records scripted demonstrations on real LIBERO, in several processes at a time."""
 
 import multiprocessing
 from collections.abc import Callable, Iterable, Iterator
@@ -21,18 +21,18 @@ MAX_TRIES_PER_DEMO = 10
 
 @dataclass(frozen=True)
 class RecordingConfig:
-    """Settings of a recording.
+    """Holds the settings of a recording.
 
     :param suite: suite of the task
     :param task_id: the task
     :param demos: number of successful demonstrations
     :param image_size: side of the two camera images in pixels
-    :param image_stride: draw the images at every n-th step only, which is faster; rows between
-        repeat the last one, and `obs/images_rendered` tells which are which. 1 draws all, as
-        LIBERO's files have
+    :param image_stride: render the images only at every n-th step, which is faster; rows between
+        repeat the last image, and `obs/images_rendered` says which rows were rendered. 1 renders
+        all, as in LIBERO's files
     :param perturbed: share of the demonstrations that start from a disturbed pose: the expert
         first moves for a while, is pushed and turned at random, and only then recorded
-    :param seed: of LIBERO's placement sampler and of the disturbances
+    :param seed: seed of LIBERO's placement sampler and of the disturbances
     :param workers: processes that record at the same time (about 2 GB of memory each)
     """
 
@@ -47,7 +47,7 @@ class RecordingConfig:
 
 
 def _disturb(simulator: Simulator, expert: PickPlaceExpert, rng: np.random.Generator) -> None:
-    """Reach for a while, then be pushed (up to about 8 cm) and turned (up to about 0.4 rad)."""
+    """Let the hand reach for a while, then push and turn it, by up to about 8 cm and 0.4 rad."""
     for _ in range(int(rng.integers(0, 40))):
         action = expert.act()
         if not expert.reaching:
@@ -66,7 +66,7 @@ def _simulator(config: RecordingConfig) -> Simulator:
 
 
 def _record_one(config: RecordingConfig, seed: int) -> Demonstration | None:
-    """One episode with the placement of `seed`; None where the expert fails."""
+    """Record one episode with the placement of `seed`; None if the expert fails."""
     simulator = _simulator(config)
     rng = np.random.default_rng([config.seed, seed])
     simulator.reset(seed, None)
@@ -100,7 +100,7 @@ def _record_one(config: RecordingConfig, seed: int) -> Demonstration | None:
             rows.setdefault(key, []).append(value)
         success = simulator.advance(action)
         if simulator.fault() is not None:
-            return None  # the simulation broke: not an example to learn from
+            return None  # the physics blew up: not an example to learn from
         if success:
             arrays = {key: np.stack(values) for key, values in rows.items()}
             return Demonstration(
@@ -110,7 +110,7 @@ def _record_one(config: RecordingConfig, seed: int) -> Demonstration | None:
 
 
 def record(config: RecordingConfig) -> Iterator[Demonstration]:
-    """Yield `config.demos` successful demonstrations as they come, the same for equal seeds.
+    """Yield `config.demos` successful demonstrations as they are made, the same for equal seeds.
 
     :raises ExpertUnavailableError: the task is not a pick-and-place
     :raises RuntimeError: the expert fails too often on this task

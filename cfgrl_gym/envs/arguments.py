@@ -1,4 +1,4 @@
-"""What callers hand to an environment, checked before anything is changed."""
+"""Checks what callers pass to an environment, before anything is changed."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 LARGEST_IMAGE = 4096  # pixels a side
-LONGEST = 10_000  # control steps in a chunk or of settling: minutes
+LONGEST = 10_000  # control steps in a chunk or of settling, which take minutes
 
 
 def is_int(value: Any) -> bool:
@@ -21,9 +21,9 @@ def is_finite(value: Any) -> bool:
 
 
 def check_int(name: str, value: Any, least: int, most: int | None = None) -> int:
-    """Give the value as an int.
+    """Return the value as an int.
 
-    :raises ValueError: not an integer in this range
+    :raises ValueError: it isn't an integer in this range
     """
     if not is_int(value) or value < least or (most is not None and value > most):
         beyond = "" if most is None else f" and at most {most}"
@@ -35,7 +35,7 @@ def as_list(name: str, value: Any, of: str) -> list[Any]:
     """List the elements of a list, tuple, range or one-dimensional array.
 
     :param of: what they should be, for the error message
-    :raises ValueError: something else
+    :raises ValueError: the value is something else
     """
     array = isinstance(value, np.ndarray) and value.ndim == 1
     if isinstance(value, (str, bytes)) or not (array or isinstance(value, Sequence)):
@@ -46,17 +46,17 @@ def as_list(name: str, value: Any, of: str) -> list[Any]:
 def check_known(name: str, value: Any, known: Iterable[Any]) -> None:
     """Refuse a value that is not among the known ones.
 
-    :raises ValueError: naming those
+    :raises ValueError: the value is unknown; the message lists the known ones
     """
     if not any(type(value) is type(one) and value == one for one in known):
         raise ValueError(f"{name} must be one of {tuple(known)}; got {value!r:.100}")
 
 
 def check_action(action: Any, shape: tuple[int, ...], what: str = "an action") -> np.ndarray:
-    """Return the action as an array of numbers, in the dtype it has.
+    """Return the action as an array of numbers, without changing its dtype.
 
-    :raises ValueError: another shape, NaN, infinity, or no numbers: text, truth values, times,
-        complex, masked or structured arrays, objects
+    :raises ValueError: it has another shape, NaN or infinity, or isn't made of real numbers (text,
+        truth values, times, complex, masked or structured arrays, objects)
     """
     try:
         array = np.asarray(action)

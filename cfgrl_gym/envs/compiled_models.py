@@ -1,8 +1,8 @@
-"""Compiled MuJoCo models: compiled once a machine, held once a process.
+"""Keeps compiled MuJoCo models: compiled once per machine, loaded once per process.
 
-A LIBERO model takes seconds to compile and 250 MB to hold, nearly all of it meshes and textures
-that never change. So the environments of a process share it, and a copy in MuJoCo's binary format
-(MJB) on disk saves the next process the compiling.
+A LIBERO model takes seconds to compile and 250 MB of memory, nearly all of it for meshes and
+textures that never change. So the environments of a process share it, and a copy in MuJoCo's binary
+format (MJB) on disk spares the next process the compilation.
 """
 
 import copy
@@ -25,7 +25,7 @@ import numpy as np
 from cfgrl_gym.whole_files import whole_file
 
 CACHE_VARIABLE = "CFGRL_GYM_CACHE"  # another folder for the models on disk; "off" for none
-CACHE_LIMIT = 6 * 2**30  # bytes, about 24 tasks; those not used for longest go first
+CACHE_LIMIT = 6 * 2**30  # bytes, about 24 tasks; the least recently used are deleted first
 _CHECKSUM_BYTES = 4
 
 
@@ -36,12 +36,12 @@ COLOURS = ("site_rgba", "geom_rgba")
 
 
 class CompiledModel:
-    """A `mujoco.MjModel` that several environments use.
+    """Holds a `mujoco.MjModel` that several environments use.
 
-    Nobody writes to a model that is stepped, with one exception: the colours of what is drawn are
-    each environment's own, and in the model only while `lock` is held. Where fixtures stand is
-    part of a model too, and LIBERO moves them at a reset. So resets are made on the model as
-    compiled, `base`, one at a time, and what is stepped afterwards is a copy with these places.
+    A model that is stepped is never modified, with one exception: each environment has its own
+    colours, which are in the model only while `lock` is held. The positions of fixtures are part of
+    a model, too, and LIBERO moves them at a reset. So resets are made on the model as compiled,
+    `base`, one at a time, and what is stepped afterwards is a copy with these positions.
 
     :param mj: the compiled model
     :param base: the model that this one is a copy of; None if it was compiled itself
@@ -56,14 +56,14 @@ class CompiledModel:
         self._copies: dict[bytes, weakref.ref[CompiledModel]] = {}
 
     def restore(self) -> None:
-        """Put all bodies back to where they were compiled."""
+        """Restore all bodies to their positions as compiled."""
         for name, places in zip(PLACES, self._places, strict=True):
             getattr(self.mj, name)[:] = places
 
     def as_placed(self) -> "CompiledModel":
-        """Return a model to step with the places that this one has now, the same at each call.
+        """Return a model to step with the positions that this one has now, the same at each call.
 
-        It is this model itself where nothing has moved: then nothing ever does, for LIBERO places
+        It is this model itself if nothing has moved: then nothing ever does, because LIBERO places
         the same fixtures of a task at every reset.
         """
         places = [getattr(self.mj, name) for name in PLACES]
@@ -83,7 +83,7 @@ _in_process: "weakref.WeakValueDictionary[str, CompiledModel]" = weakref.WeakVal
 
 
 def compiled(xml: str) -> CompiledModel:
-    """Return the model of an MJCF document: this process's, the one on disk, or compiled now."""
+    """Return the compiled model of an MJCF document, from this process or the disk if possible."""
     key = _key(xml)
     model = _in_process.get(key)
     if model is None:
@@ -92,7 +92,7 @@ def compiled(xml: str) -> CompiledModel:
 
 
 def cache_folder() -> Path | None:
-    """Return the folder of compiled models on disk; None where that is switched off."""
+    """Return the folder of compiled models on disk; None if that is switched off."""
     chosen = os.environ.get(CACHE_VARIABLE)
     if chosen:
         return None if chosen.lower() == "off" else Path(chosen).expanduser()
@@ -101,13 +101,13 @@ def cache_folder() -> Path | None:
 
 
 def _key(xml: str) -> str:
-    """Digest of all that a compiled model depends on: MuJoCo, the document, every file it names."""
+    """Digest all that a compiled model depends on: MuJoCo, the document, every file it names."""
     import mujoco
 
     digest = hashlib.sha256(f"{mujoco.__version__} {platform.machine()}\n{xml}".encode())
     for name in sorted(set(re.findall(r'\bfile="([^"]+)"', xml))):
         status = os.stat(name)
-        # Whatever writes to a file sets its time of change, which can't be set by hand.
+        # Every write to a file sets its change time (ctime), which can't be set by hand.
         content = _file_digest(name, status.st_ino, status.st_size, status.st_ctime_ns)
         if _seen.setdefault(name, content) != content:
             _seen[name] = content
@@ -118,7 +118,7 @@ def _key(xml: str) -> str:
     return digest.hexdigest()
 
 
-_seen: dict[str, bytes] = {}  # the content that a file had last
+_seen: dict[str, bytes] = {}  # the last content of each file
 
 
 @functools.cache
@@ -127,7 +127,7 @@ def _file_digest(name: str, inode: int, size: int, ctime_ns: int) -> bytes:
 
 
 def _from_disk(key: str) -> Any | None:
-    """The model saved under `key`, or None where there is none or it is damaged."""
+    """Return the model saved under `key`, or None if there is none or it is damaged."""
     import mujoco
 
     folder = cache_folder()
@@ -142,7 +142,7 @@ def _from_disk(key: str) -> Any | None:
             if zlib.crc32(content) != int.from_bytes(checksum.read_bytes(), "big"):
                 raise ValueError("the checksum is another one")
         model = mujoco.MjModel.from_binary_path(str(path))
-        path.touch()  # used: the last to be evicted
+        path.touch()  # now the most recently used
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError) as error:
@@ -182,7 +182,7 @@ def _save(model: Any, folder: Path, key: str) -> None:
 
 
 def _evict(folder: Path) -> None:
-    """Delete the models that were used longest ago, until the rest keeps to the limit."""
+    """Delete the least recently used models until the rest is within the limit."""
     kept = 0
     models = [(path.stat(), path) for path in folder.glob("*.mjb")]
     for status, path in sorted(models, key=lambda m: m[0].st_mtime, reverse=True):
@@ -193,10 +193,10 @@ def _evict(folder: Path) -> None:
 
 
 def give_back_freed_memory() -> None:
-    """Return freed memory to the system where the C library can (glibc's `malloc_trim`).
+    """Return freed memory to the system, if the C library can (glibc's `malloc_trim`).
 
-    glibc keeps freed blocks for itself, scattered ones for ever: a process that repeatedly closes
-    a simulator and builds another would slowly grow by what lies in between.
+    glibc keeps freed blocks, scattered ones for ever: a process that repeatedly closes a simulator
+    and builds another would slowly grow by fragmentation.
     """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:

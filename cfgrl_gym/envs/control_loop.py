@@ -1,4 +1,4 @@
-"""One control step of robosuite's OSC_POSE controller, compiled: same arithmetic, same bits.
+"""Compiles one control step of robosuite's OSC_POSE controller: same arithmetic, same bits.
 
 robosuite runs its controller in Python before each of the 25 physics substeps of a control step,
 which takes longer than the physics. Here that loop is one numba function that calls MuJoCo's C
@@ -56,7 +56,7 @@ def _run(  # type: ignore[no-untyped-def]  # numba infers the types
     # which substep is measured, and what is kept of it
     first, substeps, measured, qpos_before, qpos_after, qvel_after,
 ):  # fmt: skip
-    """`mj_step1` of substep 0 has been done by the caller, who needed it for the goal."""
+    """Run a control step, of whose substep 0 the caller has done `mj_step1` to compute the goal."""
     q, v = np.empty(_JOINTS), np.empty(_JOINTS)
     wrench = np.empty(6)
     for substep in range(first, substeps):
@@ -124,7 +124,7 @@ def _run(  # type: ignore[no-untyped-def]  # numba infers the types
 
 
 class SamplingClock:
-    """When robosuite measures: one physics substep of each control period, not the last one.
+    """Tracks when robosuite measures: in one physics substep per control period, not the last one.
 
     `robosuite/utils/observables.py` counts time since the last measurement in floating point, and
     the forced measurements of a reset shift its phase (after LIBERO's `set_init_state` it measures
@@ -143,7 +143,7 @@ class SamplingClock:
             self._count()
 
     def control_step(self, substeps: int) -> int:
-        """Let a control step pass; returns the substep after which robosuite measures, or -1."""
+        """Advance by a control step; return the substep after which robosuite measures, or -1."""
         measured = -1
         for substep in range(substeps):
             if not self._sampled and self._period >= self._time + self._substep:
@@ -161,7 +161,7 @@ class SamplingClock:
 class ControlLoop:
     """Drives one robosuite environment with a single Panda under OSC_POSE.
 
-    :param env: robosuite's environment, in which `check_upstream` found nothing unknown
+    :param env: robosuite's environment, which `check_upstream` has accepted
     :ivar measured: the state in which robosuite would have measured its observables last:
         positions before that substep (nq,), positions (nq,) and velocities (nv,) after it
     """
@@ -198,9 +198,9 @@ class ControlLoop:
         )  # fmt: skip
 
     def start_episode(self, forced_measurements: int) -> None:
-        """Take over what robosuite's reset has made anew: the controller and the gripper.
+        """Take over the controller and the gripper that robosuite's reset has created.
 
-        :param forced_measurements: how often robosuite has measured since
+        :param forced_measurements: number of robosuite's measurements since then
         """
         self._clock.restart(forced_measurements)
         data = self._env.sim.data._data
@@ -215,7 +215,7 @@ class ControlLoop:
         self._finger_current[:] = robot.gripper.current_action
 
     def advance(self, action: np.ndarray) -> bool:
-        """Execute one control step; returns whether robosuite would have measured in it.
+        """Execute one control step, and return whether robosuite would have measured in it.
 
         :param action: float64 (7,)
         """
@@ -224,7 +224,7 @@ class ControlLoop:
         model, data = sim.model._model, sim.data._data
         mujoco.mj_step1(model, data)
         if controller.new_update:
-            # All that the goal depends on; the flag keeps robosuite from reading the rest as well.
+            # All that the goal depends on; the flag keeps robosuite from reading the rest, too.
             controller.ee_pos = self._site_pos.copy()
             controller.ee_ori_mat = self._site_mat.reshape(3, 3).copy()
             controller.new_update = False
@@ -246,10 +246,10 @@ class ControlLoop:
         return measured >= 0
 
     def _stale_substep(self, action: np.ndarray, measured: int) -> None:
-        """The first substep of an episode, for which robosuite doesn't read the state anew.
+        """Run the first substep of an episode, for which robosuite doesn't read the new state.
 
-        Its controller still goes by the pose and the inertia of its own reset, before the initial
-        state was set, so that the goal and the first torques are other ones.
+        Its controller still uses the pose and the inertia from its own reset, before the initial
+        state was set, so that the goal and the first torques differ.
         """
         env = self._env
         model, data = env.sim.model._model, env.sim.data._data
@@ -271,7 +271,7 @@ def _indices(values: Any) -> np.ndarray:
 
 
 def _inertia_addresses(model: Any, dofs: np.ndarray) -> np.ndarray:
-    """int64 (n, n): where `MjData.M`, in compressed rows, holds the entries of a chain of dofs."""
+    """Return where `MjData.M`, in compressed rows, has the entries of a chain of dofs, (n, n)."""
     addresses = np.zeros((len(dofs), len(dofs)), dtype=np.int64)
     for row, dof in enumerate(dofs):
         begin = model.M_rowadr[dof]

@@ -1,7 +1,7 @@
-"""Leaving out of a scene what cannot show in its image, so that the image stays the same bytes.
+"""Removes from a scene what can't be visible in its image, so that the image's bytes don't change.
 
-Most of an image's cost is vertices, and MuJoCo sends those of every mesh to OpenGL, on screen or
-not; once more for a mirror, however little of it is seen.
+Most of an image's cost is in vertices, and MuJoCo sends those of every mesh to OpenGL, visible or
+not; and again for a mirror, however little of it is visible.
 """
 
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ import numpy as np
 
 _MARGIN = 1.0  # pixels by which a mesh must miss the image
 _TOLERANCE = 1e-4  # metres; MuJoCo draws in single precision
-_GRID = 4  # cells along the longest side of a large mesh, a ball for each
+_GRID = 4  # cells along the longest side of a large mesh, each of which gets a ball
 _LARGE = 100  # faces
 _SQUARE = np.array([[-1, -1], [-1, 1], [1, 1], [1, -1]])
 
@@ -20,9 +20,9 @@ _SQUARE = np.array([[-1, -1], [-1, 1], [1, 1], [1, -1]])
 class Culler:
     """Finds the geoms of a compiled model that a camera can't see.
 
-    Regions of space are rows (a, b, c, d): a point is outside where ax + by + cz + d > 0 for any
-    row. A mesh is outside where each of the balls that hold its faces is beyond one of the rows.
-    Where there is more to an image than this knows of, such as shadows, everything is drawn.
+    Regions of space are rows (a, b, c, d): a point is outside if ax + by + cz + d > 0 for any row.
+    A mesh is outside if each of the balls that contain its faces is beyond one of the rows. If an
+    image has effects that are not handled here, such as shadows, everything is drawn.
 
     :param model: `mujoco.MjModel`
     """
@@ -48,10 +48,10 @@ class Culler:
 
     @contextmanager
     def culled(self, scene: Any, model: Any, data: Any, size: int) -> Iterator[None]:
-        """Leave out of `scene`, within the block, what a square image of it doesn't show.
+        """Remove from `scene`, inside the block, what isn't visible in a square image of it.
 
         :param scene: as `mjv_updateScene` filled it from `model` and `data`; the next call of that
-            brings back what is left out
+            restores what was removed
         :param size: side of the image in pixels
         """
         reflections = scene.flags[self._reflection]
@@ -73,7 +73,7 @@ class Culler:
         )
 
     def _leave_out(self, scene: Any, data: Any, size: int) -> bool:
-        """Take unseen geoms out of the scene; returns whether a mirror can show anything."""
+        """Take unseen geoms out of the scene, and return whether a mirror can show anything."""
         meshes, mirrors = [], []
         for geom in scene.geoms[: scene.ngeom]:
             kind = geom.type
@@ -105,7 +105,7 @@ class Culler:
         return reflecting
 
     def _outside(self, region: np.ndarray, centres: np.ndarray) -> np.ndarray:
-        """bool (mesh geoms,): which of them are outside of a region (rows, 4)."""
+        """Return which mesh geoms are outside of a region (rows, 4), bool (mesh geoms,)."""
         normals = region[:, :3]
         reach = np.linalg.norm(normals, axis=1, keepdims=True) * self._radii  # (rows, balls)
         beyond = normals @ centres.T + region[:, 3:] > reach
@@ -113,7 +113,7 @@ class Culler:
 
 
 class _Camera:
-    """The camera of a scene, between its two eyes as for any image that isn't stereoscopic."""
+    """Holds a scene's camera, between its two eyes as for any image that isn't stereoscopic."""
 
     def __init__(self, scene: Any, size: int) -> None:
         left, right = scene.camera  # which look the same way
@@ -159,7 +159,7 @@ class _Camera:
         return rows
 
     def _outline(self, corners: np.ndarray) -> np.ndarray:
-        """Rows (8, 4) about the outline that a quadrangle (4, 3) in camera axes has on screen."""
+        """Return rows (8, 4) around the outline on screen of a quadrangle (4, 3) in camera axes."""
         points = corners[:, :2] / corners[:, 2:]
         x, y = (points[[1, 2, 3, 0]] - points).T
         across = np.stack([y, -x], 1)
@@ -171,7 +171,7 @@ class _Camera:
 
 
 def _balls(model: Any, mesh: int) -> np.ndarray:
-    """Balls (n, centre and radius) in a mesh's frame, each face within one of them."""
+    """Return balls (n, centre and radius) in a mesh's frame, such that each face is inside one."""
     vertex, vertices = model.mesh_vertadr[mesh], model.mesh_vertnum[mesh]
     face, faces = model.mesh_faceadr[mesh], model.mesh_facenum[mesh]
     points = model.mesh_vert[vertex : vertex + vertices].astype(float)

@@ -1,4 +1,4 @@
-"""Does the fast simulator give LIBERO's own results on this machine? Compared bit for bit."""
+"""Compares the fast simulator with LIBERO itself on this machine, bit for bit."""
 
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import closing
@@ -11,8 +11,8 @@ from cfgrl_gym.envs.fast_simulator import FastSimulator
 from cfgrl_gym.envs.simulator import IMAGE_KEYS, LIBERO_SEED, PlainSimulator, Simulator
 from cfgrl_gym.envs.suites import Task, load_init_states
 
-_OTHER_STEPS = 20  # control steps of each of the episodes between
-_ROBOT = ("robot0_", "gripper0_")  # how robosuite's names of the robot's bodies begin
+_OTHER_STEPS = 20  # control steps of each episode between the two that are compared
+_ROBOT = ("robot0_", "gripper0_")  # prefixes of robosuite's names of the robot's bodies
 
 STATE_KEYS = ("time", "qpos", "qvel", "success")
 Moment = dict[str, np.ndarray]  # the above, and observations
@@ -20,12 +20,12 @@ Moment = dict[str, np.ndarray]  # the above, and observations
 
 @dataclass(frozen=True)
 class Difference:
-    """The first thing that was not equal.
+    """Describes the first value that was not equal.
 
-    :param episode: "first", or "later": the same one again, after others
+    :param episode: "first", or "later": the same episode again, after others
     :param step: control steps since the reset
     :param key: time, qpos, qvel, success, or the observation's key
-    :param size: largest absolute difference; infinite where the key is missing or has another shape
+    :param size: largest absolute difference; infinite if the key is missing or has another shape
     """
 
     episode: str
@@ -36,15 +36,15 @@ class Difference:
 
 @dataclass(frozen=True)
 class ExactnessReport:
-    """What was compared, and whether it was equal.
+    """Says what was compared, and whether it was equal.
 
     :param steps: control steps, each compared in both episodes
     :param others: episodes between the two
-    :param observations: how many are compared after the reset and after every step, as the state
-        and the success are; images don't count
-    :param images: images compared, of both episodes together
-    :param contacts: most contacts that the robot had with other things at a time
-    :param difference: the first one, or None
+    :param observations: number of observation keys that are compared after the reset and after
+        every step, as state and success are; images don't count
+    :param images: images compared, in both episodes together
+    :param contacts: the most contacts that the robot had with other things at the same time
+    :param difference: the first difference, or None
     """
 
     steps: int
@@ -71,15 +71,15 @@ def compare(
     :param actions: (steps, 7) in [-1, 1], at least one; they go on after a success
     :param others: episodes from other states that the fast simulator plays between its two
     :param image_size: side of the images in pixels
-    :raises UnknownUpstreamError: the fast simulator doesn't take part with the installed LIBERO
-    :raises ValueError: actions of another shape
+    :raises UnknownUpstreamError: the fast simulator doesn't support the installed LIBERO
+    :raises ValueError: the actions have another shape
     """
     actions = np.asarray(actions, dtype=np.float64)
     if actions.ndim != 2 or actions.shape[1] != 7 or not len(actions):
         raise ValueError(f"actions must have shape (steps, 7) with steps > 0; got {actions.shape}")
     states = load_init_states(task.suite, task.task_id)
     pictured = {0, len(actions) // 2, len(actions)}
-    # The fast one first: it refuses what it doesn't know before anything long has begun.
+    # The fast one first: it refuses unknown versions before anything long begins.
     with closing(FastSimulator(task, image_size)) as fast:
         with closing(PlainSimulator(task, image_size)) as plain:
             contacts = 0
@@ -105,7 +105,7 @@ def compare(
 
 
 def downward_actions(steps: int, seed: int = 0) -> np.ndarray:
-    """Draw float64 (steps, 7): random, but pushed down to where there is something to touch."""
+    """Draw random actions, float64 (steps, 7), that push down to where contacts occur."""
     actions = np.random.default_rng(seed).uniform(-1, 1, (steps, 7))
     actions[:, 2] -= 0.7
     return np.clip(actions, -1, 1)
@@ -114,19 +114,19 @@ def downward_actions(steps: int, seed: int = 0) -> np.ndarray:
 def play(
     simulator: Simulator, init_state: np.ndarray, actions: np.ndarray, pictured: Collection[int]
 ) -> Iterator[Moment]:
-    """Play one episode: yields the moment after the reset, then the one after each action.
+    """Play one episode, and yield the moment after the reset, then the one after each action.
 
     :param init_state: (1 + nq + nv,)
     :param actions: float64 (steps, 7)
-    :param pictured: numbers of the moments that have images too; 0 is the reset
+    :param pictured: numbers of the moments that also have images; 0 is the reset
     """
     simulator.reset(LIBERO_SEED, init_state)
     observables = simulator.robosuite_env._observables  # those of a reset are new
     cameras = {key: observables[key]._sensor for key in IMAGE_KEYS if key in observables}
     yield _moment(simulator, False, 0 in pictured)
     for step, action in enumerate(actions, 1):
-        # LIBERO spends most of a step on images. Without them the clocks of its cameras must go on
-        # as ever, so a camera isn't disabled, but reads nothing.
+        # LIBERO spends most of a step on images. The clocks of its cameras must advance all the
+        # same, so a camera isn't disabled, but returns an empty image.
         for key, sensor in cameras.items():
             observables[key]._sensor = sensor if step in pictured else _no_image
         success = simulator.advance(action)
@@ -136,7 +136,7 @@ def play(
 def first_difference(
     wanted: Iterable[Moment], given: Iterable[Moment], episode: str
 ) -> Difference | None:
-    """Find where two episodes of the same length first differ in a bit, or None."""
+    """Find where two episodes of the same length first differ in any bit, or return None."""
     for step, (one, other) in enumerate(zip(wanted, given, strict=True)):
         for key in dict.fromkeys((*one, *other)):
             size = _difference(one.get(key), other.get(key))

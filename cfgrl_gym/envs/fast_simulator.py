@@ -1,14 +1,14 @@
-"""LIBERO's physics and observations, bit for bit, at a fraction of their cost.
+"""Computes LIBERO's physics and observations, bit for bit, at a fraction of their cost.
 
-The task is LIBERO's own environment on robosuite, and what it decides (placement, success, what a
-flame looks like) is left to it. What is done differently, without a difference in the result:
+The task is LIBERO's own environment on robosuite, which still decides about placement, success and
+the look of a flame. What is done differently, without a difference in the result:
 
 - The compiled model is shared with other environments and kept on disk (`compiled_models`).
-- A reset restores the state of a fresh build in place of building again.
+- A reset restores the state of a new build instead of building again.
 - A control step runs the compiled controller, and each substep computes the dynamics once instead
   of three times (`control_loop`).
-- Observations and images are computed when somebody asks for them, from the state in which
-  robosuite would have measured them (`control_loop`).
+- Observations and images are computed on request, from the state in which robosuite would have
+  measured them (`control_loop`).
 """
 
 import warnings
@@ -45,7 +45,7 @@ def build_simulator(
     cameras: tuple[str, ...] = CAMERAS,
     quality: Quality = "benchmark",
 ) -> Simulator:
-    """Build a `FastSimulator` or, where that may not be exact, LIBERO as it is, with a warning."""
+    """Build a `FastSimulator` or, if that may not be exact, unchanged LIBERO, with a warning."""
     global _warned
     keep_log_out_of_the_working_directory()
     with assets_required():
@@ -63,7 +63,7 @@ def build_simulator(
 
 
 def _on_shared_models(environment_class: type) -> type:
-    """Subclass of a LIBERO problem that takes compiled models and leaves them as they are."""
+    """Make a subclass of a LIBERO problem that takes compiled models and doesn't modify them."""
     from robosuite.utils.binding_utils import MjModel, MjSim
 
     own_colours = type("MjModel", (MjModel,), {})
@@ -85,14 +85,14 @@ def _on_shared_models(environment_class: type) -> type:
 
 
 class FastSimulator(Simulator):
-    """A LIBERO task at full speed.
+    """Runs a LIBERO task at full speed.
 
-    :param task: from `cfgrl_gym.envs.suites`
+    :param task: a task from `cfgrl_gym.envs.suites`
     :param image_size: side of the observation images in pixels
-    :param cameras: of `CAMERAS`, those whose images are wanted
+    :param cameras: those of `CAMERAS` whose images are needed
     :param quality: "benchmark" for LIBERO's images, "draft" for cheaper ones without multisampling
-    :raises UnknownUpstreamError: the installed LIBERO, robosuite or MuJoCo isn't one of which this
-        class knows how to give the same results
+    :raises UnknownUpstreamError: the installed LIBERO, robosuite or MuJoCo isn't a version whose
+        results this class is known to reproduce
     """
 
     _checked = False  # that the compiled controller gives robosuite's bits in this process
@@ -129,7 +129,7 @@ class FastSimulator(Simulator):
         env = self.robosuite_env = control.env
         self._samplers = list(env.object_property_initializers)
         self._compiled: CompiledModel = env.compiled_model
-        # The poses of what was measured, computed when they are asked for.
+        # The poses in the measured state, computed on request.
         self._measured: Any = mujoco.MjData(self.model)
         self._measured_is_current = False
         check_upstream(control)
@@ -177,7 +177,7 @@ class FastSimulator(Simulator):
     # Observation ------------------------------------------------------------------------------
 
     def _measured_poses(self) -> Any:
-        """`MjData` with the poses that robosuite's observables saw."""
+        """Return `MjData` with the poses that robosuite's observables measured."""
         data = self._measured
         if not self._measured_is_current:
             before, after, velocities = self._loop.measured
@@ -222,7 +222,7 @@ class FastSimulator(Simulator):
         return rendering.render(self._compiled, data, colours, cameras, size, self.quality)
 
     def close(self) -> None:
-        """Free the simulator; models and contexts go with the last environment that uses them."""
+        """Free the simulator, and models and contexts if no other environment uses them."""
         if self.robosuite_env is not None:
             # LIBERO's objects form reference cycles; dropping the large ones frees them now.
             self.robosuite_env.compiled_model = None
@@ -231,13 +231,13 @@ class FastSimulator(Simulator):
             self._compiled = None  # type: ignore[assignment]
             rendering.free_unused()
 
-    # Doubts -----------------------------------------------------------------------------------
+    # Check ------------------------------------------------------------------------------------
 
     def _check_control_loop(self) -> None:
-        """Hold the compiled controller against robosuite's own, once a process.
+        """Compare the compiled controller with robosuite's own, once per process.
 
-        Other numerical libraries on another machine could round differently, which no look at
-        source code can tell.
+        Numerical libraries of another machine could round differently, which the version of the
+        source code can't show.
         """
         if FastSimulator._checked:
             return
@@ -249,7 +249,7 @@ class FastSimulator(Simulator):
                 advance(action)
             results.append(self.state())
         difference = np.abs(results[0] - results[1]).max()
-        if difference != 0:  # or not a number
+        if difference != 0:  # also if it is not a number
             raise UnknownUpstreamError(
                 "the compiled controller and robosuite's own give different results on this "
                 f"machine (by up to {difference:.1e})"

@@ -1,8 +1,8 @@
-"""The one array in a pickle, read without running what the pickle says.
+"""Reads the array in a pickle without running the pickle's code.
 
 A pickle is a program that calls whatever it names. Here every name stands for an inert `_Call`,
-which remembers what it is called with and does nothing; then the array is made from that record,
-if it is one of plain numbers.
+which records its arguments and does nothing else; then the array is made from that record, if it
+consists of plain numbers.
 """
 
 import io
@@ -15,7 +15,7 @@ import numpy as np
 
 
 class _Call:
-    """A name in a pickle, or a call of it."""
+    """Records a name in a pickle, or a call of it."""
 
     def __init__(self, name: str, arguments: tuple[Any, ...] | None = None) -> None:
         self.name, self.arguments, self.state = name, arguments, None
@@ -37,9 +37,9 @@ class _Reader(_Python):  # type: ignore[misc]
 
 
 def read_pickled_array(content: bytes) -> np.ndarray:
-    """Read the array of numbers that a pickle describes, of protocol 2 to 5.
+    """Read the array of numbers in a pickle of protocol 2 to 5.
 
-    :raises ValueError: it is damaged, or describes anything else
+    :raises ValueError: it is damaged, or holds anything else
     """
     try:
         # The number of an extension is looked up without asking `find_class`.
@@ -51,7 +51,7 @@ def read_pickled_array(content: bytes) -> np.ndarray:
 
 
 def _array(made: Any) -> np.ndarray:
-    """What NumPy's pickles call and set, as in its `ndarray.__reduce__`."""
+    """Make the array from what NumPy's pickles call and set, as in its `ndarray.__reduce__`."""
     order: Any
     if made.name == "numpy._core.multiarray._reconstruct":
         _, shape, dtype, fortran, numbers = made.state

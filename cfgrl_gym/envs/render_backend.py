@@ -1,4 +1,4 @@
-"""Which OpenGL this machine can render with, and contexts of it."""
+"""Chooses the OpenGL back end that this machine can render with, and makes contexts of it."""
 
 import atexit
 import ctypes
@@ -12,11 +12,11 @@ FIX = f"on Debian or Ubuntu: apt-get install -y {APT_PACKAGES}"
 
 
 class RenderingUnavailableError(RuntimeError):
-    """Neither EGL nor OSMesa can render on this machine, or not in this process."""
+    """Raised when neither EGL nor OSMesa can render on this machine, or in this process."""
 
 
 def _egl_device_count() -> int:
-    """Devices that EGL offers, without initialising a display (that would not survive a fork)."""
+    """Count EGL's devices without initialising a display, which would not survive a fork."""
     try:
         egl = ctypes.CDLL("libEGL.so.1")
     except OSError:
@@ -47,7 +47,7 @@ def choose_backend() -> str:
 
     A `MUJOCO_GL` that is already set is kept. To be called before robosuite is imported.
 
-    :raises RenderingUnavailableError: neither is there; the message names the packages to install
+    :raises RenderingUnavailableError: it has neither; the message names the packages to install
     """
     if not os.environ.get("MUJOCO_GL"):
         if _egl_device_count() > 0:
@@ -62,7 +62,7 @@ def choose_backend() -> str:
 
 
 def keep_display() -> None:
-    """From now on nobody ends the EGL display when Python exits; it goes with the process.
+    """Keep the EGL display until the process ends, whoever would terminate it at Python's exit.
 
     mujoco and robosuite have both registered to end it, and it is the same one: what still has a
     context then, such as an environment that nobody closed, would print a traceback for each. To
@@ -73,10 +73,10 @@ def keep_display() -> None:
 
 
 class GlContext:
-    """An OpenGL context that may pass from one thread to another, used by one at a time.
+    """Makes an OpenGL context that threads may share, one at a time.
 
     :param size: side of the largest image, in pixels
-    :raises Exception: as the back end raises it, when no context can be made
+    :raises Exception: no context can be made; the back end chooses the kind
     """
 
     def __init__(self, size: int) -> None:
@@ -95,7 +95,7 @@ class GlContext:
         return self
 
     def __exit__(self, *error: object) -> None:
-        # A context that is current in one thread can't be made so in another.
+        # A context that is current in one thread can't be made current in another.
         if self._backend == "egl":
             egl = self._module.EGL
             egl.eglMakeCurrent(
@@ -106,9 +106,9 @@ class GlContext:
             )
 
     def free(self) -> None:
-        """Free the context; to be called once, when nothing is to be rendered any more."""
+        """Free the context; to be called once, after the last image."""
         self._context.free()
 
     def abandon(self) -> None:
-        """Never free it: in a forked child that would wait for threads that only the parent has."""
+        """Keep the context from being freed: a forked child would wait for the parent's threads."""
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._context))

@@ -1,7 +1,7 @@
-"""Off-screen images of a MuJoCo scene, pixel for pixel as robosuite renders them.
+"""Renders off-screen images of a MuJoCo scene, pixel for pixel as robosuite does.
 
 Render contexts are large (they hold every texture and mesh) and slow to make, so a process keeps
-a few, and all its environments and threads take turns.
+a few, which all its environments and threads use in turn.
 """
 
 import atexit
@@ -19,11 +19,11 @@ from cfgrl_gym.envs.compiled_models import CompiledModel
 from cfgrl_gym.envs.culling import Culler
 from cfgrl_gym.envs.render_backend import FIX, GlContext, RenderingUnavailableError
 
-MAX_CONTEXTS = 8  # that a process keeps; of a LIBERO task each takes 300 to 500 MB
-_MAX_GEOMS = 1000  # robosuite's own limit of a scene
+MAX_CONTEXTS = 8  # that a process keeps; each takes 300 to 500 MB for a LIBERO task
+_MAX_GEOMS = 1000  # robosuite's own limit for a scene
 _LEAST_SIZE = 256  # pixels; a context serves every size up to its own
 
-# As robosuite renders; or without multisampling (smooth edges), which is cheaper in software.
+# As robosuite renders, or without multisampling (smooth edges), which is cheaper in software.
 Quality: TypeAlias = Literal["benchmark", "draft"]
 QUALITIES: tuple[Quality, ...] = get_args(Quality)
 
@@ -51,14 +51,14 @@ def render(
 
 
 def free_unused() -> None:
-    """Free the render contexts of models that are gone."""
+    """Free the render contexts of models that no longer exist."""
     _pool.free_unused()
 
 
 class _Painter:
-    """A render context of one model: its textures, its meshes, and a scene to fill.
+    """Holds a render context of one model: its textures, its meshes, and a scene to fill.
 
-    With an OpenGL context of its own, so that nothing of another model's can show through.
+    It has an OpenGL context of its own, so that nothing of another model can appear in an image.
     """
 
     def __init__(self, base: CompiledModel, size: int, quality: Quality) -> None:
@@ -90,7 +90,7 @@ class _Painter:
 
     @property
     def is_unused(self) -> bool:
-        """The model is gone."""
+        """Return whether the model no longer exists."""
         return self._model() is None
 
     def paint(
@@ -140,7 +140,7 @@ class _Painter:
 
 @contextmanager
 def _context_settings(base: CompiledModel, size: int, quality: Quality) -> Iterator[None]:
-    """Within, the model says what its render context is to hold: nothing that isn't drawn."""
+    """Set, inside the block, what the model's render context holds: nothing that isn't drawn."""
     globals_, settings = base.mj.vis.global_, base.mj.vis.quality
     globals_.offwidth = globals_.offheight = size
     before = settings.offsamples, settings.shadowsize
@@ -155,7 +155,7 @@ def _context_settings(base: CompiledModel, size: int, quality: Quality) -> Itera
 
 
 class _Pool:
-    """The render contexts of this process."""
+    """Holds the render contexts of this process."""
 
     def __init__(self) -> None:
         self._idle: list[_Painter] = []  # the last used one last
@@ -180,7 +180,7 @@ class _Pool:
                 self._busy -= 1
                 if sound:
                     self._idle.append(painter)
-                else:  # what failed once isn't trusted with another image
+                else:  # a painter that failed once isn't used again
                     with suppress(Exception):
                         painter.free()
                 self._changed.notify()
@@ -231,7 +231,7 @@ class _Pool:
                     painter = self._idle.pop()
                     try:
                         painter.free()
-                    except Exception:  # somebody else, say robosuite, has ended the display before
+                    except Exception:  # other code, such as robosuite, has ended the display before
                         painter.abandon()
 
     def _abandon(self) -> None:

@@ -1,7 +1,7 @@
-"""What a built LIBERO task offers to the environment, and LIBERO itself behind that interface.
+"""Defines the interface of a built LIBERO task, and implements it by LIBERO itself.
 
-`PlainSimulator` is LIBERO's `OffScreenRenderEnv` called as it is. It is what the fast simulator is
-held against, and what takes its place where the installed LIBERO or robosuite is not the known one.
+`PlainSimulator` is LIBERO's unchanged `OffScreenRenderEnv`. The fast simulator is compared with it,
+and replaced by it if the installed version of LIBERO or robosuite is unknown.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ CAMERAS = ("agentview", "robot0_eye_in_hand")
 FRAME_SIZE = 256  # side of the images that render() gives, in pixels
 SETTLE_ACTION = np.array([0, 0, 0, 0, 0, 0, -1], dtype=np.float64)
 SETTLE_STEPS = 20  # 2_test_pi0_on_libero.py of openpi_pytorch
-LIBERO_SEED = 0  # LIBERO's evaluation seeds its environments so before it sets a benchmark state
+LIBERO_SEED = 0  # the seed in LIBERO's evaluation, before it sets a benchmark state
 MAX_PLACEMENT_TRIES = 100
 
 
@@ -40,7 +40,7 @@ building = threading.RLock()
 
 @contextlib.contextmanager
 def quiet_and_seeded(seed: int) -> Iterator[None]:
-    """Seed numpy's global generator and silence stdout for a moment, one thread at a time."""
+    """Seed numpy's global generator and silence stdout inside the block, one thread at a time."""
     with building:
         state = np.random.get_state()  # noqa: NPY002
         np.random.seed(seed)  # noqa: NPY002
@@ -52,7 +52,7 @@ def quiet_and_seeded(seed: int) -> Iterator[None]:
 
 
 class Simulator(ABC):
-    """A built LIBERO task."""
+    """Defines the interface of a built LIBERO task."""
 
     robosuite_env: Any  # LIBERO's environment on robosuite
 
@@ -63,12 +63,12 @@ class Simulator(ABC):
 
     @property
     def model(self) -> Any:
-        """The compiled `mujoco.MjModel`; to be read only, for other environments may share it."""
+        """Return the compiled `mujoco.MjModel`, not to be modified: environments may share it."""
         return self.robosuite_env.sim.model._model
 
     @property
     def data(self) -> Any:
-        """The `mujoco.MjData`."""
+        """Return the `mujoco.MjData`."""
         return self.robosuite_env.sim.data._data
 
     def state(self) -> np.ndarray:
@@ -80,7 +80,7 @@ class Simulator(ABC):
         return find_fault(self.model, self.data)
 
     def settle(self, steps: int) -> None:
-        """Let things come to rest: `steps` control steps without a motion, the gripper open."""
+        """Let objects come to rest: `steps` control steps without motion, the gripper open."""
         for _ in range(steps):
             self.advance(SETTLE_ACTION)
 
@@ -88,15 +88,15 @@ class Simulator(ABC):
     def reset(self, seed: int, init_state: np.ndarray | None) -> None:
         """Reset as LIBERO's hard reset after `seed(seed)`, then `set_init_state(init_state)`.
 
-        :param seed: for LIBERO's placement sampler
-        :param init_state: (1 + nq + nv,), or None for what the sampler placed
-        :raises ValueError: an initial state of another model
+        :param seed: seed of LIBERO's placement sampler
+        :param init_state: (1 + nq + nv,), or None for the sampler's placement
+        :raises ValueError: the initial state is of another model
         :raises RuntimeError: the sampler found no placement
         """
 
     @abstractmethod
     def advance(self, action: np.ndarray) -> bool:
-        """Execute one control step (25 physics substeps of 2 ms); returns LIBERO's success.
+        """Execute one control step (25 physics substeps of 2 ms) and return LIBERO's success.
 
         :param action: float64 (7,)
         """
@@ -109,7 +109,7 @@ class Simulator(ABC):
     def images(self) -> dict[str, np.ndarray]:
         """Return LIBERO's image keys: uint8 (image_size, image_size, 3), as robosuite gives them.
 
-        Of the cameras that the simulator was made with.
+        They are those of the cameras with which the simulator was made.
         """
 
     @abstractmethod
@@ -123,7 +123,7 @@ class Simulator(ABC):
     # Shared by the two kinds ------------------------------------------------------------------
 
     def _robosuite_reset(self, seed: int) -> None:
-        """robosuite's reset, again where LIBERO's placement sampler gives up."""
+        """Run robosuite's reset, and repeat it if LIBERO's placement sampler gives up."""
         from robosuite.utils.errors import RandomizationError
 
         with quiet_and_seeded(seed):
@@ -141,10 +141,10 @@ class Simulator(ABC):
 
     @abstractmethod
     def _prepare_reset(self, number: int) -> None:
-        """What a fresh build would have been before its reset's try of this number (from 0)."""
+        """Prepare the state that a new build has before try `number` (from 0) of its reset."""
 
     def _set_state(self, init_state: np.ndarray) -> None:
-        """The beginning of LIBERO's `set_init_state`, up to the observation."""
+        """Run the beginning of LIBERO's `set_init_state`, up to the observation."""
         if init_state.shape != self.state().shape:
             raise ValueError(
                 f"the initial state has {init_state.size} numbers, the model of "
@@ -159,11 +159,11 @@ class Simulator(ABC):
 
 
 class PlainSimulator(Simulator):
-    """LIBERO's `OffScreenRenderEnv`: a reset builds anew, a step renders both cameras.
+    """Runs LIBERO's `OffScreenRenderEnv`: a reset builds it again, a step renders both cameras.
 
-    :param task: from `cfgrl_gym.envs.suites`
+    :param task: a task from `cfgrl_gym.envs.suites`
     :param image_size: side of the observation images in pixels
-    :param cameras: of `CAMERAS`, those whose images are wanted
+    :param cameras: those of `CAMERAS` whose images are needed
     """
 
     def __init__(self, task: Task, image_size: int, cameras: tuple[str, ...] = CAMERAS) -> None:
@@ -191,7 +191,7 @@ class PlainSimulator(Simulator):
 
     def _prepare_reset(self, number: int) -> None:
         # A hard reset lists the samplers of drawer and knob positions again, after those that are
-        # listed already, so that LIBERO's placement depends on how many resets there have been.
+        # listed already, so that LIBERO's placement depends on the number of resets before.
         if number == 0:
             self.robosuite_env.object_property_initializers = list(self._samplers)
 

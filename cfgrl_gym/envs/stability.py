@@ -1,8 +1,8 @@
-"""Whether a simulation is still physics, or has blown up.
+"""Detects whether the physics of a simulation have blown up.
 
-MuJoCo meets numbers that are not finite, or huge, by putting its whole state back to the model's
-defaults and counting a warning. The simulation then looks sound, but it is another scene: an
-episode must not go on from there, let alone succeed.
+When numbers are huge or not finite, MuJoCo resets its whole state to the model's defaults and
+counts a warning. The simulation then looks sound, but it is another scene: an episode must not go
+on from there, let alone succeed.
 """
 
 from collections.abc import Callable
@@ -71,10 +71,10 @@ def _closer_look(model: Any, data: Any) -> str | None:
 def attempt(
     run: Callable[[], Result], fault: Callable[[], str | None]
 ) -> tuple[Result | None, str | None]:
-    """Run a part of a simulation; returns its result, and what went wrong in the physics.
+    """Run a part of a simulation, and return its result and what went wrong in the physics.
 
-    LIBERO and robosuite may raise at numbers that aren't finite. An exception is passed on only
-    where the physics are sound, for then they aren't what is to blame.
+    LIBERO and robosuite may raise exceptions at numbers that aren't finite. An exception is passed
+    on only if the physics are sound, because then it has another cause.
     """
     try:
         return run(), fault()
@@ -86,9 +86,9 @@ def attempt(
 
 
 def keep_log_out_of_the_working_directory() -> None:
-    """Keep MuJoCo from writing MUJOCO_LOG.TXT where it was started; warnings go to the console.
+    """Keep MuJoCo from writing MUJOCO_LOG.TXT to the working directory; it warns on the console.
 
-    An older MuJoCo has no such setting; a log file of another name was the user's choice and stays.
+    An older MuJoCo has no such setting; a log file of another name is the user's choice, and kept.
     """
     import mujoco
 

@@ -1,1 +1,1 @@
-"""PI0 checkpoints in and out: this project's folders and those of others."""
+"""Reads PI0 checkpoints: this project's folders and those of other projects."""

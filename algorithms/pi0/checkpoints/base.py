@@ -1,4 +1,4 @@
-"""The base of a fine-tuned policy: the checkpoint whose frozen weights a .zip doesn't repeat."""
+"""Identifies a fine-tuned policy's base: the checkpoint whose frozen weights a .zip leaves out."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -7,7 +7,7 @@ from cfgrl_gym.whole_files import sha256
 
 
 class BaseCheckpoint:
-    """A checkpoint in use, with the state of its files when their weights were read.
+    """Holds a checkpoint in use, with the sizes and times of its files when they were read.
 
     :param name: folder or hub name
     :param files: its weight files
@@ -21,14 +21,14 @@ class BaseCheckpoint:
         self._hashes: dict[str, str] | None = None
 
     def _sizes_and_times(self) -> list[tuple[int, int]]:
-        """Size and time of change of each file, (-1, -1) where it is gone."""
+        """Return size and modification time of each file, (-1, -1) if it is gone."""
         stats = [file.stat() if file.is_file() else None for file in self.files]
         return [(stat.st_size, stat.st_mtime_ns) if stat else (-1, -1) for stat in stats]
 
     def hashes(self) -> dict[str, str] | None:
-        """Compute the SHA-256 of each file, by file name; None if a file has changed since.
+        """Compute the SHA-256 of each file, by file name; None if a file was changed since.
 
-        The first call reads the files (13 GB at full size), later ones look at size and time.
+        The first call reads the files (13 GB at full size); later ones check size and time.
         """
         if self._sizes_and_times() != self._when_read:
             return None
@@ -37,10 +37,10 @@ class BaseCheckpoint:
         return self._hashes
 
     def verify(self, expected: Mapping[str, str]) -> None:
-        """Check that these are the weights a .zip was saved with.
+        """Check that these are the weights with which a .zip was saved.
 
         :param expected: what `hashes` returned then
-        :raises ValueError: other files, or other contents
+        :raises ValueError: the files, or their contents, differ
         """
         hashes = self.hashes()
         if hashes != expected:

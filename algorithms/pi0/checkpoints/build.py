@@ -1,4 +1,4 @@
-"""Building a PI0 policy's parts: new, or from a checkpoint."""
+"""Builds the parts of a PI0 policy, new or from a checkpoint."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -32,10 +32,10 @@ VlmDtype = Literal["float32", "bfloat16"]
 
 @dataclass(frozen=True)
 class Pi0PolicyConfig:
-    """The settings of a PI0 policy that are saved beside its weights and statistics.
+    """Holds the settings of a PI0 policy that are saved besides its weights and statistics.
 
     The fields are `Pi0Policy`'s parameters of these names, with every default resolved. `tokenizer`
-    is None where the tokens are bytes; `cameras` is None in files of the first version.
+    is None if the tokens are bytes; `cameras` is None in files of the first version.
     """
 
     preset: Preset
@@ -69,13 +69,13 @@ class Pi0PolicyConfig:
 
 @dataclass(frozen=True)
 class Parts:
-    """The parts that a policy is made of."""
+    """Holds the parts that a policy is made of."""
 
     model: Pi0ForCFGRL
     tokenizer: PromptTokenizer
     norm_stats: NormStats
     config: Pi0PolicyConfig
-    base: BaseCheckpoint | None  # the checkpoint, where it is preset "pi0"'s
+    base: BaseCheckpoint | None  # the checkpoint, with preset "pi0"
 
 
 def build(
@@ -95,9 +95,9 @@ def build(
 
     Weights are read last, so that every other error comes first.
 
-    :param given: fields of `Pi0PolicyConfig`; one that is None takes the checkpoint's value, or the
+    :param given: fields of `Pi0PolicyConfig`; None stands for the checkpoint's value, or else the
         preset's
-    :param chunk_size: of the action space
+    :param chunk_size: chunk size of the action space
     :param available: the cameras that the observation space has
     """
     preset = given["preset"]
@@ -155,9 +155,9 @@ def build(
 
 
 def read_policy_file(folder: Path) -> dict[str, Any]:
-    """Read the policy's configuration that `save_pretrained` wrote; empty where there is none.
+    """Read the policy's configuration that `save_pretrained` wrote; empty if there is none.
 
-    :raises ValueError: damaged, or from another version
+    :raises ValueError: the file is damaged, or from another version
     """
     path = folder / POLICY_FILE
     if not path.is_file():
@@ -233,16 +233,16 @@ def _checkpoint_config(
 def _find_tokenizer(
     given: str | None, source: Source | None, saved: dict[str, Any]
 ) -> tuple[str, Places]:
-    """Preset "pi0"'s tokenizer, and where it may be looked for.
+    """Return the tokenizer of preset "pi0", and the places where it may be looked up.
 
-    A name that only a file gives never leads to a folder of this machine, and for a local
+    A name that only a file gives never refers to a folder of this machine, and in a local
     checkpoint never to the network.
     """
     if given or source is None:
         return given or PALIGEMMA_TOKENIZER, "anywhere"
     if source.tokenizer == str(source.folder):
         return source.tokenizer, "anywhere"
-    hub = saved.get("tokenizer")  # its files lie beside it, so that a folder's path isn't needed
+    hub = saved.get("tokenizer")  # its files are beside it, so that a folder's path isn't needed
     name = source.tokenizer or (hub if hub and is_hub_name(hub) else PALIGEMMA_TOKENIZER)
     return name, "cache" if Path(source.name).is_dir() else "hub"
 

@@ -1,9 +1,9 @@
-"""A PI0's configuration: from the shapes of a checkpoint's tensors, or checked against them.
+"""Derives a PI0's configuration from the shapes of a checkpoint's tensors, or checks it by them.
 
 LeRobot's and openpi's config.json name variants ("gemma_2b") but no sizes; the headers of the
-weight files hold every shape, and reading them costs nothing. transformers' config.json has the
-sizes, but the model is built from them before its weights are read: sizes that differ from the
-tensors' are refused first, because they could take all memory.
+weight files hold every shape, and reading them is cheap. transformers' config.json has the sizes,
+but the model is built from them before its weights are read. Sizes that differ from the tensors'
+are therefore refused first, because such a model could take all memory.
 """
 
 import math
@@ -27,7 +27,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 VISION_HEAD_DIM = 72  # SigLIP So400m: 1152 / 16 heads
 LONGEST_CHUNK = 10_000  # no tensor shows the horizon; this many actions are minutes of motion
 # Settings that choose code (at worst a kernel fetched from the hub) or extra outputs of a forward
-# pass: no file may choose either.
+# pass: no file may set these.
 _NOT_FOR_A_FILE = (
     *("attn_implementation", "experts_implementation", "auto_map", "use_kernels"),
     *("output_attentions", "output_hidden_states", "return_dict"),
@@ -63,7 +63,7 @@ _SHOWN: dict[str, _Rows] = {
 def read_shapes(files: Sequence[Path]) -> Shapes:
     """Read the shape of every tensor from the files' headers.
 
-    :raises ValueError: a file is no safetensors file, or cut short
+    :raises ValueError: a file isn't a safetensors file, or is truncated
     """
     shapes: dict[str, tuple[int, ...]] = {}
     for file in files:
@@ -85,8 +85,8 @@ def config_from_shapes(
     """Derive the configuration of a model whose config.json gives no sizes.
 
     :param folder: for error messages
-    :param fields: what no shape shows, such as chunk_size
-    :raises ValueError: a tensor that is needed isn't there
+    :param fields: settings that no shape shows, such as chunk_size
+    :raises ValueError: a tensor that is needed is missing
     """
     sizes = _sizes(shapes)
     for part, rows in _SHOWN.items():
@@ -111,7 +111,7 @@ def config_from_shapes(
     vision = parts["vision"]
     vision["num_attention_heads"] = max(1, sizes["vision", "hidden_size"] // VISION_HEAD_DIM)
     vision["image_size"] = vision["patch_size"] * math.isqrt(sizes["vision", "patches"])
-    # Beyond the vocabulary, so that no word is taken for an image.
+    # Beyond the vocabulary, so that no token of a text is taken for an image.
     parts["vlm"]["image_token_index"] = vocab_size
     return _checked(folder, {**content, **(fields or {})}, shapes)
 
@@ -119,8 +119,8 @@ def config_from_shapes(
 def config_from_file(folder: Path, raw: dict[str, Any], shapes: Shapes) -> Pi0CFGRLConfig:
     """Build the configuration that transformers' config.json describes.
 
-    :param raw: its content
-    :raises ValueError: not a PI0's, or not of this checkpoint
+    :param raw: content of config.json
+    :raises ValueError: it isn't PI0's, or doesn't fit this checkpoint
     """
     if raw.get("quantization_config") is not None:
         raise ValueError(
@@ -131,7 +131,7 @@ def config_from_file(folder: Path, raw: dict[str, Any], shapes: Shapes) -> Pi0CF
 
 
 def _without_choices(raw: Any) -> Any:
-    """A configuration without the settings that no file may choose."""
+    """Return a configuration without the settings that no file may choose."""
     if isinstance(raw, list):
         return [_without_choices(value) for value in raw]
     if not isinstance(raw, dict):
@@ -144,8 +144,11 @@ def _without_choices(raw: Any) -> Any:
 
 
 def _checked(folder: Path, content: dict[str, Any], shapes: Shapes) -> Pi0CFGRLConfig:
-    """:raises ValueError: no PI0 configuration, or its sizes aren't those of the tensors."""
-    if not is_conditional(shapes):  # a new one is made
+    """Build a PI0 configuration and check its sizes.
+
+    :raises ValueError: it isn't a PI0 configuration, or its sizes differ from the tensors'
+    """
+    if not is_conditional(shapes):  # a new condition will be made
         content = {
             "condition_mode": CHECKPOINT_MODE,
             **content,
@@ -170,7 +173,7 @@ def _checked(folder: Path, content: dict[str, Any], shapes: Shapes) -> Pi0CFGRLC
 
 
 def _sizes(shapes: Shapes) -> dict[tuple[str, str], int]:
-    """(part, what the configuration says) -> the size, for every size that a tensor shows."""
+    """Return every size that a tensor shows, by (part, name in the configuration)."""
     tensors: dict[str, dict[str, tuple[int, ...]]] = {part: {} for part in _SHOWN}
     for name, shape in shapes.items():
         vision, expert = "vision_tower." in name, "gemma_expert." in name or "dit." in name
@@ -192,14 +195,14 @@ def _sizes(shapes: Shapes) -> dict[tuple[str, str], int]:
 
 
 def _parts(content: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The configuration of each part that `_SHOWN` names."""
+    """Return the configuration of each part that `_SHOWN` names."""
     vlm = content["vlm_config"]
     vision, text, expert = vlm["vision_config"], vlm["text_config"], content["dit_config"]
     return {"vision": vision, "text": text, "expert": expert, "vlm": vlm, "model": content}
 
 
 def _configured(part: dict[str, Any], size: str) -> Any:
-    """The size that a part's configuration gives, or a factor of it that is no positive integer."""
+    """Return a part's configured size, or a factor of it that isn't a positive integer."""
     if size == "patches":
         return (part["image_size"] // part["patch_size"]) ** 2
     factors = [part[name] for name in size.split(" * ")]

@@ -1,4 +1,4 @@
-"""Files of other projects: fetched from the hub, and damaged in any way."""
+"""Fetches files of other projects from the hub, and handles errors when these are damaged."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -10,8 +10,8 @@ from huggingface_hub import snapshot_download
 def fetch(what: str, name: str, files: Sequence[str], remedy: str) -> Path:
     """Download files of a hub repository and return the folder they are in.
 
-    :param what: and `remedy`: for the error message
-    :raises FileNotFoundError: no such repository, no permission, or no network
+    :param what: and `remedy`: parts of the error message
+    :raises FileNotFoundError: there is no such repository, no permission, or no network
     """
     try:
         return Path(snapshot_download(name, allow_patterns=list(files)))
@@ -33,7 +33,7 @@ def refuse(
 
     transformers and tokenizers raise errors of every kind when a file is damaged.
 
-    :param but: kinds of errors that stay as they are
+    :param but: kinds of errors that are passed on unchanged
     """
     try:
         yield

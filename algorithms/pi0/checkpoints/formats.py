@@ -1,7 +1,7 @@
-"""What a PI0 checkpoint's folder holds: transformers', LeRobot's or openpi's files.
+"""Recognises what a PI0 checkpoint's folder holds: transformers', LeRobot's or openpi's files.
 
-Only config files and the headers of weight files are read here, and of local files nothing is
-looked up anywhere else.
+Only config files and the headers of weight files are read here, and for a local checkpoint nothing
+is looked up outside its folder.
 """
 
 import re
@@ -29,7 +29,7 @@ from cfgrl_gym.json_files import named_file, read_json_object
 from cfgrl_gym.wrappers.norm_stats import NormStats
 from cfgrl_gym.wrappers.transforms import POSE_DIM
 
-# What is fetched of a hub repository: no optimizer states, no second copies of the weights.
+# Files fetched from a hub repository: no optimizer states, no second copies of the weights.
 HUB_FILES = ("*.json", "model*.safetensors", "policy_*.safetensors", "tokenizer.model", "assets/*")
 OPENPI_HORIZON = 50  # openpi, models/pi0_config.py: action_horizon
 
@@ -65,16 +65,16 @@ _LEROBOT_FIELDS = (
 
 @dataclass(frozen=True)
 class Source:
-    """A checkpoint that is known to be PI0's.
+    """Describes a checkpoint that was recognised as PI0's.
 
-    :param name: as it was asked for: folder or hub name
+    :param name: folder or hub name, as it was given
     :param folder: where its files are
     :param format: "transformers", "lerobot" or "openpi"
     :param files: its weight files (safetensors)
-    :param shapes: name of every tensor in them, and its shape
+    :param shapes: shape of every tensor in them, by name
     :param config: the model's configuration
     :param delta_actions: whether its actions are relative to the state, as far as the format says
-    :param tokenizer: folder or hub name that the checkpoint brings or names; None if it doesn't
+    :param tokenizer: folder or hub name of the tokenizer in the checkpoint or named there, or None
     """
 
     name: str
@@ -87,10 +87,11 @@ class Source:
     tokenizer: str | None
 
     def norm_stats(self) -> NormStats | None:
-        """Statistics in the checkpoint, None where it has none: norm_stats.json in the folder,
-        else those of its format.
+        """Read the statistics of the checkpoint, or return None if it has none.
 
-        :raises ValueError: the wrong length, or damaged
+        They are those of norm_stats.json in the folder, else those of the checkpoint's format.
+
+        :raises ValueError: they have the wrong length, or are damaged
         """
         own = self.folder / STATS_FILE
         if own.is_file():
@@ -101,9 +102,9 @@ class Source:
 
 
 def locate(checkpoint: str | Path) -> Path:
-    """The local folder of a checkpoint: the folder itself, or a hub repository's snapshot.
+    """Return a checkpoint's local folder: the folder itself, or a hub repository's snapshot.
 
-    :raises FileNotFoundError: neither a folder, nor on the hub or in its cache
+    :raises FileNotFoundError: it is neither a folder, nor on the hub or in its cache
     """
     folder = Path(checkpoint).expanduser()
     if folder.is_dir():
@@ -120,16 +121,16 @@ def locate(checkpoint: str | Path) -> Path:
 
 
 def is_hub_name(name: str | Path) -> bool:
-    """Whether this reads like "owner/name"; it may be a local path just as well."""
+    """Return whether this has the form "owner/name", which a local path may have, too."""
     return isinstance(name, str) and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) is not None
 
 
 def read_source(checkpoint: str | Path) -> Source:
-    """Read what a checkpoint is from its configuration and the headers of its weight files.
+    """Recognise a checkpoint by its configuration and the headers of its weight files.
 
     :param checkpoint: folder or hub name
-    :raises FileNotFoundError: no such checkpoint, or no weights in it
-    :raises ValueError: another model's, another format's, or damaged
+    :raises FileNotFoundError: there is no such checkpoint, or it has no weights
+    :raises ValueError: it is another model's, has another format, or is damaged
     """
     folder = locate(checkpoint)
     config = folder / "config.json"  # openpi's own PyTorch trainer writes none
@@ -169,10 +170,10 @@ def _read_source(checkpoint: str | Path, folder: Path, raw: dict[str, Any]) -> S
 
 
 def weight_files(folder: Path) -> tuple[Path, ...]:
-    """The safetensors files of a checkpoint, one or several shards.
+    """Return the safetensors files of a checkpoint, one or several shards.
 
-    :raises FileNotFoundError: none, or some shards are missing
-    :raises ValueError: weights in a form that can't be read here
+    :raises FileNotFoundError: there are none, or some shards are missing
+    :raises ValueError: the weights have a format that can't be read here
     """
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.is_file():
@@ -209,7 +210,7 @@ def _shards(folder: Path, index: Path) -> tuple[Path, ...]:
 
 
 def _check_is_pi0(name: str, shapes: Shapes) -> None:
-    """openpi's pi0.5 conversions have the same config.json as PI0's: the tensors tell."""
+    """Check by the tensors that this is PI0: openpi's pi0.5 files have the same config.json."""
     if any(_PI05.search(key) for key in shapes):
         raise ValueError(
             f"checkpoint '{name}' is a pi0.5 checkpoint (its time goes into adaptive norms), not "
@@ -234,9 +235,12 @@ def _check_normalization(folder: Path, raw: dict[str, Any]) -> None:
 
 
 def _lerobot_delta(folder: Path, raw: dict[str, Any]) -> bool:
-    """LeRobot's use_relative_actions subtracts the state from every action dimension whose name
-    contains none of relative_exclude_joints; without names, from every one
-    (processor/relative_action_processor.py). Ours subtracts it from the first 6, not the gripper.
+    """Return whether LeRobot's configuration asks for the delta actions that are used here.
+
+    LeRobot's use_relative_actions subtracts the state from every action dimension whose name
+    contains none of relative_exclude_joints; without names, from every dimension
+    (processor/relative_action_processor.py). Here it is subtracted from the first 6, not from the
+    gripper.
     """
     if not raw.get("use_relative_actions", False):
         return False
@@ -253,7 +257,7 @@ def _lerobot_delta(folder: Path, raw: dict[str, Any]) -> bool:
 
 
 def _lerobot_tokenizer(folder: Path) -> str | None:
-    """The hub name of the tokenizer; a path would be one of the machine it was trained on."""
+    """Return the tokenizer's hub name, but no path: that would be one of the training machine."""
     for step in processor_steps(folder, PREPROCESSOR):
         settings = step.get("config")
         name = settings.get("tokenizer_name") if isinstance(settings, dict) else None

@@ -1,15 +1,15 @@
-"""Policies that come with the package and are asked for by name."""
+"""Finds the policies that come with the package, by name."""
 
 from pathlib import Path
 
 from cfgrl_gym.whole_files import sha256
 
-# libero_tiny: a tiny PI0 that succeeds sometimes. What it is and how it was made stands beside it.
+# libero_tiny: a tiny PI0 that succeeds sometimes. A file in its folder says how it was made.
 SHIPPED = ("libero_tiny",)
 
 
 def find_shipped(checkpoint: str | Path) -> str:
-    """Return the folder of a shipped policy, or the given name where it names none.
+    """Return the folder of a shipped policy, or the name itself if no such policy is shipped.
 
     An existing folder of that name takes precedence.
 

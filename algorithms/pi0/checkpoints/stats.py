@@ -1,4 +1,4 @@
-"""Normalisation statistics as LeRobot and openpi keep them with their checkpoints."""
+"""Reads the normalisation statistics that LeRobot and openpi store with their checkpoints."""
 
 from collections.abc import Sequence
 from itertools import product
@@ -16,7 +16,7 @@ STATS_FILE = "norm_stats.json"
 _FEATURES = {"state": ("observation.state", STATE_DIM), "actions": ("action", ACTION_DIM)}
 PREPROCESSOR = "policy_preprocessor.json"
 _PROCESSORS = (PREPROCESSOR, "policy_postprocessor.json")
-# LeRobot before processors: the model's own buffers, dots written as underscores.
+# LeRobot before it had processors: the model's own buffers, with underscores for dots.
 _OLD_BUFFERS = {
     "state": ("normalize_inputs.buffer_observation_state",),
     "actions": ("unnormalize_outputs.buffer_action", "normalize_targets.buffer_action"),
@@ -26,9 +26,9 @@ OLD_BUFFER_PREFIXES = ("normalize_inputs.", "normalize_targets.", "unnormalize_o
 
 
 def openpi_stats(folder: Path) -> NormStats | None:
-    """Read openpi's assets/<asset id>/norm_stats.json; None where there is none.
+    """Read openpi's assets/<asset id>/norm_stats.json; None if there is none.
 
-    :raises ValueError: several of them
+    :raises ValueError: there are several
     """
     found = sorted((folder / "assets").rglob(STATS_FILE))
     if len(found) > 1:
@@ -43,7 +43,7 @@ def openpi_stats(folder: Path) -> NormStats | None:
 def lerobot_stats(folder: Path, weights: Sequence[Path]) -> NormStats | None:
     """Read the statistics in LeRobot's processors, or in the weights of older versions.
 
-    :raises ValueError: the wrong length, or damaged
+    :raises ValueError: they have the wrong length, or are damaged
     """
     files = _state_files(folder)
     vectors = {part: _read(files, [feature]) for part, (feature, _) in _FEATURES.items()}
@@ -63,9 +63,9 @@ def lerobot_stats(folder: Path, weights: Sequence[Path]) -> NormStats | None:
 
 
 def processor_steps(folder: Path, name: str) -> list[dict[str, Any]]:
-    """Read the steps of one of LeRobot's processors; none where the folder lacks its file.
+    """Read the steps of one of LeRobot's processors; an empty list if the folder lacks its file.
 
-    :raises ValueError: damaged
+    :raises ValueError: the file is damaged
     """
     if not (folder / name).is_file():
         return []
@@ -93,7 +93,7 @@ def _state_files(folder: Path) -> list[Path]:
 
 
 def _read(files: Sequence[Path], names: Sequence[str]) -> dict[str, list[float]]:
-    """The vectors "<name>.mean" and so on; of several the last counts."""
+    """Read the vectors "<name>.mean" and so on; if one occurs several times, the last counts."""
     found: dict[str, list[float]] = {}
     for file in files:
         try:

@@ -1,4 +1,4 @@
-"""Loading a model from a checkpoint's weights, with every tensor accounted for."""
+"""Loads a model from a checkpoint's weights, and checks that no tensor is missing or unused."""
 
 from typing import Any
 
@@ -12,15 +12,15 @@ from cfgrl_gym.algorithms.pi0.checkpoints.stats import OLD_BUFFER_PREFIXES
 from cfgrl_gym.algorithms.pi0.condition import Pi0CFGRLConfig, is_conditional
 from cfgrl_gym.algorithms.pi0.model import Pi0ForCFGRL
 
-SHOWN = 5  # tensor names in an error message
+SHOWN = 5  # the most tensor names in an error message
 
 
 def load_model(source: Source, config: Pi0CFGRLConfig, vlm_dtype: str) -> Pi0ForCFGRL:
-    """Load a checkpoint's model.
+    """Load the model of a checkpoint.
 
-    :param vlm_dtype: "float32" or "bfloat16". Expert, projections and condition are float32,
-        whatever the file holds
-    :raises ValueError: tensors are missing, superfluous or of another shape
+    :param vlm_dtype: "float32" or "bfloat16", for the VLM. Expert, projections and condition are
+        float32, whatever the file holds
+    :raises ValueError: tensors are missing, unused or of another shape
     """
     state = _read_state(source)
     # An activation that doesn't exist, heads that don't divide the width, ...
@@ -67,7 +67,7 @@ def load_model(source: Source, config: Pi0CFGRLConfig, vlm_dtype: str) -> Pi0For
 
 
 def _read_state(source: Source) -> dict[str, Tensor]:
-    """The files' tensors, memory-mapped, without the statistics in LeRobot's old files."""
+    """Read the files' tensors, memory-mapped, without the statistics in LeRobot's old files."""
     state = {}
     for file in source.files:
         with safe_open(file, framework="pt") as tensors:
@@ -80,16 +80,16 @@ def _read_state(source: Source) -> dict[str, Tensor]:
             f"checkpoint '{source.name}' has tensors that aren't floating point "
             f"({_some(integers)}): it is quantised or damaged; get the one it was made from"
         )
-    # transformers reads the VLM's lm_head as its embeddings, and over them where a file has both.
-    # PI0 has no use for an lm_head: embeddings that are there are the ones that were trained.
+    # transformers loads the VLM's lm_head as its embeddings, overwriting them if a file has both.
+    # PI0 doesn't use an lm_head: if there are embeddings, they are what was trained.
     if any(name.endswith("language_model.embed_tokens.weight") for name in state):
         state = {name: t for name, t in state.items() if "paligemma.lm_head" not in name}
     return state
 
 
 def _own_memory(model: Pi0ForCFGRL, state: dict[str, Tensor]) -> None:
-    """Parameters that still point into a mapped file get memory of their own: the file may be
-    written anew, by a save into the same folder for one."""
+    """Copy parameters that still point into a mapped file, because the file may be overwritten, for
+    example by a save into the same folder."""
     mapped = {tensor.data_ptr() for tensor in state.values()}
     for parameter in model.parameters():
         if parameter.data_ptr() in mapped:

@@ -1,8 +1,8 @@
-"""The parts of `cfgrl report`, in the order in which a report is made.
+"""Makes the page of `cfgrl report`.
 
-runs.py reads run folders; methods.py, comparison.py, curves.py, times.py group, pool and compare
-what is in them, with the counts of rates.py. content.py collects all of it, also as the page's
-embedded JSON. plots.py draws it in the style of figures.py, films.py takes frames from videos, and
-page.py fills page.html.j2. A table's columns are in page.html.j2; the same numbers for machines are
-in content.py's `as_json`.
+In the order of that: runs.py reads run folders; methods.py, comparison.py, curves.py and times.py
+group, pool and compare their contents, with the counts of rates.py. content.py collects all of it,
+also as the page's embedded JSON. plots.py draws it in the style of figures.py, films.py takes
+frames from videos, and page.py fills page.html.j2. A table's columns are in page.html.j2; the same
+numbers for machines are in content.py's `as_json`.
 """

@@ -1,4 +1,4 @@
-"""Success before and after training, over cfg_scale, and of one method against another."""
+"""Compares success before and after training, over cfg_scale, and between methods."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -16,9 +16,9 @@ FEWEST_SCALES = 3  # of a sweep that is drawn
 
 
 def verdict(reference: Result | None, other: Result | None) -> str | None:
-    """How `other` compares: distinguishable only where the 95% intervals don't overlap.
+    """Say how `other` compares: distinguishable only if the 95% intervals don't overlap.
 
-    :return: None: one of them wasn't measured
+    :return: None if one of them wasn't measured
     """
     if reference is None or other is None:
         return None
@@ -34,7 +34,7 @@ def verdict(reference: Result | None, other: Result | None) -> str | None:
 
 @dataclass
 class Links:
-    """The evaluations of each training's policy after it, and of its start before it."""
+    """Holds the evaluations of each training's policy after it, and of its start before it."""
 
     after: dict[Training, list[EvaluationRun]] = field(default_factory=dict)
     before: dict[Training, list[EvaluationRun]] = field(default_factory=dict)
@@ -48,8 +48,8 @@ class Links:
 
 
 def link(runs: Runs) -> Links:
-    """An evaluation of the policy that a training started from was before it; any other inside its
-    folder, or of its own policy, came after it."""
+    """Assign evaluations to trainings: "before" if of the policy that a training started from, else
+    "after" if inside its folder or of its own policy."""
     links = Links()
     owners = {evaluation: _owner(evaluation, runs.trainings) for evaluation in runs.evaluations}
     for training in runs.trainings:
@@ -67,12 +67,12 @@ def link(runs: Runs) -> Links:
 
 
 def start_policy(training: Training) -> str:
-    """The policy that it started from, in one spelling."""
+    """Return the policy that a training started from, with its path normalised."""
     return plain_policy(str(training.config.get("policy")))
 
 
 def _owner(evaluation: EvaluationRun, trainings: Sequence[Training]) -> Training | None:
-    """The training in whose folder it lies, the innermost."""
+    """Return the training in whose folder an evaluation is, the innermost one."""
     owners = [t for t in trainings if t.folder in evaluation.folder.parents]
     return max(owners, key=lambda t: len(t.folder.parts), default=None)
 
@@ -82,11 +82,11 @@ def _owner(evaluation: EvaluationRun, trainings: Sequence[Training]) -> Training
 
 @dataclass(frozen=True, eq=False)
 class Comparison:
-    """A method at one cfg_scale, in one setting.
+    """Compares a method before and after training, at one cfg_scale in one setting.
 
-    :param before: pooled over the policies that the trainings started from
-    :param after: pooled over the trainings
-    :param by_seed: each training's own result afterwards
+    :param before: result pooled over the policies that the trainings started from
+    :param after: result pooled over the trainings
+    :param by_seed: result of each training afterwards
     """
 
     method: Method
@@ -98,7 +98,7 @@ class Comparison:
 
     @property
     def verdict(self) -> str | None:
-        """The verdict of after against before."""
+        """Return the verdict of after against before."""
         return verdict(self.before, self.after)
 
 
@@ -113,7 +113,7 @@ def compare(method: Method, links: Links) -> list[Comparison]:
         results = [*_in_training(training, -1), *_of_policy(links.after[training])]
         for key, result in {result.key: result for result in results}.items():
             after.setdefault(key, []).append((training, result))
-    # A start may have been measured on more than this method was.
+    # A start may have been evaluated in more settings than this method.
     settings = {setting for setting, _ in after}
     before = {key: ones for key, ones in before.items() if not after or key[0] in settings}
     return [
@@ -134,8 +134,8 @@ def _order(key: tuple[Setting, float]) -> Any:
 
 
 def _before(start: str, links: Links) -> list[Result]:
-    """What is known of a policy before any training, a result for each key: its own evaluations,
-    else those that its trainings began with, where equal episodes count once."""
+    """Return the results of a policy before any training, one for each key: its own evaluations,
+    else those at the beginning of its trainings, where equal episodes count once."""
     trainings = [training for training in links.before if start_policy(training) == start]
     found: dict[tuple[Setting, float], list[Result]] = {}
     for training in trainings:
@@ -147,7 +147,7 @@ def _before(start: str, links: Links) -> list[Result]:
 
 
 def _in_training(training: Training, position: int) -> tuple[Result, ...]:
-    """Its own evaluation before (0) or after (-1), if there is one."""
+    """Return a training's own evaluation before (0) or after (-1), if there is one."""
     if not training.evaluations:
         return ()
     evaluation = training.evaluations[position]
@@ -155,8 +155,8 @@ def _in_training(training: Training, position: int) -> tuple[Result, ...]:
 
 
 def _of_policy(evaluations: Sequence[EvaluationRun]) -> list[Result]:
-    """All evaluations of one policy together, a result for each key. Those with one seed may share
-    episodes: of them the largest counts. Those with different seeds are pooled."""
+    """Combine all evaluations of one policy into a result for each key. Those with equal seeds may
+    share episodes: only the largest of them counts. Those with different seeds are pooled."""
     found: dict[tuple[Setting, float], dict[str, Result]] = {}  # of each seed
     pairs = [(value_text(run.seed), result) for run in evaluations for result in run.results]
     for seed, result in sorted(pairs, key=lambda pair: pair[1].rate.episodes):
@@ -165,7 +165,7 @@ def _of_policy(evaluations: Sequence[EvaluationRun]) -> list[Result]:
 
 
 def distinct(results: Iterable[Result]) -> list[Result]:
-    """Drop results whose episodes equal another's one by one: a policy measured again."""
+    """Drop results whose episodes all equal another's: the same policy was measured again."""
     kept: dict[object, Result] = {}
     for result in results:
         kept.setdefault(result.episodes or result.sources, result)
@@ -173,7 +173,7 @@ def distinct(results: Iterable[Result]) -> list[Result]:
 
 
 def protocol_notes(method: Method, links: Links) -> list[str]:
-    """List options in which evaluations before and after differ: they may explain a change."""
+    """List options in which evaluations before and after differ, which may explain a change."""
     notes = set()
     for training in method.trainings:
         for after in links.after[training]:
@@ -197,11 +197,11 @@ def against_baseline(row: Comparison, comparisons: Sequence[Comparison]) -> str 
 
 @dataclass(frozen=True)
 class Highlight:
-    """The best before and the best after in one setting.
+    """Holds the best results before and after training in one setting.
 
-    :param before: of the method that was best afterwards; None where nothing was evaluated before
-    :param compared: how many methods and scales the best afterwards was picked from
-    :param compared_before: how many scales the best before was picked from
+    :param before: result of the method that was best afterwards; None if not evaluated before
+    :param compared: number of methods and scales from which the best afterwards was picked
+    :param compared_before: number of scales from which the best before was picked
     """
 
     method: Method
@@ -212,12 +212,12 @@ class Highlight:
 
     @property
     def verdict(self) -> str | None:
-        """The verdict of after against before."""
+        """Return the verdict of after against before."""
         return verdict(self.before, self.after)
 
     @property
     def sentence(self) -> str:
-        """The conclusion that the intervals allow, as a sentence."""
+        """Return the conclusion that the intervals allow, as a sentence."""
         if self.verdict is None:
             return "Nothing was evaluated before training, so there is no change to speak of."
         if self.verdict == UNDECIDED:
@@ -244,9 +244,9 @@ def highlights(comparisons: Sequence[Comparison]) -> list[Highlight]:
 
 @dataclass(frozen=True, eq=False)
 class Sweep:
-    """Success over cfg_scale: of one policy, or of a method's trainings together.
+    """Holds success over cfg_scale, of one policy or of all trainings of a method.
 
-    :param method: None: of one policy
+    :param method: the method; None if it is one policy's sweep
     :param points: a result for each cfg_scale
     :param by_run: the results of each training or evaluation that was pooled
     """
@@ -258,12 +258,12 @@ class Sweep:
 
     @property
     def best(self) -> Result:
-        """The point of the highest success; of equals, the lowest cfg_scale."""
+        """Return the point of the highest success; if several are equal, the lowest cfg_scale."""
         return max(self.points, key=lambda point: point.rank)
 
     @property
     def rivals(self) -> list[float]:
-        """The other scales that can't be distinguished from the best."""
+        """Return the other scales that can't be distinguished from the best."""
         return [
             point.cfg_scale
             for point in self.points
@@ -274,8 +274,8 @@ class Sweep:
 def sweeps(
     comparisons: Sequence[Comparison], evaluations: Sequence[EvaluationRun], links: Links
 ) -> list[Sweep]:
-    """Methods after training, then every evaluation that came after none, where at least three
-    scales were evaluated."""
+    """Collect the sweeps of methods after training, then those of evaluations that came after no
+    training, if at least three scales were evaluated."""
     found = method_sweeps(comparisons)
     for run in evaluations:
         role = links.role(run)

@@ -1,4 +1,4 @@
-"""Everything that a report says, before it is a page."""
+"""Collects the contents of a report, before they become a page."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ from cfgrl_gym.cli.reporting.times import PARTS, TimeSpent, time_spent
 
 @dataclass(frozen=True)
 class Report:
-    """What `page.render` shows and `as_json` writes down."""
+    """Holds what `page.render` shows and `as_json` returns."""
 
     title: str
     created: datetime
@@ -40,7 +40,7 @@ class Report:
 
 
 def collect(runs: Runs, title: str, embed_videos: bool) -> Report:
-    """Group, link and count the runs, and read their videos.
+    """Group and compare the runs, and read their videos.
 
     :raises ValueError: a video is damaged
     """

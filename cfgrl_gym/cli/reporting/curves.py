@@ -1,4 +1,4 @@
-"""Success in the course of training, pooled over the seeds of a method."""
+"""Makes curves of success during training, pooled over the seeds of a method."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -11,14 +11,14 @@ from cfgrl_gym.cli.reporting.rates import Rate, Result, Setting, total
 from cfgrl_gym.cli.reporting.runs import Training
 
 EVALUATED, TRAINING = "evaluated", "while training"
-BINS = 12  # points of a curve that is made of training episodes
-CROWDED = 6  # lines, after which each cfg_scale has a panel of its own
-LAST = math.inf  # stands for the last evaluation, whichever iteration that was
+BINS = 12  # points of a curve that is made from training episodes
+CROWDED = 6  # lines in a panel, above which each cfg_scale gets a panel of its own
+LAST = math.inf  # stands for the last evaluation, at whatever iteration it was
 
 
 @dataclass(frozen=True)
 class Point:
-    """Success at one time. `runs`: the trainings it is pooled over."""
+    """Holds success at one time; `runs` is the number of trainings it is pooled over."""
 
     episodes: float
     seconds: float
@@ -32,7 +32,7 @@ class Point:
 
 @dataclass(frozen=True, eq=False)
 class Line:
-    """One method in one panel, pooled and by seed. cfg_scale None: as it trained."""
+    """Holds one method's curve in a panel, pooled and by seed; cfg_scale None: the training's."""
 
     method: Method
     cfg_scale: float | None
@@ -42,7 +42,7 @@ class Line:
 
 @dataclass(frozen=True, eq=False)
 class Panel:
-    """Lines that may be compared: the same tasks, measured in the same way."""
+    """Holds lines that may be compared: the same tasks, measured in the same way."""
 
     setting: Setting
     kind: str
@@ -57,7 +57,7 @@ class Panel:
 
 
 def learning_curves(methods: Sequence[Method]) -> list[Panel]:
-    """Make the curves from a method's evaluations, or without them from its training episodes."""
+    """Make the curves from each method's evaluations, or else from its training episodes."""
     lines: dict[tuple[Setting, str], list[Line]] = {}
     for method in methods:
         for setting, line in _evaluated(method) or _trained(method):
@@ -76,7 +76,7 @@ def learning_curves(methods: Sequence[Method]) -> list[Panel]:
 
 
 def _mean(points: Sequence[Point], rates: Iterable[Rate]) -> Point:
-    """The mean time of these points, with these rates pooled."""
+    """Return a point at the mean time of these points, with these rates pooled."""
     episodes = sum(point.episodes for point in points) / len(points)
     seconds = sum(point.seconds for point in points) / len(points)
     return Point(episodes, seconds, total(rates), len(points))
@@ -86,8 +86,8 @@ def _mean(points: Sequence[Point], rates: Iterable[Rate]) -> Point:
 
 
 def _evaluated(method: Method) -> list[tuple[Setting, Line]]:
-    """A line for each setting and cfg_scale, all tasks together and one by one."""
-    # Of each key and training: iteration → what was measured.
+    """Make a line for each setting and cfg_scale, all tasks together and one by one."""
+    # For each key and training: iteration → what was measured.
     found: dict[tuple[Setting, float], dict[Training, dict[float, tuple[Point, Result]]]] = {}
     for training in method.trainings:
         for evaluation in training.evaluations:
@@ -122,7 +122,7 @@ def _sorted(points: Iterable[Point]) -> tuple[Point, ...]:
 
 
 def _trained(method: Method) -> list[tuple[Setting, Line]]:
-    """Each iteration's own episodes, several iterations together where there are many."""
+    """Make lines of each iteration's episodes, with iterations pooled if there are many."""
     counted = [points for points in map(_iterations, method.trainings) if points]
     if not counted:
         return []
@@ -132,13 +132,13 @@ def _trained(method: Method) -> list[tuple[Setting, Line]]:
         parts = [points[i : i + width] for i in range(0, len(points), width)]
         curve = [Point(p[-1].episodes, p[-1].seconds, total(x.rate for x in p)) for p in parts]
         by_seed.append(tuple(curve))
-    members = zip(*by_seed, strict=False)  # as far as all of them came
+    members = zip(*by_seed, strict=False)  # up to the point that all seeds reached
     pooled = tuple(_mean(points, [point.rate for point in points]) for points in members)
     return [(_trained_on(method.trainings[0]), Line(method, None, pooled, tuple(by_seed)))]
 
 
 def _iterations(training: Training) -> list[Point]:
-    """The success of each iteration's episodes; nothing for logs without counts."""
+    """Return the success of each iteration's episodes; an empty list for logs without counts."""
     found = []
     before = 0.0
     for row in training.rows:
@@ -165,7 +165,7 @@ def _trained_on(training: Training) -> Setting:
 
 
 def without_curve(methods: Sequence[Method]) -> list[str]:
-    """List trainings whose logs have a success rate, but not of how many episodes."""
+    """List trainings whose logs have a success rate, but no number of episodes."""
     return [
         training.name
         for method in methods

@@ -1,4 +1,4 @@
-"""The style of all figures, and figures as SVG inside a page or as a picture.
+"""Defines the style of all figures, and writes them as SVG in a page or as pictures.
 
 Inside a page they have the page's own colours, light or dark.
 """
@@ -49,7 +49,7 @@ STYLE: Any = {
 
 
 def save_picture(figure: Figure, path: Path) -> None:
-    """Write a figure as a picture of its own, on white."""
+    """Write a figure as a picture with a white background."""
     with mpl.rc_context(STYLE):
         figure.savefig(path, dpi=110, facecolor="white")
 
@@ -104,7 +104,7 @@ def legend_on_top(figure: Figure, handles: Sequence[Any], labels: Sequence[str])
     widest = max(map(len, labels)) + 7
     columns = max(1, min(len(labels), int(125 // widest)))
     rows = -(-len(labels) // columns)
-    # The panels keep the height that they were made for, but for one row.
+    # The panels keep the height that they were made for, except for one row.
     figure.set_figheight(figure.get_figheight() + 0.2 * (rows - 1))
     figure.legend(
         handles,
@@ -118,7 +118,7 @@ def legend_on_top(figure: Figure, handles: Sequence[Any], labels: Sequence[str])
 
 
 def time_unit(longest: float) -> tuple[str, float]:
-    """Choose a unit that suits this many seconds; returns its name and its seconds."""
+    """Choose a unit that suits this many seconds, and return its name and its length in seconds."""
     if longest >= 3 * 3600:
         return "hours", 3600.0
     return ("minutes", 60.0) if longest >= 300 else ("seconds", 1.0)

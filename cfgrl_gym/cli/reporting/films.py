@@ -1,4 +1,4 @@
-"""Filmstrips: evenly spaced frames of the runs' videos, and what is known of their episodes."""
+"""Makes filmstrips: evenly spaced frames of the runs' videos, with their episodes' outcomes."""
 
 import base64
 import io
@@ -24,11 +24,11 @@ _OUTCOMES = {"success": True, "failure": False}
 
 @dataclass(frozen=True)
 class Clip:
-    """Frames of one video from the first to the last.
+    """Holds frames of one video from the first to the last.
 
     :param caption: outcome, task, cfg_scale
     :param frames: each as a data URI, with its time in the video in seconds
-    :param video: the whole file as a data URI, where it was asked for
+    :param video: the whole file as a data URI, if it is embedded
     """
 
     caption: str
@@ -38,10 +38,10 @@ class Clip:
 
 @dataclass(frozen=True)
 class Film:
-    """The videos of one run.
+    """Holds the videos of one run.
 
     :param role: before training, after training, or empty
-    :param further: another seed of the same method is shown before it
+    :param further: whether another seed of the same method is shown before it
     """
 
     run: Run

@@ -1,4 +1,4 @@
-"""Which trainings are the same method with other seeds, and how methods differ."""
+"""Groups trainings that differ only in their seed into methods, and finds how methods differ."""
 
 import posixpath
 import re
@@ -23,11 +23,11 @@ ALGORITHM = "algorithm"
 
 @dataclass(frozen=True, eq=False)
 class Method:
-    """Trainings of one algorithm with one configuration.
+    """Holds the trainings of one algorithm with one configuration.
 
-    :param label: tells it from the report's other methods
-    :param options: all that makes the method, the algorithm among them
-    :param changes: from the baseline: option, the baseline's value, this one's
+    :param label: distinguishes it from the report's other methods
+    :param options: all options that define the method, including the algorithm
+    :param changes: differences from the baseline: option, the baseline's value, this method's value
     :param trainings: one for each seed
     """
 
@@ -46,7 +46,7 @@ class Method:
 
     @property
     def training_episodes(self) -> str:
-        """The number of episodes of its trainings, as far as their logs say."""
+        """Return the number of episodes of its trainings, as far as their logs say."""
         known = [t.episodes for t in self.trainings if t.episodes is not None]
         if not known:
             return "not logged"
@@ -57,7 +57,7 @@ class Method:
 
     @property
     def change(self) -> str:
-        """The changes as text: dropout_prob 0.1 → 0."""
+        """Return the changes as text, such as: dropout_prob 0.1 → 0."""
         return "; ".join(
             f"{name} {value_text(old)} → {value_text(new)}" for name, old, new in self.changes
         )
@@ -86,8 +86,8 @@ def plain_policy(policy: str) -> str:
 def method_options(training: Training) -> dict[str, Any]:
     """Return the algorithm and every option that can change what is learned.
 
-    An option that an older run doesn't know has today's default. Warm starts that differ only in
-    the number of their seed count as one.
+    An option that an older run doesn't have gets its present default. Warm starts that differ only
+    in their seed count as the same.
     """
     options: dict[str, Any] = {ALGORITHM: training.algorithm}
     for field in fields(TrainConfig):
@@ -105,7 +105,7 @@ def method_options(training: Training) -> dict[str, Any]:
 
 
 def group_methods(trainings: Sequence[Training]) -> list[Method]:
-    """Group trainings into methods, the baseline first: the most common, then the most typical."""
+    """Group trainings into methods, with the baseline first: the most common, then most typical."""
     groups: dict[str, tuple[dict[str, Any], list[Training]]] = {}
     for training in trainings:
         options = method_options(training)
@@ -134,7 +134,7 @@ def _changes(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, Any, A
 
 
 def varied_options(methods: Sequence[Method]) -> list[str]:
-    """List the options, beside the algorithm, that aren't the same in all methods."""
+    """List the options, besides the algorithm, that aren't the same in all methods."""
     names = dict.fromkeys(name for method in methods for name, _, _ in method.changes)
     return [name for name in names if name != ALGORITHM]
 

@@ -1,4 +1,4 @@
-"""The report as one HTML page that needs no other file; page.html.j2 has its text and tables."""
+"""Renders the report as one self-contained HTML page; page.html.j2 has its text and tables."""
 
 import json
 from pathlib import Path
@@ -81,8 +81,8 @@ def _plots(report: Report) -> dict[str, Any]:
 
 
 def _embedded(content: Any) -> Markup:
-    """JSON inside a script element, which only `</` and `<!--` could end."""
+    """Return JSON for a script element, which only `</` and `<!--` could end."""
     text = json.dumps(content, default=str)
-    # JSON has no word for the loss of a training that diverged: null.
+    # JSON can't express the infinite loss of a training that diverged: null.
     content = json.loads(text, parse_constant=lambda name: None)
     return Markup(json.dumps(content, ensure_ascii=False).replace("<", "\\u003c"))

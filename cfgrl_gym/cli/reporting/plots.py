@@ -1,4 +1,4 @@
-"""The figures of a report: success, learning curves, sweeps, time, and the logs."""
+"""Draws the figures of a report: success, learning curves, sweeps, time, and the logs."""
 
 from collections.abc import Iterable, Sequence
 from itertools import accumulate
@@ -45,13 +45,13 @@ WIDEST_SWEEP = 5.0  # the highest cfg_scale on a linear axis
 
 
 class Palette:
-    """The colour and marker of each method, the same in all figures."""
+    """Assigns each method a colour and a marker, the same in all figures."""
 
     def __init__(self, methods: Sequence[Method]) -> None:
         self._numbers = {method: number for number, method in enumerate(methods)}
 
     def colour(self, method: Method | None) -> str:
-        """Return the method's colour; ink for what belongs to no method."""
+        """Return the method's colour, or ink for a line that belongs to no method."""
         return INK if method is None else PALETTE[self._numbers[method] % len(PALETTE)]
 
     def marker(self, method: Method) -> str:
@@ -149,7 +149,7 @@ def curve_plot(panels: Sequence[Panel], palette: Palette) -> list[Figure]:
 
 
 def _draw_intervals(axes: Axes, xs: list[float], line: Line, colour: str, band: bool) -> None:
-    """A band, or bars where bands would cover each other."""
+    """Draw a band, or bars if bands would cover each other."""
     rates = [point.rate for point in line.pooled]
     if band and len(xs) > 1:
         low, high = zip(*(rate.interval for rate in rates), strict=True)

@@ -1,4 +1,4 @@
-"""Success as counts, so that it can be pooled and always carries its interval."""
+"""Represents success by counts, so that it can be pooled and always has an interval."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -6,18 +6,18 @@ from typing import Any
 
 from cfgrl_gym.algorithms.evaluation import wilson_interval
 
-VELOCITY = "velocity"  # the guidance of a run that doesn't name one
+VELOCITY = "velocity"  # the guidance of a run that doesn't name it
 
 
 @dataclass(frozen=True)
 class Rate:
-    """The number of successes among a number of episodes, or of anything else that is counted."""
+    """Counts successes among a number of episodes, or anything else with two outcomes."""
 
     successes: int
     episodes: int
 
     def __post_init__(self) -> None:
-        wilson_interval(self.successes, self.episodes)  # refuses counts that can't be
+        wilson_interval(self.successes, self.episodes)  # refuses impossible counts
 
     @property
     def share(self) -> float:
@@ -25,7 +25,7 @@ class Rate:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """95% Wilson interval."""
+        """Return the 95% Wilson interval."""
         return wilson_interval(self.successes, self.episodes)
 
     def contains(self, probability: float) -> bool:
@@ -35,7 +35,7 @@ class Rate:
 
     @property
     def counts(self) -> str:
-        """93 of 150, 95% interval 54% to 69%."""
+        """Return the counts as text, such as: 93 of 150, 95% interval 54% to 69%."""
         low, high = (percent(end, self.episodes) for end in self.interval)
         return f"{self.successes} of {self.episodes}, 95% interval {low} to {high}"
 
@@ -59,7 +59,7 @@ def total(rates: Iterable[Rate]) -> Rate:
 
 @dataclass(frozen=True)
 class Setting:
-    """What success was measured on; rates of different settings aren't compared."""
+    """Says what success was measured on; rates of different settings aren't compared."""
 
     suite: str
     tasks: tuple[int, ...]
@@ -79,7 +79,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Episode:
-    """How one evaluated episode went."""
+    """Holds the outcome of one evaluated episode."""
 
     task_id: int
     init_state_id: int
@@ -89,10 +89,10 @@ class Episode:
 
 @dataclass(frozen=True)
 class Result:
-    """Success in one setting at one cfg_scale: of one policy, or pooled over several.
+    """Holds success in one setting at one cfg_scale, of one policy or pooled over several.
 
-    :param guidance_gap: None: not measured
-    :param sources: the runs that it was measured in
+    :param guidance_gap: mean difference of v_1 and v_∅; None if it wasn't measured
+    :param sources: the runs in which it was measured
     """
 
     setting: Setting
@@ -106,17 +106,17 @@ class Result:
 
     @property
     def key(self) -> tuple[Setting, float]:
-        """Results with the same key may be pooled and compared."""
+        """Return the key; results with the same key may be pooled and compared."""
         return self.setting, self.cfg_scale
 
     @property
     def rank(self) -> tuple[float, float]:
-        """The order of results: by success; of equals, the lowest cfg_scale is the best."""
+        """Return the sort key of results: by success, then the lowest cfg_scale is the best."""
         return self.rate.share, -self.cfg_scale
 
     @property
     def parts(self) -> list["Result"]:
-        """The result itself, and where it has several tasks the result on each of them."""
+        """Return the result itself and, if it has several tasks, the result on each of them."""
         single = [
             replace(
                 self,
@@ -131,13 +131,13 @@ class Result:
         return [self, *(single if len(single) > 1 else [])]
 
     def as_json(self) -> dict[str, Any]:
-        """Return the rate and where it comes from."""
+        """Return the rate and its sources in JSON's types."""
         about = {"policies": self.policies, "sources": list(self.sources)}
         return self.rate.as_json() | about
 
 
 def pool(results: Sequence[Result], policies: int = 1) -> Result:
-    """Pool results with the same key; the guidance gap is the mean of those that are known."""
+    """Pool results with the same key; the guidance gap is the mean of the known ones."""
     gaps = [result.guidance_gap for result in results if result.guidance_gap is not None]
     return replace(
         results[0],

@@ -1,6 +1,6 @@
-"""Run folders as typed values: trainings and evaluations, found below the folders given.
+"""Finds run folders and reads them into typed values: trainings and evaluations.
 
-A damaged file is refused by its name.
+An error about a damaged file names it.
 """
 
 import csv
@@ -27,10 +27,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Evaluation:
-    """An evaluation in the course of a training; iteration 0 is before it.
+    """Holds an evaluation during a training; iteration 0 is before the training.
 
-    :param episodes: of training so far
-    :param seconds: of training so far
+    :param episodes: training episodes so far
+    :param seconds: training time so far
     """
 
     iteration: int
@@ -41,7 +41,7 @@ class Evaluation:
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """What every run folder has. `name` tells it from the others of the report."""
+    """Holds what every run folder has; `name` distinguishes it from the report's other runs."""
 
     folder: Path
     name: str
@@ -60,7 +60,7 @@ class Run:
 
 @dataclass(frozen=True, eq=False)
 class Training(Run):
-    """A folder of `cfgrl train`. `rows`: the log, an iteration each."""
+    """Holds a folder of `cfgrl train`; `rows` is the log, with a row for each iteration."""
 
     rows: tuple[dict[str, float], ...]
     evaluations: tuple[Evaluation, ...]
@@ -84,19 +84,19 @@ class Training(Run):
 
     @property
     def dropped(self) -> Rate | None:
-        """Conditions dropped, of the positives' uses; None if the log doesn't count them."""
+        """Return the share of conditions that were dropped; None if the log doesn't count them."""
         uses = self.total("train/conditioned_count")
         return Rate(self.total("train/dropout_count"), uses) if uses else None
 
     @property
     def dropped_as_asked(self) -> bool | None:
-        """Whether dropout_prob lies in the interval of what was dropped."""
+        """Return whether dropout_prob is in the interval of the share that was dropped."""
         asked = self.config.get("dropout_prob")
         return None if self.dropped is None or asked is None else self.dropped.contains(asked)
 
     @property
     def episodes(self) -> int | None:
-        """Training episodes that were finished; None: not logged."""
+        """Return the number of finished training episodes; None if it wasn't logged."""
         logged = self.column("rollout/episodes")
         if logged:
             return round(logged[-1])
@@ -105,7 +105,7 @@ class Training(Run):
 
 @dataclass(frozen=True, eq=False)
 class EvaluationRun(Run):
-    """A folder of `cfgrl eval`."""
+    """Holds a folder of `cfgrl eval`."""
 
     policy: str
     suite: str
@@ -114,7 +114,7 @@ class EvaluationRun(Run):
 
 @dataclass(frozen=True)
 class Runs:
-    """All that a report is made from. `left_out`: run folders with nothing to show, and why."""
+    """Holds all that a report is made from; `left_out` are runs with nothing to show, and why."""
 
     trainings: tuple[Training, ...]
     evaluations: tuple[EvaluationRun, ...]
@@ -124,7 +124,7 @@ class Runs:
 def find_runs(folders: Sequence[str]) -> Runs:
     """Read every training and evaluation in these folders and below them.
 
-    :raises FileNotFoundError: no such folder
+    :raises FileNotFoundError: a folder doesn't exist
     :raises ValueError: there are no runs, or a file is damaged; the message names it
     """
     found: dict[Path, None] = {}
@@ -168,7 +168,7 @@ def _run_folders(root: Path) -> Iterable[Path]:
 
 
 def read_training(folder: Path, name: str) -> Training:
-    """Read a folder of `cfgrl train`, as far as the training came.
+    """Read a folder of `cfgrl train`, whose training may be unfinished.
 
     :raises ValueError: a file is damaged
     """
@@ -198,7 +198,7 @@ def read_training(folder: Path, name: str) -> Training:
 
 
 def read_evaluation(folder: Path, name: str) -> EvaluationRun:
-    """A folder of `cfgrl eval`.
+    """Read a folder of `cfgrl eval`.
 
     :raises ValueError: a file is damaged
     """
@@ -274,9 +274,10 @@ def read_yaml(file: Path) -> dict[str, Any]:
 
 
 def read_json(file: Path, build: Callable[[Any], T]) -> T:
-    """Read a JSON file and turn it into what the caller needs.
+    """Read a JSON file and convert its content.
 
-    :param build: raises KeyError, TypeError, ValueError or AttributeError for other content
+    :param build: converts the content; raises KeyError, TypeError, ValueError or AttributeError if
+        it is unexpected
     """
     try:
         content = json.loads(file.read_text(encoding="utf-8"))

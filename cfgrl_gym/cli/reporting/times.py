@@ -1,4 +1,4 @@
-"""Where the time of each method's trainings went."""
+"""Computes how each method's trainings spent their time."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ PARTS = ("simulation", "inference", "update")
 
 @dataclass(frozen=True, eq=False)
 class TimeSpent:
-    """Seconds of a method's trainings in each of PARTS, the mean over `runs`."""
+    """Holds the seconds of a method's trainings in each of PARTS, averaged over `runs` of them."""
 
     method: Method
     seconds: tuple[float, ...]
