@@ -90,13 +90,11 @@ class CFGRL(IterationLoop):
     :param batch_size: windows per forward pass; fewer where the device's memory is short
     :param gradient_accumulation_steps: forward passes per optimizer step
     :param max_grad_norm: gradients are clipped to this norm
-    :param window_stride: control steps between windows. None: the length of a chunk. A stride below
-        that needs an environment that returns the observations inside a chunk
-        (`observation_stride`)
+    :param window_stride: control steps between windows. None: the length of a chunk. Less needs an
+        environment that returns the observations inside a chunk (`observation_stride`)
     :param replay_iterations: learn from the windows of this many earlier iterations too, with the
         labels they had then. They are not saved: a loaded model begins without them
-    :param device_memory: GiB of the device's memory that the policy, its update and the prefixes
-        kept there may take. None: all that is free
+    :param device_memory: GiB of the device's memory for policy, update and prefixes. None: all free
     :param prefix_memory: GiB of the host's memory for prefixes (what a frozen VLM computes of an
         observation) kept from acting to the update; those that find no room are computed again.
         None: half of what is free
@@ -111,7 +109,6 @@ class CFGRL(IterationLoop):
     """
 
     policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {"MlpPolicy": MlpPolicy}
-    policy: FlowPolicy  # type: ignore[assignment]
 
     def __init__(
         self,
@@ -179,8 +176,7 @@ class CFGRL(IterationLoop):
             _init_setup_model=False,
             **_UNUSED,
         )
-        fresh = np.random.SeedSequence().generate_state(1)
-        self.randomness = Randomness(int(fresh[0]) if seed is None else seed)
+        self.randomness = Randomness.of(seed)
         self.iteration = 0  # iterations that are finished
         self.statistics = EpisodeStatistics(stats_window_size)
         self.skipped_in_a_row = 0  # optimizer steps that weren't finite
@@ -191,8 +187,8 @@ class CFGRL(IterationLoop):
 
     def _setup_model(self) -> None:
         check_policy_kwargs(self.policy_class, self.policy_kwargs)
-        policys_own = self.learning_rate is None
-        self.learning_rate = 0.0 if policys_own else self.learning_rate
+        given = self.learning_rate
+        self.learning_rate = 0.0 if given is None else given
         self._setup_lr_schedule()
         self.set_random_seed(self.seed)
         self.policy = self.policy_class(  # type: ignore[assignment]
@@ -200,7 +196,7 @@ class CFGRL(IterationLoop):
         )
         check_weights_fit(self.policy, self.device)
         self.policy = self.policy.to(self.device)
-        if policys_own:
+        if given is None:
             self.learning_rate = self.policy.default_learning_rate
             self._setup_lr_schedule()
             update_learning_rate(self.policy.optimizer, self.learning_rate)
@@ -227,9 +223,8 @@ class CFGRL(IterationLoop):
         """Draw the groups that this iteration may try, and set how many of them suffice."""
         asked, sampling = self.groups_per_iteration, self.enable_dynamic_sampling
         tried = (self.max_groups_tried or 3 * asked) if sampling else asked
-        rng = self.randomness.rng(PLAN, self.iteration)
         return GroupPlan(
-            draw_groups(rng, tried, init_states(env)),
+            draw_groups(self.randomness.rng(PLAN, self.iteration), tried, init_states(env)),
             self.rloo_batch_size,
             groups_needed(asked, sampling, self.early_stop_percentage),
             sampling,
@@ -323,5 +318,3 @@ class CFGRL(IterationLoop):
     def _record(self, metrics: dict[str, float]) -> None:
         for name, value in metrics.items():
             self.logger.record(name, value)
-
-    # Learn ------------------------------------------------------------------------------------

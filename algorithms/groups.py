@@ -112,6 +112,11 @@ class Randomness:
 
     seed: int
 
+    @classmethod
+    def of(cls, seed: int | None) -> "Randomness":
+        """Make that of a seed; None draws one from the operating system's entropy."""
+        return cls(int(np.random.SeedSequence().generate_state(1)[0]) if seed is None else seed)
+
     def rng(self, purpose: int, *key: int) -> np.random.Generator:
         """Return a NumPy generator for one purpose."""
         return np.random.default_rng(seed_sequence(self.seed, purpose, *key))
