@@ -30,6 +30,7 @@ def make(kind: type[CFGRL], **changed: Any) -> CFGRL:
         "rloo_batch_size": 4,
         "groups_per_iteration": 4,
         "enable_dynamic_sampling": False,
+        "positive_share": None,  # every window once an epoch
         "n_epochs": 3,
         "batch_size": 8,
         "seed": 3,

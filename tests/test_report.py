@@ -86,9 +86,7 @@ def test_seeds_and_folders_make_no_method_and_options_do(tmp_path: Path) -> None
     make_training(tmp_path / "b", seed=0, dropout_prob=0.0)
     make_training(tmp_path / "c", seed=0, algorithm="FilteredBC", learning_rate=1e-5)
     make_training(tmp_path / "old", seed=2, algorithm=None)
-    edit_config(
-        tmp_path / "old", replay_iterations=..., label_threshold=..., use_prefix_dropout=...
-    )
+    edit_config(tmp_path / "old", label_threshold=..., use_prefix_dropout=...)
     data, page = report(tmp_path)
     methods = {m["method"]: m for m in data["methods"]}
     assert set(methods) == {"CFGRL", "CFGRL, dropout_prob 0", "FilteredBC, learning_rate 1e-05"}
@@ -97,7 +95,16 @@ def test_seeds_and_folders_make_no_method_and_options_do(tmp_path: Path) -> None
     assert methods["CFGRL"]["trainings"] == ["a0", "a1", "old"]
     assert [m["baseline"] for m in data["methods"]] == [True, False, False]
     assert "dropout_prob 0.1 → 0<" in page
-    assert "algorithm CFGRL → FilteredBC; learning_rate 0.0003 → 1e-05<" in page
+    assert "algorithm CFGRL → FilteredBC; learning_rate null → 1e-05<" in page
+
+
+def test_a_run_from_before_an_option_did_what_it_did_then(tmp_path: Path) -> None:
+    make_training(tmp_path / "a")
+    edit_config(tmp_path / "a", replay_iterations=..., positive_share=..., ema_decay=...)
+    make_training(tmp_path / "b", replay_iterations=0, positive_share=None, ema_decay=None)
+    make_training(tmp_path / "c")
+    data, _ = report(tmp_path)
+    assert sorted(m["trainings"] for m in data["methods"]) == [["a", "b"], ["c"]]
 
 
 @pytest.mark.parametrize(("seeds", "expected"), [(1, ["b"]), (2, ["a0", "a1"])])

@@ -83,17 +83,21 @@ def plain_policy(policy: str) -> str:
     return posixpath.dirname(path) or "." if name == POLICY_FOLDER else path
 
 
+# What a run did before there was the option, where that isn't the present default.
+_BEFORE_THE_OPTION = {"replay_iterations": 0, "positive_share": None, "ema_decay": None}
+
+
 def method_options(training: Training) -> dict[str, Any]:
     """Return the algorithm and every option that can change what is learned.
 
-    An option that an older run doesn't have gets its present default. Warm starts that differ only
-    in their seed count as the same.
+    An option that an older run doesn't have gets the value that means what the run did. Warm starts
+    that differ only in their seed count as the same.
     """
     options: dict[str, Any] = {ALGORITHM: training.algorithm}
     for field in fields(TrainConfig):
         if field.default is not MISSING:
             options[field.name] = field.default
-    options |= training.config
+    options |= _BEFORE_THE_OPTION | training.config
     if isinstance(options.get("policy"), str):
         policy = plain_policy(options["policy"])
         options["policy"] = re.sub(r"(?i)(seed[-_=]?)\d+", r"\1N", policy)
