@@ -1,8 +1,10 @@
 """Chooses the OpenGL back end that this machine can render with, and makes contexts of it."""
 
 import atexit
+import contextlib
 import ctypes
 import importlib
+import importlib.util
 import os
 import sys
 from typing import Any
@@ -72,6 +74,17 @@ def keep_display() -> None:
         atexit.unregister(egl.EGL.eglTerminate)
 
 
+def load_triton() -> None:
+    """Load triton's library, where torch comes with it, before Mesa's llvmpipe loads its own LLVM.
+
+    In the other order, as when torch imports triton after a first image, the process ends in a
+    segmentation fault (seen with the CUDA build of torch 2.14 on Python 3.13).
+    """
+    if importlib.util.find_spec("triton") is not None:
+        with contextlib.suppress(ImportError):
+            importlib.import_module("triton._C.libtriton")
+
+
 class GlContext:
     """Makes an OpenGL context that threads may share, one at a time.
 
@@ -83,6 +96,7 @@ class GlContext:
         # mujoco.gl_context settles on a back end when mujoco is imported, which may have been
         # before one was chosen here.
         self._backend = choose_backend().lower()
+        load_triton()
         known = self._backend in ("egl", "osmesa")
         self._module = importlib.import_module(
             f"mujoco.{self._backend}" if known else "mujoco.gl_context"
