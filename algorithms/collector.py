@@ -189,6 +189,7 @@ class Collector:
         actions = self.act()
         began = perf_counter()
         observations, rewards, dones, given = self.env.step(actions)
+        discarded = self.selection.discarded
         infos = list(given)  # a tuple, from SB3's SubprocVecEnv
         for i, episode in enumerate(self.running):
             if episode is None:
@@ -217,9 +218,12 @@ class Collector:
                 episode.unstable = bool(infos[i].get("unstable", False))
                 self.finished.append(episode)
                 self.returns.setdefault(episode.group, []).append(episode.total_reward)
+                self.selection = self.plan.select(self.returns)
                 self._begin_episode(i, self.rows[i])
         self.seconds_simulation += perf_counter() - began
-        self._select()
+        if self.selection.discarded != discarded:  # rare, and it goes through every chunk
+            episodes = [e for e in (*self.finished, *self.running) if e is not None]
+            self._keep_prefixes([e for e in episodes if e.group not in self.selection.discarded])
         return observations, rewards, dones, infos
 
     @property
@@ -255,13 +259,6 @@ class Collector:
         """Return the finished episodes of a group, ordered by member."""
         finished = [episode for episode in self.finished if episode.group == group]
         return sorted(finished, key=lambda episode: episode.member)
-
-    def _select(self) -> None:
-        discarded = self.selection.discarded
-        self.selection = self.plan.select(self.returns)
-        if self.selection.discarded != discarded:  # rare, and it goes through every chunk
-            episodes = [e for e in (*self.finished, *self.running) if e is not None]
-            self._keep_prefixes([e for e in episodes if e.group not in self.selection.discarded])
 
     def _keep_prefixes(self, episodes: list[Episode]) -> None:
         """Keep the prefixes of these episodes only."""
@@ -341,7 +338,7 @@ class Collector:
         """Begin a planned episode in an environment that was just reset."""
         started = self.next_starts.begun(index)
         episode = next((e for e in self.pending if e.start == started), None)
-        if episode is None and self.pending and not self._is_over():
+        if episode is None and self.pending and not self.selection.complete:
             episode = self.pending[0]
             arguments = episode.start.reset_arguments()
             ((observation, _),) = self.env.env_method("reset", indices=[index], **arguments)
@@ -351,7 +348,3 @@ class Collector:
         else:
             self.pending.remove(episode)
         self.running[index], self.rows[index] = episode, row
-
-    def _is_over(self) -> bool:
-        """Return whether the groups that have finished suffice."""
-        return self.plan.select(self.returns).complete
