@@ -10,7 +10,7 @@ import os
 import shutil
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,11 +36,13 @@ class Job:
     :param folder: of the run
     :param options: of `cfgrl train` or `cfgrl eval`, where they aren't the command's defaults
     :param algorithm: to train with; None: an evaluation
+    :param after: what has to be done before, on the same core
     """
 
     folder: Path
     options: dict[str, Any]
     algorithm: type[CFGRL] | None = None
+    after: "Job | None" = None
 
     @property
     def done(self) -> bool:
@@ -48,12 +50,18 @@ class Job:
 
 
 def evaluation(
-    policy: Path | str, folder: Path, task: int, scales: Sequence[float], **changed: Any
+    policy: Path | str,
+    folder: Path,
+    task: int,
+    scales: Sequence[float],
+    after: Job | None = None,
+    **changed: Any,
 ) -> Job:
     """Make a job that evaluates a policy on all 50 states of a task, at each cfg_scale.
 
     :param policy: its folder, or the run that trained it
     :param folder: for the results
+    :param after: the training of that run, if it may have to be done first
     :param changed: options of `cfgrl eval` that the caller wants besides, or otherwise
     """
     options = {
@@ -65,14 +73,17 @@ def evaluation(
         "seed": EVALUATION_SEED,
         "video": False,
     }
-    return Job(folder, options | changed)
+    return Job(folder, options | changed, after=after)
 
 
-def run_jobs(jobs: Sequence[Job], processes: int) -> None:
+def run_jobs(
+    jobs: Sequence[Job], processes: int, finished: Callable[[Job], None] = lambda job: None
+) -> None:
     """Run those that aren't done, `processes` at a time, each in a process on one core.
 
     A run whose process dies (software rendering can end one) is begun again, twice at most.
 
+    :param finished: called with each that is done, as it gets done
     :raises RuntimeError: some failed; the others are done, and a further call takes up from there
     """
     waiting = [job for job in jobs if not job.done]
@@ -81,16 +92,23 @@ def run_jobs(jobs: Sequence[Job], processes: int) -> None:
     for slot in range(processes):
         cores.put(slot)
 
+    def run_on(core: int, job: Job) -> str:
+        if job.after is not None and not job.after.done:
+            outcome = run_on(core, job.after)
+            if not job.after.done:
+                return outcome
+        for _ in range(TRIES):
+            process = spawn.Process(target=_run, args=(job, core))
+            process.start()
+            process.join()
+            if process.exitcode is not None and process.exitcode >= 0:
+                break
+        return "done" if job.done else f"failed with exit code {process.exitcode}"
+
     def run(job: Job) -> str:
         core = cores.get()
         try:
-            for _ in range(TRIES):
-                process = spawn.Process(target=_run, args=(job, core))
-                process.start()
-                process.join()
-                if process.exitcode is not None and process.exitcode >= 0:
-                    break
-            return "done" if job.done else f"failed with exit code {process.exitcode}"
+            return run_on(core, job)
         finally:
             cores.put(core)
 
@@ -101,6 +119,8 @@ def run_jobs(jobs: Sequence[Job], processes: int) -> None:
             job, outcome = futures[future], future.result()
             failed += [] if job.done else [str(job.folder)]
             tqdm.write(f"{job.folder}: {outcome}")
+            if job.done:
+                finished(job)
             bar.update()
     if failed:
         raise RuntimeError(

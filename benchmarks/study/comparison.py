@@ -1,0 +1,152 @@
+"""Every method with equal episodes and equal optimizer steps, on tasks that none was tuned on.
+
+First `--tune`: each method with each of a few settings, on a task that isn't compared. Then,
+without it, the methods with the settings of `methods.py` on the compared tasks, with several seeds.
+A training is 16 iterations of 64 episodes, evaluated at its end on all 50 benchmark states; its own
+episodes show how success rises on the way.
+
+Results are in <results>/comparison.json (with --tune: tuning.json), a row for each training as soon
+as it is done. What has a row there isn't run again, on another machine neither, so the comparison
+can be made in pieces. The whole of it is 12 trainings of each method.
+
+    python benchmarks/study/comparison.py --help
+"""
+
+import argparse
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jobs import Job, evaluation, run_jobs
+from methods import METHODS, SETTINGS
+from results import describe, result_json, results_of, write_result
+from settings import GROUPS, new_parser, training_options
+
+from cfgrl_gym.cli.reporting.runs import read_training
+
+TUNED_ON = ("libero_object", 8)
+COMPARED_ON = (("libero_object", 0), ("libero_object", 5), ("libero_object", 6), ("libero_goal", 6))
+ITERATIONS, ITERATIONS_TUNING = 16, 8
+SEEDS = 3
+# Control steps of an episode while collecting; evaluations have LIBERO's own 280 and 300.
+STEPS = {"libero_object": 160, "libero_goal": 200}
+# Columns of a training's log that a row keeps, for each iteration.
+KEPT = {
+    "rollout/iteration_success_rate": "success_rate",
+    "rollout/episodes": "episodes",
+    "rollout/control_steps": "control_steps",
+    "rollout/positive_share": "positive_share",
+    "train/n_updates": "optimizer_steps",
+    "train/guidance_gap": "guidance_gap",
+    "train/loss": "loss",
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training: a method with a setting, a task and a seed."""
+
+    method: str
+    setting: str
+    suite: str
+    task: int
+    seed: int
+
+    @property
+    def key(self) -> dict[str, Any]:
+        """Return what identifies its row."""
+        return vars(self).copy()
+
+    def job(self, folder: Path, iterations: int, groups: int) -> Job:
+        """Return its evaluation, which comes after its training."""
+        method = METHODS[self.method]
+        name = f"{self.method}-{self.setting}-{self.suite}{self.task}-seed{self.seed}"
+        run = folder / name.replace(" ", "_")
+        options = training_options(
+            self.task,
+            self.seed,
+            iterations,
+            groups,
+            cfg_scale=method.collects_at,
+            suite=self.suite,
+            max_episode_steps=STEPS[self.suite],
+            **method.options | SETTINGS[self.setting],
+        )
+        training = Job(run, options, method.algorithm)
+        return evaluation(
+            run, run / "eval", self.task, method.scales, after=training, suite=self.suite
+        )
+
+
+def row(cell: Cell, job: Job) -> dict[str, Any]:
+    """Return what the result file keeps of a finished training."""
+    assert job.after is not None
+    training = read_training(job.after.folder, job.after.folder.name)
+    iterations = [
+        {name: line[column] for column, name in KEPT.items() if column in line}
+        for line in training.rows
+    ]
+    options = {k: v for k, v in job.after.options.items() if k != "init_states"}
+    final = [result_json(result) for result in results_of([job])]
+    return cell.key | {"options": options, "iterations": iterations, "final": final}
+
+
+def read_rows(file: Path) -> list[dict[str, Any]]:
+    """Read the rows of trainings that are done; none if there is no such file."""
+    return json.loads(file.read_text(encoding="utf-8"))["trainings"] if file.exists() else []
+
+
+def cells(args: argparse.Namespace) -> list[Cell]:
+    """List what is wanted, the first seeds first."""
+    methods = args.methods or list(METHODS)
+    if args.tune:
+        return [Cell(m, s, *TUNED_ON, 0) for s in args.settings or SETTINGS for m in methods]
+    setting = next(iter(SETTINGS))
+    return [
+        Cell(method, setting, *task, seed)
+        for seed in range(args.seeds)
+        for task in COMPARED_ON
+        for method in methods
+    ]
+
+
+def main() -> None:
+    parser = new_parser(__doc__)
+    add = parser.add_argument
+    add("--tune", action="store_true", help="try each method's settings on the task for it")
+    add("--methods", nargs="+", choices=list(METHODS), help="only these (default: all)")
+    add("--settings", nargs="+", choices=list(SETTINGS), help="with --tune, only these")
+    add("--seeds", type=int, default=SEEDS, help="default: %(default)s")
+    add("--iterations", type=int, help=f"default: {ITERATIONS}; with --tune {ITERATIONS_TUNING}")
+    add("--groups", type=int, default=GROUPS, help="of 8 episodes, each iteration")
+    add("--jobs", type=int, default=2, help="trainings at the same time (default: %(default)s)")
+    add("--study", type=Path, default=Path("runs/comparison"), help="run folders")
+    add("--results", type=Path, default=Path("benchmarks/results"))
+    args = parser.parse_args()
+    file = args.results / ("tuning.json" if args.tune else "comparison.json")
+    iterations = args.iterations or (ITERATIONS_TUNING if args.tune else ITERATIONS)
+    rows = read_rows(file)
+    there = [{key: r[key] for key in Cell.__dataclass_fields__} for r in rows]
+    jobs = {
+        cell.job(args.study / file.stem, iterations, args.groups): cell
+        for cell in cells(args)
+        if cell.key not in there
+    }
+
+    def keep(job: Job) -> None:
+        rows.append(row(jobs[job], job))
+        write_result(file, trainings=rows)
+
+    for job in jobs:
+        if job.done:  # by a call that was stopped before it could keep the row
+            keep(job)
+    run_jobs(list(jobs), args.jobs, keep)
+    for r in rows:
+        at_w = "  ".join(f"w = {e['cfg_scale']:g}: {describe(e)}" for e in r["final"])
+        where = f"{r['suite']} {r['task']} seed {r['seed']}"
+        print(f"{r['method']:>14} {r['setting']:>22} {where}: {at_w}")
+
+
+if __name__ == "__main__":
+    main()

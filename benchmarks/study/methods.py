@@ -1,0 +1,46 @@
+"""The methods that `comparison.py` compares, each a variant of CFGRL or a control."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from controls import AdvantageWeighted, FilteredBC
+
+from cfgrl_gym.algorithms import CFGRL
+
+GUIDED = (0.0, 1.0, 2.0, 3.0)  # the scales w at which the policies of CFGRL are evaluated
+
+
+@dataclass(frozen=True)
+class Method:
+    """One method and how it differs from the study's settings.
+
+    :param algorithm: what trains
+    :param options: of `cfgrl train`, where they aren't those of `settings.training_options`
+    :param collects_at: guidance scale of the rollouts
+    :param scales: at which the end is evaluated
+    """
+
+    algorithm: type[CFGRL] = CFGRL
+    options: dict[str, Any] = field(default_factory=dict)
+    collects_at: float = 1.0
+    scales: tuple[float, ...] = GUIDED
+
+
+def control(algorithm: type[CFGRL], **options: Any) -> Method:
+    """Make a method without a condition, which acts as v_∅ alone."""
+    return Method(algorithm, {"positive_share": None} | options, 0.0, (0.0,))
+
+
+METHODS = {
+    "CFGRL": Method(),
+    "filtered BC": control(FilteredBC),
+    "AWR": control(AdvantageWeighted),
+}
+# What is tried of every method, one at a time, before the comparison and on another task.
+SETTINGS: dict[str, dict[str, Any]] = {
+    "as it is": {},
+    "learning_rate=0.00025": {"learning_rate": 2.5e-4},
+    "learning_rate=0.001": {"learning_rate": 1e-3},
+    "n_epochs=6": {"n_epochs": 6},
+    "n_epochs=24": {"n_epochs": 24},
+}
