@@ -51,7 +51,7 @@ from cfgrl_gym.algorithms.windows import Replay, WindowBatch, label_windows
 
 # What SB3 would need for a value function, an entropy bonus and exploration noise.
 _UNUSED: dict[str, Any] = dict(
-    n_steps=0, gamma=1, gae_lambda=1, ent_coef=0, vf_coef=0, use_sde=False, sde_sample_freq=-1
+    n_steps=0, gae_lambda=1, ent_coef=0, vf_coef=0, use_sde=False, sde_sample_freq=-1
 )
 
 
@@ -78,14 +78,23 @@ class CFGRL(IterationLoop):
         suffices (rounded up)
     :param max_groups_tried: with dynamic sampling, give up after this many groups.
         None: three times `groups_per_iteration`
+    :param gamma: discount of a reward for each control step before it in its episode. Below 1,
+        what succeeds sooner is better, so that a group in which all succeed teaches speed
     :param dropout_prob: probability with which a condition is replaced by ∅, each time it is used
     :param label_source: "episode_rloo": the episode's advantage; "window_rloo": leave-one-out
         reward-to-go; "window_return": reward inside the window against the group's mean
     :param label_threshold: a window whose advantage reaches this is optimal
+    :param optimal_share: at most this share of a task's windows is optimal, those of the highest
+        advantages (and those equal to the last of them). None: all that reach `label_threshold`
     :param negatives: label of the windows that are not optimal: "null" is ∅, "zero" is o = 0
     :param positive_share: share of optimal windows among those that an epoch draws, whatever their
         share of all windows is. None: draw every window once per epoch
+    :param null_rate: share of an epoch's draws that are of all windows alike and train ∅, which so
+        becomes the policy of all that was collected; the other draws train conditions, and none is
+        dropped. None: ∅ learns from windows that aren't optimal and from dropped conditions
     :param cfg_scale: guidance scale while collecting. None: the policy's own `cfg_scale`
+    :param rollout_noise: standard deviation of the noise that a chunk is denoised from while
+        collecting; more than 1 explores more than the policy does otherwise
     :param n_epochs: passes over the windows in each update
     :param batch_size: windows per forward pass; fewer where the device's memory is short
     :param gradient_accumulation_steps: forward passes per optimizer step
@@ -120,12 +129,16 @@ class CFGRL(IterationLoop):
         enable_dynamic_sampling: bool = True,
         early_stop_percentage: float = 0.8,
         max_groups_tried: int | None = None,
+        gamma: float = 1.0,
         dropout_prob: float = 0.1,
         label_source: LabelSource = "episode_rloo",
         label_threshold: float = 0.0,
+        optimal_share: float | None = None,
         negatives: Negatives = "null",
         positive_share: float | None = 0.9,
+        null_rate: float | None = None,
         cfg_scale: float | None = None,
+        rollout_noise: float = 1.0,
         n_epochs: int = 12,
         batch_size: int = 64,
         gradient_accumulation_steps: int = 1,
@@ -151,9 +164,12 @@ class CFGRL(IterationLoop):
         self.dropout_prob = dropout_prob
         self.label_source = label_source
         self.label_threshold = label_threshold
+        self.optimal_share = optimal_share
         self.negatives = negatives
         self.positive_share = positive_share
+        self.null_rate = null_rate
         self.cfg_scale = cfg_scale
+        self.rollout_noise = rollout_noise
         self.n_epochs = n_epochs
         self.batch_size = batch_size
         self.gradient_accumulation_steps = gradient_accumulation_steps
@@ -166,6 +182,7 @@ class CFGRL(IterationLoop):
             policy=self._get_policy_from_name(policy) if isinstance(policy, str) else policy,  # type: ignore[arg-type]
             env=env,  # type: ignore[arg-type]
             learning_rate=learning_rate,  # type: ignore[arg-type]
+            gamma=gamma,
             max_grad_norm=max_grad_norm,
             stats_window_size=stats_window_size,
             tensorboard_log=tensorboard_log,
@@ -228,11 +245,18 @@ class CFGRL(IterationLoop):
             self.rloo_batch_size,
             groups_needed(asked, sampling, self.early_stop_percentage),
             sampling,
+            self.gamma,
         )
 
     def label(self, groups: list[list[Episode]]) -> WindowBatch | None:
         """Return the labelled windows of these groups of K episodes, which the update uses."""
-        labelling = Labelling(self.label_source, self.label_threshold, self.negatives)
+        labelling = Labelling(
+            self.label_source,
+            self.label_threshold,
+            self.negatives,
+            self.gamma,
+            self.optimal_share,
+        )
         return label_windows(groups, self.policy, self.stride, labelling)
 
     def collect_rollouts(self, env: VecEnv, callback: BaseCallback) -> bool:  # type: ignore[override]
@@ -247,7 +271,8 @@ class CFGRL(IterationLoop):
         # The prefixes of replayed windows are computed again, as they are after a resumption: a
         # prefix is rounded differently in another batch.
         self._prefixes.keep_only(())
-        noise = self.randomness.noise(self.iteration, (policy.horizon, policy.action_width))
+        shape = (policy.horizon, policy.action_width)
+        noise = self.randomness.noise(self.iteration, shape, self.rollout_noise)
         callback.on_rollout_start()
         collector = Collector(env, policy, self.plan(env), noise, self.cfg_scale, self._prefixes)
         try:
@@ -284,6 +309,8 @@ class CFGRL(IterationLoop):
         policy.set_training_mode(True)
         self._update_learning_rate(policy.optimizer)
         generator = self.randomness.generator(UPDATE, self.iteration)
+        dropout = self.dropout_prob if self.null_rate is None else 0.0
+        size = self.batch_size * self.gradient_accumulation_steps
         metrics = UpdateMetrics(self.skipped_in_a_row)
 
         def loss(batch: WindowBatch, t: Tensor, noise: Tensor) -> Tensor:
@@ -292,10 +319,10 @@ class CFGRL(IterationLoop):
             return policy.flow_matching_loss(*batch.samples, t, noise, prefix)
 
         for _ in range(self.n_epochs):
-            order = draw_epoch(windows.labels, self.positive_share, generator)
-            for indices in order.split(self.batch_size * self.gradient_accumulation_steps):
+            epoch = draw_epoch(windows.labels, self.positive_share, self.null_rate, generator)
+            for indices, drawn in zip(*(part.split(size) for part in epoch), strict=True):
                 batch = windows[indices]
-                labels = drop_condition(batch.labels, self.dropout_prob, generator)
+                labels = drop_condition(drawn, dropout, generator)
                 t, noise = policy.draw_flow(len(batch), generator)
                 dropped = replace(batch, labels=labels)
                 losses = self._micro_batches.backward(policy.optimizer, loss, dropped, t, noise)
@@ -303,11 +330,11 @@ class CFGRL(IterationLoop):
                 if metrics.is_sound(losses, norm):
                     policy.optimizer.step()
                     policy.after_optimizer_step()
-                    metrics.add(losses, norm, batch.labels, labels)
+                    metrics.add(losses, norm, drawn, labels)
                     self._n_updates += 1
 
         self.skipped_in_a_row = metrics.skipped_in_a_row
-        probe = windows[order[: self._micro_batches.size]]
+        probe = windows[epoch[0][: self._micro_batches.size]]
         t, noise = policy.draw_flow(len(probe), generator)
         prefix = prefixes.recall(probe.observations, probe.prefix_keys)
         gap = policy.guidance_gap(probe.observations, probe.model_actions, t, noise, prefix)

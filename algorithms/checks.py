@@ -20,8 +20,14 @@ _INTS = (
     *("gradient_accumulation_steps", "replay_iterations", "stats_window_size", "verbose"),
 )
 _OPTIONAL_INTS = ("max_groups_tried", "window_stride", "seed")
-_NUMBERS = ("early_stop_percentage", "dropout_prob", "label_threshold", "max_grad_norm")
-_OPTIONAL_NUMBERS = ("positive_share", "cfg_scale", "device_memory", "prefix_memory")
+_NUMBERS = (
+    *("early_stop_percentage", "gamma", "dropout_prob", "label_threshold", "rollout_noise"),
+    "max_grad_norm",
+)
+_OPTIONAL_NUMBERS = (
+    *("optimal_share", "positive_share", "null_rate", "cfg_scale", "device_memory"),
+    "prefix_memory",
+)
 _CHOICES = {
     "label_source": get_args(LabelSource),
     "negatives": get_args(Negatives),
@@ -48,7 +54,17 @@ _RULES: dict[str, _Rule] = {
         lambda n: n >= 0,
         "must be 0 (none) or the number of earlier iterations to learn from",
     ),
+    "gamma": (lambda gamma: 0 < gamma <= 1, "must be in (0, 1]; 1 discounts nothing"),
     "dropout_prob": (lambda p: 0 <= p <= 1, "must be in [0, 1]"),
+    "optimal_share": (
+        lambda share: 0 < share <= 1,
+        "must be in (0, 1], or None for all that reach label_threshold",
+    ),
+    "null_rate": (
+        lambda rate: 0 < rate < 1,
+        "must be in (0, 1), or None: ∅ then learns from what isn't optimal and what is dropped",
+    ),
+    "rollout_noise": (lambda scale: scale > 0, "must be more than 0; 1 is the policy's own"),
     "positive_share": (
         lambda share: 0 < share < 1,
         "must be in (0, 1), or None for every window once an epoch",

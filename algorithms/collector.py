@@ -14,6 +14,7 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from cfgrl_gym.algorithms.flow import NonFiniteError
 from cfgrl_gym.algorithms.groups import GroupPlan, Selection, Start
+from cfgrl_gym.algorithms.labels import discounted
 from cfgrl_gym.algorithms.memory.prefix_cache import PrefixCache
 from cfgrl_gym.algorithms.policies import FlowPolicy
 from cfgrl_gym.algorithms.vec_envs.next_starts import NextStarts
@@ -217,7 +218,8 @@ class Collector:
                 episode.success = None if success is None else bool(success)
                 episode.unstable = bool(infos[i].get("unstable", False))
                 self.finished.append(episode)
-                self.returns.setdefault(episode.group, []).append(episode.total_reward)
+                returned = float(discounted(episode.rewards, self.plan.gamma).sum())
+                self.returns.setdefault(episode.group, []).append(returned)
                 self.selection = self.plan.select(self.returns)
                 self._begin_episode(i, self.rows[i])
         self.seconds_simulation += perf_counter() - began

@@ -49,12 +49,14 @@ class GroupPlan:
     :param group_size: K, episodes of a group
     :param needed: how many valid groups suffice. None: all are run
     :param dynamic_sampling: a group whose K returns are all equal is discarded
+    :param gamma: discount of these returns, see `labels.discounted`
     """
 
     groups: tuple[Group, ...]
     group_size: int
     needed: int | None = None
     dynamic_sampling: bool = False
+    gamma: float = 1.0
 
     def certain(self, selection: "Selection") -> set[int]:
         """Return the indices of the groups that will be kept or discarded, whatever they return."""
@@ -126,14 +128,16 @@ class Randomness:
         return torch_generator(self.seed, purpose, *key)
 
     def noise(
-        self, iteration: int, shape: tuple[int, ...]
+        self, iteration: int, shape: tuple[int, ...], scale: float = 1.0
     ) -> Callable[[int, int, int], torch.Tensor]:
-        """Return a function (group, member, chunk) -> noise of this shape, for one iteration."""
+        """Return a function (group, member, chunk) -> noise of this shape, for one iteration.
+
+        :param scale: standard deviation of the noise
+        """
 
         def draw(group: int, member: int, chunk: int) -> torch.Tensor:
-            return torch.randn(
-                shape, generator=self.generator(NOISE, iteration, group, member, chunk)
-            )
+            generator = self.generator(NOISE, iteration, group, member, chunk)
+            return torch.randn(shape, generator=generator) * scale
 
         return draw
 

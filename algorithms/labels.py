@@ -27,11 +27,20 @@ class Labelling:
     :param source: how advantages are computed, see `window_advantages`
     :param threshold: a window whose advantage reaches this is optimal
     :param negatives: label of the windows that are not optimal: "null" is ∅, "zero" is o = 0
+    :param gamma: discount of a reward for each control step before it, see `discounted`
+    :param optimal_share: largest share of a task's windows that may be optimal. None: all
     """
 
     source: LabelSource
     threshold: float
     negatives: Negatives
+    gamma: float = 1.0
+    optimal_share: float | None = None
+
+
+def discounted(rewards: FloatArray, gamma: float) -> FloatArray:
+    """Return γ^t·r_t for the rewards of an episode's control steps t = 0, 1, ..., (T,)."""
+    return rewards * gamma ** np.arange(len(rewards))
 
 
 def rloo_advantages(returns: Any) -> Any:
@@ -99,62 +108,99 @@ def is_uniform(returns: FloatArray) -> bool:
     return bool(np.ptp(returns) <= ROUNDING * np.abs(returns).max())
 
 
-def label_group(
+def group_advantages(
     rewards: list[FloatArray],
     starts: list[IntArray],
     successes: list[bool],
     horizon: int,
     labelling: Labelling,
-) -> list[IntArray]:
-    """Compute the optimality labels of the windows of one group, int64 (n_i,) for each episode.
+) -> FloatArray:
+    """Compute the advantages of one group's windows, episode after episode, float64 (n,).
 
-    A window is optimal (1) if its advantage reaches the threshold, up to rounding; else it gets ∅
-    (-1), or 0 with `negatives="zero"`. In a uniform group all advantages are 0, and that rule alone
-    would label failures optimal: there a window's episode must also be a success.
+    In a uniform group all advantages are 0, and a threshold of 0 alone would label failures
+    optimal: there the windows of failures get -∞. What rounding may have taken from an advantage is
+    added to it.
     """
+    rewards = [discounted(r, labelling.gamma) for r in rewards]
     if is_uniform(np.array([r.sum() for r in rewards])):
-        advantages = [np.zeros(len(s)) for s in starts]
-        eligible = successes
+        advantages = [
+            np.full(len(s), 0.0 if success else -np.inf)
+            for s, success in zip(starts, successes, strict=True)
+        ]
     else:
         advantages = window_advantages(rewards, starts, labelling.source, horizon)
-        eligible = [True] * len(rewards)
-    threshold = labelling.threshold - ROUNDING * max(np.abs(r).sum() for r in rewards)
+    return np.concatenate(advantages) + ROUNDING * max(np.abs(r).sum() for r in rewards)
+
+
+def label_advantages(advantages: FloatArray, tasks: IntArray, labelling: Labelling) -> IntArray:
+    """Compute the optimality labels of windows, int64 (n,).
+
+    A window is optimal (1) if its advantage reaches the threshold and, with an `optimal_share`, the
+    quantile of its task that leaves that share (as RECAP's threshold does: Physical Intelligence
+    2025, "π*0.6", where 30 to 40% are positive). Otherwise it gets ∅ (-1), or 0 with
+    `negatives="zero"`.
+
+    :param advantages: float64 (n,), of all windows of an iteration
+    :param tasks: int64 (n,), the task of each
+    """
+    thresholds = np.full(len(advantages), labelling.threshold)
+    if labelling.optimal_share is not None:
+        for task in np.unique(tasks):
+            of_task = tasks == task
+            highest = np.sort(advantages[of_task])[::-1]
+            last = max(1, round(labelling.optimal_share * len(highest))) - 1
+            thresholds[of_task] = np.maximum(labelling.threshold, highest[last])
     otherwise = NULL if labelling.negatives == "null" else NEGATIVE
-    return [
-        np.where((a >= threshold) & may, POSITIVE, otherwise).astype(np.int64)
-        for a, may in zip(advantages, eligible, strict=True)
-    ]
+    return np.where(advantages >= thresholds, POSITIVE, otherwise).astype(np.int64)
 
 
 def draw_epoch(
-    labels: torch.Tensor, positive_share: float | None, generator: torch.Generator
-) -> torch.Tensor:
-    """Draw the indices of the windows of one pass, int64 (n,), in random order.
+    labels: torch.Tensor,
+    positive_share: float | None,
+    null_rate: float | None,
+    generator: torch.Generator,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draw the samples of one pass in random order: indices and labels of windows, int64 (n,).
+
+    Within each kind that is drawn, a window is repeated only after all others were drawn.
 
     :param labels: int64 (n,)
     :param positive_share: None: every window once. Else n draws, of which this share are optimal
-        windows (o = 1); within each kind a window is repeated only after all others were drawn
+        windows (o = 1)
+    :param null_rate: None: windows keep their labels. Else this share of n draws is of all windows
+        alike, labelled ∅, so that ∅ learns their marginal; the others are of the windows that have
+        a condition, with that
     """
     count = len(labels)
-    optimal = labels == POSITIVE
-    if positive_share is None or optimal.all() or not optimal.any():
-        return torch.randperm(count, generator=generator)
+    every = torch.arange(count)
 
     def repeated(items: torch.Tensor, draws: int) -> torch.Tensor:
         passes = [
             items[torch.randperm(len(items), generator=generator)]
-            for _ in range(0, draws, len(items))
+            for _ in range(0, draws, max(1, len(items)))
         ]
         return torch.cat([items[:0], *passes])[:draws]
 
-    positives = round(positive_share * count)
-    drawn = torch.cat(
-        [
-            repeated(optimal.nonzero()[:, 0], positives),
-            repeated((~optimal).nonzero()[:, 0], count - positives),
-        ]
-    )
-    return drawn[torch.randperm(count, generator=generator)]
+    def shared(items: torch.Tensor, draws: int) -> torch.Tensor:
+        optimal = labels[items] == POSITIVE
+        if positive_share is None or optimal.all() or not optimal.any():
+            return repeated(items, draws)
+        positives = round(positive_share * draws)
+        drawn = torch.cat(
+            [repeated(items[optimal], positives), repeated(items[~optimal], draws - positives)]
+        )
+        return drawn[torch.randperm(draws, generator=generator)]
+
+    if null_rate is None:
+        drawn = shared(every, count)
+        return drawn, labels[drawn]
+    conditioned = every[labels != NULL]
+    as_null = round(null_rate * count) if len(conditioned) else count
+    drawn = torch.cat([repeated(every, as_null), shared(conditioned, count - as_null)])
+    given = labels[drawn]
+    given[:as_null] = NULL
+    order = torch.randperm(count, generator=generator)
+    return drawn[order], given[order]
 
 
 def drop_condition(

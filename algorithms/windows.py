@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cfgrl_gym.algorithms.collector import Chunk, Episode, Row, stack
-from cfgrl_gym.algorithms.labels import Labelling, label_group
+from cfgrl_gym.algorithms.labels import Labelling, group_advantages, label_advantages
 from cfgrl_gym.algorithms.policies import FlowPolicy
 
 # (batched observations, environment actions (n, H, action_dim)) -> model space (n, H, width)
@@ -126,7 +126,8 @@ def label_windows(
         return policy.encode_actions(inputs, actions)
 
     windows: list[Window] = []
-    labels: list[NDArray[np.int64]] = []
+    advantages: list[NDArray[np.float64]] = []
+    tasks: list[int] = []
     for episodes in groups:
         cut = [
             cut_windows(
@@ -138,15 +139,20 @@ def label_windows(
             )
             for episode in episodes
         ]
-        labels += label_group(
+        of_group = group_advantages(
             [episode.rewards for episode in episodes],
             [np.array([window.start for window in of_episode]) for of_episode in cut],
             [episode.succeeded for episode in episodes],
             policy.horizon,
             labelling,
         )
+        advantages.append(of_group)
+        tasks += [episodes[0].start.task_id or 0] * len(of_group)
         windows += [window for of_episode in cut for window in of_episode]
-    return batch_windows(windows, np.concatenate(labels)) if windows else None
+    if not windows:
+        return None
+    labels = label_advantages(np.concatenate(advantages), np.array(tasks), labelling)
+    return batch_windows(windows, labels)
 
 
 def cut_windows(

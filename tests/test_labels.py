@@ -9,10 +9,12 @@ from hypothesis import strategies as st
 from cfgrl_gym.algorithms import rloo_advantages
 from cfgrl_gym.algorithms.labels import (
     Labelling,
+    discounted,
     draw_epoch,
     drop_condition,
+    group_advantages,
     is_uniform,
-    label_group,
+    label_advantages,
     window_advantages,
 )
 
@@ -20,6 +22,12 @@ SOURCES = ("episode_rloo", "window_rloo", "window_return")
 # Two episodes of 4 and 5 control steps, windows every 2.
 REWARDS = [np.array([1.0, 2.0, 4.0, 0.5]), np.array([0.0, 1.0, 0.0, 3.0, 5.0])]
 STARTS = [np.array([0, 2]), np.array([0, 2, 4])]
+
+
+def label_group(rewards, starts, successes, horizon, labelling):
+    """Label the windows of a group that is alone in its iteration, as a list."""
+    advantages = group_advantages(rewards, starts, successes, horizon, labelling)
+    return label_advantages(advantages, np.zeros(len(advantages), int), labelling).tolist()
 
 
 def test_rloo_by_hand():
@@ -85,17 +93,11 @@ def test_episode_rloo_gives_every_window_its_episodes_advantage():
 @pytest.mark.parametrize(("negatives", "other"), [("null", -1), ("zero", 0)])
 def test_windows_below_the_threshold_get_the_other_label(negatives, other):
     def label(threshold):
-        labels = label_group(
-            REWARDS,
-            STARTS,
-            [True, True],
-            horizon=2,
-            labelling=Labelling("window_rloo", threshold, negatives),
-        )
-        return [row.tolist() for row in labels]
+        labelling = Labelling("window_rloo", threshold, negatives)
+        return label_group(REWARDS, STARTS, [True, True], 2, labelling)
 
-    assert label(0.0) == [[other, other], [1, 1, 1]]
-    assert label(1.5) == [[other, other], [1, 1, other]]  # 1.5 itself reaches the threshold
+    assert label(0.0) == [other, other, 1, 1, 1]
+    assert label(1.5) == [other, other, 1, 1, other]  # 1.5 itself reaches the threshold
 
 
 @pytest.mark.parametrize("source", SOURCES)
@@ -107,7 +109,7 @@ def test_in_a_uniform_group_successes_are_optimal_and_failures_are_not(source, n
     def labels(reward, successes, threshold=0.0):
         rewards = [np.array([0.0, 0.0, 0.0, reward]), np.array([0.0, reward])]
         labelling = Labelling(source, threshold, negatives)
-        return np.concatenate(label_group(rewards, starts, successes, 2, labelling)).tolist()
+        return label_group(rewards, starts, successes, 2, labelling)
 
     assert labels(1.0, [True, True]) == [1, 1, 1]
     assert labels(0.0, [False, False]) == [other] * 3
@@ -122,7 +124,7 @@ def test_an_advantage_that_is_zero_up_to_rounding_reaches_a_threshold_of_zero(so
     rewards = [np.array([0.1, 0.0]), np.array([0.2, 0.0]), np.array([0.3, 0.0])]
     labelling = Labelling(source, 0.0, "null")
     labels = label_group(rewards, starts, [False] * 3, 2, labelling)
-    assert [row.item() for row in labels] == [-1, 1, 1]
+    assert labels == [-1, 1, 1]
 
 
 @given(st.integers(1, 10**6), st.integers(2, 8), st.floats(1e-6, 1e6))
@@ -133,7 +135,7 @@ def test_the_middle_of_a_symmetric_group_is_optimal_at_any_scale(middle, pairs, 
     starts = [np.array([0])] * len(rewards)
     labelling = Labelling("episode_rloo", 0.0, "null")
     labels = label_group(rewards, starts, [False] * len(rewards), 1, labelling)
-    assert [row.item() for row in labels] == [1] * (1 + pairs) + [-1] * pairs
+    assert labels == [1] * (1 + pairs) + [-1] * pairs
 
 
 def test_returns_that_differ_by_rounding_only_are_uniform():
@@ -167,9 +169,13 @@ def test_each_use_of_a_sample_drops_afresh():
 def test_an_epoch_has_every_window_once_unless_a_share_is_asked_for() -> None:
     labels = torch.tensor([1, -1, -1, 0, 1])
     generator = torch.Generator().manual_seed(0)
-    assert draw_epoch(labels, None, generator).sort().values.tolist() == [0, 1, 2, 3, 4]
+    drawn, given = draw_epoch(labels, None, None, generator)
+    assert drawn.sort().values.tolist() == [0, 1, 2, 3, 4]
+    assert torch.equal(given, labels[drawn])
     for uniform in (torch.ones(4, dtype=torch.int64), torch.full((4,), -1)):
-        assert draw_epoch(uniform, 0.5, generator).sort().values.tolist() == [0, 1, 2, 3]
+        drawn, given = draw_epoch(uniform, 0.5, None, generator)
+        assert drawn.sort().values.tolist() == [0, 1, 2, 3]
+        assert torch.equal(given, uniform)
 
 
 @pytest.mark.parametrize(("positive_share", "positives"), [(0.5, 10), (0.9, 18), (0.1, 2)])
@@ -177,10 +183,62 @@ def test_an_epoch_has_the_share_of_optimal_windows_that_is_asked_for(
     positive_share: float, positives: int
 ) -> None:
     labels = torch.tensor([1] * 3 + [-1] * 10 + [0] * 7)
-    drawn = draw_epoch(labels, positive_share, torch.Generator().manual_seed(1))
+    drawn, given = draw_epoch(labels, positive_share, None, torch.Generator().manual_seed(1))
     assert len(drawn) == 20
+    assert torch.equal(given, labels[drawn])
     counts = torch.bincount(drawn, minlength=20)
     assert counts[:3].sum() == positives
     for part in (counts[:3], counts[3:]):  # none comes again before all of its kind have come
         assert part.max() - part.min() <= 1
     assert not torch.equal(drawn, drawn.sort().values)
+
+
+def test_the_marginal_has_its_own_rate_and_conditions_the_rest() -> None:
+    labels = torch.tensor([1] * 3 + [-1] * 17)
+    drawn, given = draw_epoch(labels, 0.9, 0.35, torch.Generator().manual_seed(1))
+    as_null, as_positive = drawn[given == -1], drawn[given == 1]
+    assert (len(as_null), len(as_positive)) == (7, 13)
+    assert as_positive.unique().tolist() == [0, 1, 2]  # optimal windows alone, again and again
+    many, given = draw_epoch(labels.repeat(50), None, 0.5, torch.Generator().manual_seed(1))
+    share = (many[given == -1] % 20 < 3).float().mean()
+    assert 0.10 < share < 0.20  # of the windows of ∅ as many are optimal as of all: 3 of 20
+    assert not torch.equal(many, many.sort().values)
+
+
+def test_the_marginal_alone_is_drawn_where_nothing_is_optimal() -> None:
+    drawn, given = draw_epoch(torch.full((6,), -1), 0.9, 0.5, torch.Generator().manual_seed(0))
+    assert drawn.sort().values.tolist() == list(range(6))
+    assert given.tolist() == [-1] * 6
+
+
+def test_negatives_are_conditions_beside_the_marginal() -> None:
+    labels = torch.tensor([1] * 5 + [0] * 15)
+    drawn, given = draw_epoch(labels, 0.8, 0.5, torch.Generator().manual_seed(0))
+    assert torch.equal(given[given >= 0], labels[drawn][given >= 0])
+    assert [(given == label).sum().item() for label in (-1, 0, 1)] == [10, 2, 8]
+
+
+def test_a_discount_makes_the_sooner_success_the_better_one() -> None:
+    """γ = 0.9: returns 0.9^1 and 0.9^3, so A = ±(0.9 - 0.729); undiscounted both are optimal."""
+    rewards = [np.array([0.0, 1.0]), np.array([0.0, 0.0, 0.0, 1.0])]
+    starts = [np.array([0]), np.array([0, 2])]
+    np.testing.assert_allclose(discounted(np.ones(3), 0.9), [1, 0.9, 0.81])
+    for gamma, expected in ((1.0, [1, 1, 1]), (0.9, [1, -1, -1])):
+        labelling = Labelling("episode_rloo", 0.0, "null", gamma)
+        assert label_group(rewards, starts, [True, True], 2, labelling) == expected
+    advantages = group_advantages(rewards, starts, [True, True], 2, labelling)
+    np.testing.assert_allclose(advantages, np.array([1, -1, -1]) * (0.9 - 0.729), atol=1e-6)
+
+
+def test_a_share_of_each_task_is_optimal_if_its_advantages_reach_the_threshold() -> None:
+    advantages = np.array([0.1, 0.2, 0.3, 0.4, -1.0, -2.0, 5.0, 6.0, 7.0, 7.0])
+    tasks = np.array([0, 0, 0, 0, 1, 1, 2, 2, 2, 2])
+    labels = {
+        share: label_advantages(
+            advantages, tasks, Labelling("episode_rloo", 0.0, "null", optimal_share=share)
+        ).tolist()
+        for share in (None, 0.5, 0.25)
+    }
+    assert labels[None] == [1, 1, 1, 1, -1, -1, 1, 1, 1, 1]
+    assert labels[0.5] == [-1, -1, 1, 1, -1, -1, -1, -1, 1, 1]
+    assert labels[0.25] == [-1, -1, -1, 1, -1, -1, -1, -1, 1, 1]  # two are equal to the last

@@ -31,8 +31,12 @@ def control(algorithm: type[CFGRL], **options: Any) -> Method:
     return Method(algorithm, {"positive_share": None} | options, 0.0, (0.0,))
 
 
+MARGINAL, SPEED = {"null_rate": 0.3}, {"gamma": 0.99}
 METHODS = {
     "CFGRL": Method(),
+    "marginal": Method(options=MARGINAL),
+    "speed": Method(options=SPEED),
+    "marginal, speed": Method(options=MARGINAL | SPEED | {"optimal_share": 0.4}),
     "filtered BC": control(FilteredBC),
     "AWR": control(AdvantageWeighted),
 }

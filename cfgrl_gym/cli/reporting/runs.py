@@ -92,7 +92,9 @@ class Training(Run):
     def dropped_as_asked(self) -> bool | None:
         """Return whether dropout_prob is in the interval of the share that was dropped."""
         asked = self.config.get("dropout_prob")
-        return None if self.dropped is None or asked is None else self.dropped.contains(asked)
+        if self.dropped is None or asked is None or self.config.get("null_rate") is not None:
+            return None
+        return self.dropped.contains(asked)
 
     @property
     def episodes(self) -> int | None:
