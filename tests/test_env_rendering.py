@@ -4,6 +4,7 @@ import gc
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -105,6 +106,33 @@ simulator.reset(0, None)
     assert done.code == 0, done.stderr
     for word in ("Traceback", "Exception ignored", "Error"):
         assert word not in done.stderr
+
+
+LIBRARIES = """
+from pathlib import Path
+
+def has_llvm():  # llvmlite's own LLVM is linked into it and has no file of that name
+    return "libLLVM" in Path("/proc/self/maps").read_text()
+"""
+
+
+def test_tritons_library_is_loaded_before_mesas(
+    tmp_path: Path, run_python: Callable[..., Finished]
+) -> None:
+    """A package in triton's place says when it is loaded: not all builds of torch bring one."""
+    package = tmp_path / "triton" / "_C"
+    package.mkdir(parents=True)
+    (package.parent / "__init__.py").touch()
+    (package / "__init__.py").touch()
+    note = "print('triton, LLVM loaded:', has_llvm())"
+    (package / "libtriton.py").write_text(f"{LIBRARIES}\n{note}\n")
+    script = f"{LIBRARIES}\nfrom cfgrl_gym.envs.render_backend import GlContext\n"
+    done = run_python(script + "GlContext(16)\nprint('context, LLVM loaded:', has_llvm())")
+    assert done.code == 0, done.stderr
+    triton, context = done.stdout.splitlines()
+    assert triton == "triton, LLVM loaded: False"
+    if context != "context, LLVM loaded: True":
+        pytest.skip("this machine doesn't render with llvmpipe")
 
 
 # Contexts in turns ------------------------------------------------------------------------------
