@@ -19,13 +19,13 @@ import numpy as np
 from cfgrl_gym.envs import rendering
 from cfgrl_gym.envs.compiled_models import COLOURS, CompiledModel, compiled
 from cfgrl_gym.envs.installation import assets_required, fast_hint, import_libero
+from cfgrl_gym.envs.plain_simulator import PlainSimulator
 from cfgrl_gym.envs.rendering import Quality
 from cfgrl_gym.envs.simulator import (
     CAMERAS,
     FRAME_SIZE,
     LIBERO_SEED,
     SETTLE_ACTION,
-    PlainSimulator,
     Simulator,
     building,
     image_key,
@@ -152,6 +152,7 @@ class FastSimulator(Simulator):
             self._set_state(init_state)
         self._loop.start_episode(forced_measurements=1 if init_state is None else 2)
         self._measured_is_current = False
+        self._forget()
 
     def _prepare_reset(self, number: int) -> None:
         env, base = self.robosuite_env, self._compiled.base
@@ -166,6 +167,7 @@ class FastSimulator(Simulator):
             robot.gripper.current_action = np.zeros(robot.gripper.dof)
 
     def advance(self, action: np.ndarray) -> bool:
+        self._remember(action)
         env = self.robosuite_env
         env.timestep += 1
         if self._loop.advance(action):
@@ -173,6 +175,15 @@ class FastSimulator(Simulator):
         env.cur_time += env.control_timestep
         env._post_action(action)
         return bool(env._check_success())
+
+    def _gripper_and_clock(self) -> tuple[np.ndarray, float, bool]:
+        return self._loop.gripper.copy(), *self._loop.clock.phase
+
+    def _set_gripper_and_clock(self, gripper: np.ndarray, clock: float, sampled: bool) -> None:
+        # Twice, for the first substep of an episode is robosuite's own.
+        self.robosuite_env.robots[0].gripper.current_action = gripper.copy()
+        self._loop.gripper[:] = gripper
+        self._loop.clock.phase = clock, sampled
 
     # Observation ------------------------------------------------------------------------------
 
