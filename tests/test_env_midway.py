@@ -86,7 +86,7 @@ def assert_goes_on(env: LiberoEnv, original: Original, moment: int) -> None:
     assert env._over
 
 
-# A grasp, and a drawer and a stove that move -------------------------------------------------------
+# A grasp, and a drawer and a stove that move -----------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -202,7 +202,7 @@ def test_a_random_placement_goes_on_with_its_fixtures(drawer_env: LiberoEnv) -> 
         drawer_env.init_states = "benchmark"
 
 
-# LIBERO's own simulator ----------------------------------------------------------------------------
+# LIBERO's own simulator --------------------------------------------------------------------------
 
 
 def moments(simulator: Simulator, actions: np.ndarray, stove: bool) -> list[dict[str, Any]]:
@@ -245,11 +245,11 @@ def test_both_simulators_go_on_from_their_own_snapshots_and_from_each_others() -
                     del wanted["success"]
                     assert_same_arrays(wanted, again)
         plain.robosuite_env.robots[0].controller.interpolator_pos = "linear"
-        with pytest.raises(RuntimeError, match="no snapshot can be taken.*interpolators"):
+        with pytest.raises(RuntimeError, match=r"no snapshot can be taken.*interpolators"):
             plain.snapshot()
 
 
-# Wrappers and vectors ------------------------------------------------------------------------------
+# Wrappers and vectors ----------------------------------------------------------------------------
 
 CHUNKED: dict[str, Any] = {"image_size": 16, "settle_steps": 2, "chunk_size": 3}
 
@@ -310,7 +310,7 @@ def test_vectors_in_this_process_and_in_another_go_on_from_a_queued_snapshot() -
             assert_same_arrays(wanted, given)  # type: ignore[arg-type]
 
 
-# Starts and refusals -------------------------------------------------------------------------------
+# Starts and refusals -----------------------------------------------------------------------------
 
 
 @pytest.fixture
