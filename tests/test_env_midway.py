@@ -113,7 +113,7 @@ def pulled(env: LiberoEnv) -> Callable[[int], np.ndarray]:
     def act(step: int) -> np.ndarray:
         if step == 1:  # stays until the next reset
             env.simulator.data.joint(DRAWER).qfrc_applied[:] = -6.0
-            env.simulator.data.joint(KNOB).qfrc_applied[:] = 1.0
+            env.simulator.data.joint(KNOB).qfrc_applied[:] = 5.0  # on from step 12
         return actions[step]
 
     return act
@@ -215,14 +215,14 @@ def moments(simulator: Simulator, actions: np.ndarray, stove: bool) -> list[dict
         given.append({"success": success, "state": simulator.state(), **simulator.observe()})
         given[-1] |= simulator.images() | {"snapshot": simulator.snapshot()}
         if stove and step == 1:
-            simulator.data.joint(KNOB).qfrc_applied[:] = 2.0
+            simulator.data.joint(KNOB).qfrc_applied[:] = 20.0
     return given
 
 
 def test_both_simulators_go_on_from_their_own_snapshots_and_from_each_others() -> None:
     task = select_tasks("libero_goal", 7)[0]  # turn on the stove
     states = load_init_states("libero_goal", 7)
-    actions = downward_actions(7, seed=3)
+    actions = downward_actions(8, seed=3)
     actions[4:, 3:6] = 0
     with closing(FastSimulator(task, 32)) as fast, closing(PlainSimulator(task, 32)) as plain:
         assert fast.model_checksum() == plain.model_checksum()
@@ -443,3 +443,21 @@ def test_a_snapshot_is_not_changed_by_what_begins_there(
         for action in downward_actions(2, seed=4):
             can_env.step(action)
     assert pickle.dumps(snapshot) == before
+
+
+def test_a_state_that_was_set_by_hand_is_part_of_the_snapshot(can_env: LiberoEnv) -> None:
+    can_env.reset(options={"init_state_id": 6})
+    can_env.step(SETTLE)
+    data = can_env.simulator.data
+    data.qvel[:] += 0.01
+    data.xfrc_applied[5, 2] = 0.5
+    snapshot = can_env.snapshot()
+    wanted = [can_env.sim_state()]
+    for action in downward_actions(2):
+        can_env.step(action)
+        wanted.append(can_env.sim_state())
+    can_env.reset(options={"snapshot": snapshot})
+    assert_same_arrays({"state": wanted[0]}, {"state": can_env.sim_state()})
+    for action, state in zip(downward_actions(2), wanted[1:], strict=True):
+        can_env.step(action)
+        np.testing.assert_array_equal(can_env.sim_state(), state)
