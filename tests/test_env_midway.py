@@ -146,6 +146,7 @@ def test_an_episode_goes_on_while_a_drawer_and_a_stove_move(
     play_others(drawer_env)
     if moment > 1:
         assert_goes_on(drawer_env, opening, moment)
+        assert drawer_env.simulator.data.joint(KNOB).qpos[0] > 0.5  # the stove is on
         return
     act = pulled(drawer_env)  # before the force is applied
     result = started(drawer_env.reset(options={"snapshot": opening.snapshots[moment]}))
