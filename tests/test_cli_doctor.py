@@ -19,7 +19,7 @@ from cfgrl_gym.envs import exactness
 from cfgrl_gym.envs.control_loop import SamplingClock
 from cfgrl_gym.envs.exactness import Difference, ExactnessReport, compare, first_difference, play
 from cfgrl_gym.envs.fast_simulator import FastSimulator
-from cfgrl_gym.envs.simulator import PlainSimulator
+from cfgrl_gym.envs.plain_simulator import PlainSimulator
 from cfgrl_gym.envs.suites import load_init_states, select_tasks
 from cfgrl_gym.envs.upstream import UnknownUpstreamError
 

@@ -15,7 +15,7 @@ from cfgrl_gym.envs.control_loop import ControlLoop
 from cfgrl_gym.envs.fast_simulator import FastSimulator, build_simulator
 from cfgrl_gym.envs.installation import import_libero
 from cfgrl_gym.envs.libero import LiberoEnv
-from cfgrl_gym.envs.simulator import PlainSimulator
+from cfgrl_gym.envs.plain_simulator import PlainSimulator
 from cfgrl_gym.envs.suites import select_tasks
 from cfgrl_gym.envs.upstream import UnknownUpstreamError
 

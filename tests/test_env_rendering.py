@@ -95,7 +95,7 @@ def test_liberos_own_environment_left_open_exits_quietly(
     """robosuite's contexts, alone or with ours made after them on the same display."""
     script = f"""
 from cfgrl_gym.envs.libero import LiberoEnv
-from cfgrl_gym.envs.simulator import PlainSimulator
+from cfgrl_gym.envs.plain_simulator import PlainSimulator
 from cfgrl_gym.envs.suites import select_tasks
 
 simulator = PlainSimulator(select_tasks("libero_object", 0)[0], 16)

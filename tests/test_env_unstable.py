@@ -20,7 +20,7 @@ from cfgrl_gym import CFGRL
 from cfgrl_gym.envs import fast_simulator, libero
 from cfgrl_gym.envs.fast_simulator import FastSimulator
 from cfgrl_gym.envs.libero import LiberoEnv
-from cfgrl_gym.envs.simulator import PlainSimulator
+from cfgrl_gym.envs.plain_simulator import PlainSimulator
 from cfgrl_gym.envs.suites import load_init_states
 from cfgrl_gym.envs.upstream import UnknownUpstreamError
 

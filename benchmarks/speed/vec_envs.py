@@ -33,7 +33,7 @@ from timing_common import (
 
 from cfgrl_gym import ThreadVecEnv, WorkerVecEnv
 from cfgrl_gym.envs import libero
-from cfgrl_gym.envs.simulator import PlainSimulator
+from cfgrl_gym.envs.plain_simulator import PlainSimulator
 
 Processes = functools.partial(SubprocVecEnv, start_method="forkserver")
 KINDS: dict[str, Any] = {

@@ -136,6 +136,15 @@ class SamplingClock:
         self._period, self._substep = period, substep
         self._time, self._sampled = 0.0, False
 
+    @property
+    def phase(self) -> tuple[float, bool]:
+        """Return the seconds since the period began, and whether it has been measured in."""
+        return self._time, self._sampled
+
+    @phase.setter
+    def phase(self, phase: tuple[float, bool]) -> None:
+        self._time, self._sampled = phase
+
     def restart(self, forced_measurements: int) -> None:
         self._time = 0.0
         for _ in range(forced_measurements):
@@ -162,6 +171,8 @@ class ControlLoop:
     """Drives one robosuite environment with a single Panda under OSC_POSE.
 
     :param env: robosuite's environment, which `check_upstream` has accepted
+    :ivar gripper: the fingers' commands now, float64 (2,)
+    :ivar clock: when robosuite measures
     :ivar measured: the state in which robosuite would have measured its observables last:
         positions before that substep (nq,), positions (nq,) and velocities (nv,) after it
     """
@@ -173,7 +184,7 @@ class ControlLoop:
         data = env.sim.data._data
         nv = model.nv
         self._substeps = int(env.control_timestep / env.model_timestep)
-        self._clock = SamplingClock(env.control_timestep, env.model_timestep)
+        self.clock = SamplingClock(env.control_timestep, env.model_timestep)
         self.measured = (data.qpos.copy(), data.qpos.copy(), data.qvel.copy())
         self._site = model.site(robot.gripper.important_sites["grip_site"]).id
         self._site_pos, self._site_mat = data.site_xpos[self._site], data.site_xmat[self._site]
@@ -189,7 +200,7 @@ class ControlLoop:
         self._torque_limits = tuple(np.array(limit) for limit in robot.torque_limits)
         low, high = model.actuator_ctrlrange[fingers].T
         self._finger_range = (0.5 * (high + low), 0.5 * (high - low))
-        self._finger_current = np.zeros(_FINGERS)
+        self.gripper = np.zeros(_FINGERS)
         self._goal_pos, self._goal_mat = np.zeros(3), np.zeros((3, 3))
         self._work = (
             np.zeros((3, nv)), np.zeros((3, nv)),
@@ -202,7 +213,7 @@ class ControlLoop:
 
         :param forced_measurements: number of robosuite's measurements since then
         """
-        self._clock.restart(forced_measurements)
+        self.clock.restart(forced_measurements)
         data = self._env.sim.data._data
         for kept, values in zip(self.measured, (data.qpos, data.qpos, data.qvel), strict=True):
             kept[:] = values
@@ -212,14 +223,14 @@ class ControlLoop:
             np.array(values, dtype=np.float64)
             for values in (controller.kp, controller.kd, controller.initial_joint)
         )
-        self._finger_current[:] = robot.gripper.current_action
+        self.gripper[:] = robot.gripper.current_action
 
     def advance(self, action: np.ndarray) -> bool:
         """Execute one control step, and return whether robosuite would have measured in it.
 
         :param action: float64 (7,)
         """
-        measured = self._clock.control_step(self._substeps)
+        measured = self.clock.control_step(self._substeps)
         sim, controller = self._env.sim, self._controller
         model, data = sim.model._model, sim.data._data
         mujoco.mj_step1(model, data)
@@ -238,7 +249,7 @@ class ControlLoop:
         _run(  # type: ignore[call-arg]  # a numba function
             model._address, data._address, *self._simulation,
             self._goal_pos, self._goal_mat, *self._gains, *self._torque_limits,
-            *self._finger_range, self._finger_current,
+            *self._finger_range, self.gripper,
             np.array([-1.0, 1.0]) * speed * np.sign(action[6:]),
             *self._work, first, self._substeps, measured, *self.measured,
         )  # fmt: skip
@@ -260,7 +271,7 @@ class ControlLoop:
             env._pre_action(action, True)
         finally:
             del env.sim.forward
-        self._finger_current[:] = env.robots[0].gripper.current_action
+        self.gripper[:] = env.robots[0].gripper.current_action
         mujoco.mj_step2(model, data)
         if measured == 0:
             self.measured[1][:], self.measured[2][:] = data.qpos, data.qvel

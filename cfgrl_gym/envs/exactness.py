@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from cfgrl_gym.envs.fast_simulator import FastSimulator
-from cfgrl_gym.envs.simulator import IMAGE_KEYS, LIBERO_SEED, PlainSimulator, Simulator
+from cfgrl_gym.envs.plain_simulator import PlainSimulator
+from cfgrl_gym.envs.simulator import IMAGE_KEYS, LIBERO_SEED, Simulator
 from cfgrl_gym.envs.suites import Task, load_init_states
 
 _OTHER_STEPS = 20  # control steps of each episode between the two that are compared

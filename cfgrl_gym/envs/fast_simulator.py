@@ -19,13 +19,13 @@ import numpy as np
 from cfgrl_gym.envs import rendering
 from cfgrl_gym.envs.compiled_models import COLOURS, CompiledModel, compiled
 from cfgrl_gym.envs.installation import assets_required, fast_hint, import_libero
+from cfgrl_gym.envs.plain_simulator import PlainSimulator
 from cfgrl_gym.envs.rendering import Quality
 from cfgrl_gym.envs.simulator import (
     CAMERAS,
     FRAME_SIZE,
     LIBERO_SEED,
     SETTLE_ACTION,
-    PlainSimulator,
     Simulator,
     building,
     image_key,
@@ -132,6 +132,7 @@ class FastSimulator(Simulator):
         # The poses in the measured state, computed on request.
         self._measured: Any = mujoco.MjData(self.model)
         self._measured_is_current = False
+        self._measured_colours: dict[str, np.ndarray] = {}
         check_upstream(control)
         self._loop: Any = ControlLoop(env)
         self._check_control_loop()
@@ -152,6 +153,8 @@ class FastSimulator(Simulator):
             self._set_state(init_state)
         self._loop.start_episode(forced_measurements=1 if init_state is None else 2)
         self._measured_is_current = False
+        self._measured_colours = self._colours()
+        self._forget()
 
     def _prepare_reset(self, number: int) -> None:
         env, base = self.robosuite_env, self._compiled.base
@@ -166,13 +169,24 @@ class FastSimulator(Simulator):
             robot.gripper.current_action = np.zeros(robot.gripper.dof)
 
     def advance(self, action: np.ndarray) -> bool:
+        self._remember(action)
         env = self.robosuite_env
         env.timestep += 1
         if self._loop.advance(action):
             self._measured_is_current = False
         env.cur_time += env.control_timestep
+        self._measured_colours = self._colours()  # LIBERO draws first and then turns a flame on
         env._post_action(action)
         return bool(env._check_success())
+
+    def _gripper_and_clock(self) -> tuple[np.ndarray, float, bool]:
+        return self._loop.gripper.copy(), *self._loop.clock.phase
+
+    def _set_gripper_and_clock(self, gripper: np.ndarray, clock: float, sampled: bool) -> None:
+        # Twice, for the first substep of an episode is robosuite's own.
+        self.robosuite_env.robots[0].gripper.current_action = gripper.copy()
+        self._loop.gripper[:] = gripper
+        self._loop.clock.phase = clock, sampled
 
     # Observation ------------------------------------------------------------------------------
 
@@ -208,7 +222,8 @@ class FastSimulator(Simulator):
         return observation
 
     def images(self) -> dict[str, np.ndarray]:
-        pictures = self._render(self._measured_poses(), self.cameras, self.image_size)
+        poses, colours = self._measured_poses(), self._measured_colours
+        pictures = self._render(poses, self.cameras, self.image_size, colours)
         return {
             image_key(camera): picture
             for camera, picture in zip(self.cameras, pictures, strict=True)
@@ -217,8 +232,17 @@ class FastSimulator(Simulator):
     def frame(self) -> np.ndarray:
         return self._render(self.data, CAMERAS[:1], FRAME_SIZE)[0][::-1].copy()
 
-    def _render(self, data: Any, cameras: tuple[str, ...], size: int) -> list[np.ndarray]:
-        colours = {name: getattr(self.robosuite_env.sim.model, name) for name in COLOURS}
+    def _colours(self) -> dict[str, np.ndarray]:
+        return {name: getattr(self.robosuite_env.sim.model, name).copy() for name in COLOURS}
+
+    def _render(
+        self,
+        data: Any,
+        cameras: tuple[str, ...],
+        size: int,
+        colours: dict[str, np.ndarray] | None = None,
+    ) -> list[np.ndarray]:
+        colours = colours or self._colours()
         return rendering.render(self._compiled, data, colours, cameras, size, self.quality)
 
     def close(self) -> None:

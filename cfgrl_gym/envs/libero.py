@@ -1,7 +1,7 @@
 """`Libero-v0`: a LIBERO task, or several, as an ordinary Gymnasium environment."""
 
-from collections import OrderedDict, deque
-from collections.abc import Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -22,10 +22,12 @@ from cfgrl_gym.envs.arguments import (
     is_int,
 )
 from cfgrl_gym.envs.compiled_models import give_back_freed_memory
+from cfgrl_gym.envs.episode_starts import EpisodeStarts
 from cfgrl_gym.envs.fast_simulator import build_simulator
 from cfgrl_gym.envs.installation import require_assets
 from cfgrl_gym.envs.rendering import QUALITIES, Quality
 from cfgrl_gym.envs.simulator import CAMERAS, LIBERO_SEED, SETTLE_STEPS, Simulator, image_key
+from cfgrl_gym.envs.snapshots import Snapshot, check_model
 from cfgrl_gym.envs.stability import attempt
 from cfgrl_gym.envs.suites import (
     Task,
@@ -40,7 +42,6 @@ ACTION_DIM = 7  # OSC_POSE delta (6), gripper (1)
 RENDER_MODES = ("rgb_array", "rgb_array_list")
 MAX_BUILT_TASKS = 4  # compiled tasks that one environment keeps, so that switching is quick
 BOUND = 1e6  # of metres, radians and their rates: beyond anything real, but finite
-SAMPLER_SEEDS = 2**31  # range of the placement seeds that init_states="random" draws from
 
 _INIT_STATES = "'benchmark' or 'random', or a list of the benchmark states to draw from"
 _ROBOT_KEYS = {
@@ -56,14 +57,15 @@ _ROBOT_KEYS = {
 _OBJECT_KEYS = {"pos": 3, "quat": 4, "to_robot0_eef_pos": 3, "to_robot0_eef_quat": 4}
 
 
-class LiberoEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
+class LiberoEnv(EpisodeStarts):
     """One control step (20 Hz) per `step`, raw LIBERO observations, sparse success reward.
 
     The simulator is built at the first `reset`, in the process that calls it, so that an
     environment can be handed to workers before or after a fork. While `skip_observations` is True,
     steps that don't end the episode return the previous observation again.
 
-    `info` has `success` and `is_success`, `unstable`, `task_id`, `init_state_id` and `prompt`. An
+    `info` has `success` and `is_success`, `unstable`, `task_id`, `init_state_id` and `prompt`, and
+    on request `snapshot`, from which the episode can be continued (see `give_snapshots`). An
     episode whose physics blow up (`stability.py` says what that is) ends there as truncated, with
     `unstable` true, `unstable_reason` in words, no success, and the last sound observation once
     more. The next reset starts afresh.
@@ -115,6 +117,7 @@ class LiberoEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
         settle_steps = check_int("settle_steps", settle_steps, 0, LONGEST)
         if max_episode_steps is not None:
             max_episode_steps = check_int("max_episode_steps", max_episode_steps, 1)
+        super().__init__()
         self._tasks: dict[int, Task] = {t.task_id: t for t in select_tasks(suite, task_id)}
         require_assets()  # here, where a worker's error is the caller's, and not when it is built
         self.metadata = dict(self.metadata)  # vector environments write into it
@@ -144,7 +147,6 @@ class LiberoEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
         self.action_space = spaces.Box(-1.0, 1.0, (ACTION_DIM,), np.float32)
 
         self._simulators: OrderedDict[int, Simulator] = OrderedDict()
-        self._queue: deque[tuple[int | None, int | None]] = deque()
         self._frames: list[np.ndarray] = []
         self._last_observation: dict[str, np.ndarray] = {}
         self._simulator: Simulator | None = None
@@ -152,91 +154,7 @@ class LiberoEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
         self._init_state_id = 0
         self._steps = 0
         self._over = True
-
-    # Episodes ---------------------------------------------------------------------------------
-
-    @property
-    def task_ids(self) -> tuple[int, ...]:
-        """The tasks that episodes are drawn from."""
-        return tuple(self._tasks)
-
-    def num_init_states(self, task_id: int) -> int | None:
-        """Count a task's benchmark states; None with init_states="random", where any seed does."""
-        if self.init_states == "random":
-            return None
-        return len(load_init_states(self.suite, task_id))
-
-    def init_state_ids(self, task_id: int) -> Sequence[int] | None:
-        """Return the states that a task's episodes are drawn from; None with init_states="random".
-
-        :raises ValueError: `init_states` names a state that the task hasn't
-        """
-        count = self.num_init_states(task_id)
-        if count is None or isinstance(self.init_states, str):
-            return None if count is None else range(count)
-        beyond = [i for i in self.init_states if not 0 <= i < count]
-        if beyond or not self.init_states:
-            raise ValueError(
-                f"init_states must name some of the {count} benchmark states (0 to {count - 1}) of "
-                f"{self.suite} task {task_id}; got {beyond or 'none'}"
-            )
-        return self.init_states
-
-    def queue_episode(self, task_id: int | None = None, init_state_id: int | None = None) -> None:
-        """Add an episode to the queue that resets without options take from, first in first out.
-
-        :raises ValueError: an id that this environment doesn't have
-        """
-        self._check_episode(task_id, init_state_id)
-        self._queue.append((task_id, init_state_id))
-
-    def clear_queue(self) -> None:
-        """Forget the queued episodes."""
-        self._queue.clear()
-
-    def _check_episode(self, task_id: int | None, init_state_id: int | None) -> None:
-        for name, value in (("task_id", task_id), ("init_state_id", init_state_id)):
-            if value is not None and not is_int(value):
-                raise ValueError(f"{name} must be an int or None; got {value!r:.100}")
-        if task_id is not None and task_id not in self._tasks:
-            raise ValueError(
-                f"task_id {task_id} is not one of this environment's tasks {self.task_ids}; "
-                "name it in task_id=... when making the environment"
-            )
-        if init_state_id is None:
-            return
-        limits = [
-            self.num_init_states(t) for t in ([task_id] if task_id is not None else self._tasks)
-        ]
-        limit = SAMPLER_SEEDS if None in limits else min(n for n in limits if n is not None)
-        if not 0 <= init_state_id < limit:
-            raise ValueError(f"init_state_id must be in 0 to {limit - 1}; got {init_state_id}")
-
-    def _check_options(self, options: Any) -> None:
-        if not isinstance(options, Mapping | None):
-            raise ValueError(
-                "reset options must be a dictionary with 'task_id' and 'init_state_id', or None; "
-                f"got {options!r:.100}"
-            )
-        unknown = [key for key in options or {} if key not in ("task_id", "init_state_id")]
-        if unknown:
-            raise ValueError(
-                f"reset option(s) {unknown!r:.100} unknown; use 'task_id' and 'init_state_id'"
-            )
-        if options:
-            self._check_episode(options.get("task_id"), options.get("init_state_id"))
-
-    def _next_episode(self, options: dict[str, Any] | None) -> tuple[int, int]:
-        if options:
-            chosen = (options.get("task_id"), options.get("init_state_id"))
-        else:
-            chosen = self._queue.popleft() if self._queue else (None, None)
-        # Drawn even where they are given, so that what is chosen doesn't shift later draws.
-        drawn_task = self.task_ids[int(self.np_random.integers(len(self._tasks)))]
-        task_id = int(drawn_task if chosen[0] is None else chosen[0])
-        ids = self.init_state_ids(task_id) or range(SAMPLER_SEEDS)
-        drawn_state = ids[int(self.np_random.integers(len(ids)))]
-        return task_id, int(drawn_state if chosen[1] is None else chosen[1])
+        self._gives_snapshots = False
 
     # Gymnasium --------------------------------------------------------------------------------
 
@@ -245,17 +163,31 @@ class LiberoEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
     ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         """Start the episode of `options`, else the next queued one, else a drawn one.
 
-        :param options: {"task_id": int, "init_state_id": int}, both optional
+        From a snapshot its episode goes on exactly as it did, given the same actions, and its
+        control steps before count towards the time limit.
+
+        :param options: {"task_id": int, "init_state_id": int}, both optional, or
+            {"snapshot": Snapshot}
         :raises RuntimeError: the physics blow up before the first step
-        :raises ValueError: other options; the episode that runs goes on then
+        :raises ValueError: other options, or a snapshot of another environment, task or model; the
+            episode that runs goes on then
         """
-        self._check_options(options)
+        start = self._next_start(options)
+        snapshot = start.snapshot
+        if snapshot is not None:
+            simulator = self._built(self._tasks[snapshot.task_id])
+            check_model(snapshot, simulator.model_checksum(), simulator.state_size())
         super().reset(seed=seed)
-        task_id, self._init_state_id = self._next_episode(options)
+        task_id, self._init_state_id = self._draw(start)
         self._task = self._tasks[task_id]
         self._over = True  # until there is something to step
         simulator = self._simulator = self._built(self._task)
-        _, fault = attempt(partial(self._place_and_settle, simulator), simulator.fault)
+        _, fault = attempt(partial(self._place, simulator, snapshot), simulator.fault)
+        if fault is not None and snapshot is not None:
+            raise RuntimeError(
+                f"{self.suite} task {task_id} ({self._task.name!r}) can't go on from the snapshot: "
+                f"its physics have blown up: {fault}; take another one"
+            )
         if fault is not None:
             kind = "placement seed" if self.init_states == "random" else "benchmark state"
             raise RuntimeError(
@@ -264,7 +196,7 @@ class LiberoEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
                 f"{self.settle_steps} settle steps: {fault}. Start from another one; if all of "
                 "them do so, the installed LIBERO's initial states or assets are damaged"
             )
-        self._steps = 0
+        self._steps = 0 if snapshot is None else snapshot.steps
         self._over = False
         self._frames.clear()
         self._record_frame()
@@ -327,6 +259,34 @@ class LiberoEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
             raise ResetNeeded("the simulator is built at the first reset(); call it first")
         return self._simulator
 
+    def snapshot(self) -> Snapshot:
+        """Return this moment of the episode, from which any environment of the task can go on.
+
+        `reset(options={"snapshot": snapshot})` and `queue_episode(snapshot=snapshot)` do so, in
+        this environment or another one of the same suite, task, `settle_steps` and kind of
+        `init_states`, in this process or another. It is plain data of 5 to 8 KB, see `Snapshot`.
+
+        :raises ResetNeeded: no episode runs, so that there is nothing to go on from
+        :raises RuntimeError: the physics have blown up, or LIBERO's own simulator runs with a
+            controller that it can't continue exactly
+        """
+        if self._over:
+            raise ResetNeeded("the episode is over, or none has begun: nothing to go on from")
+        fault = self.simulator.fault()
+        if fault is not None:
+            raise RuntimeError(f"the physics have blown up, so nothing can go on: {fault}")
+        return self._snapshot()
+
+    def give_snapshots(self, enabled: bool) -> None:
+        """Have `info["snapshot"]` of resets and steps hold the snapshot after them, or no longer.
+
+        A step that ends the episode has none, nor has one inside an action chunk.
+
+        :raises ValueError: neither True nor False
+        """
+        check_known("enabled", enabled, (True, False))
+        self._gives_snapshots = enabled
+
     def sim_state(self) -> np.ndarray:
         """Return the simulator's state, flat float64 (1 + nq + nv,): time, qpos, qvel."""
         return self.simulator.state()
@@ -344,13 +304,28 @@ class LiberoEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
         self._simulators.move_to_end(task.task_id)
         return self._simulators[task.task_id]
 
-    def _place_and_settle(self, simulator: Simulator) -> None:
+    def _place(self, simulator: Simulator, snapshot: Snapshot | None) -> None:
+        seed, init_state = self._init_state_id, None
         if self.init_states != "random":
             states = load_init_states(self.suite, self._task.task_id)
-            simulator.reset(LIBERO_SEED, states[self._init_state_id])
+            seed, init_state = LIBERO_SEED, states[self._init_state_id]
+        if snapshot is not None:
+            simulator.restore(seed, init_state, snapshot.simulator)
         else:
-            simulator.reset(self._init_state_id, None)
-        simulator.settle(self.settle_steps)
+            simulator.reset(seed, init_state)
+            simulator.settle(self.settle_steps)
+
+    def _snapshot(self) -> Snapshot:
+        return Snapshot(
+            suite=self.suite,
+            task_id=self._task.task_id,
+            init_states=self._kind_of_init_states,
+            init_state_id=self._init_state_id,
+            settle_steps=self.settle_steps,
+            steps=self._steps,
+            model=self.simulator.model_checksum(),
+            simulator=self.simulator.snapshot(),
+        )
 
     def _record_frame(self) -> None:
         if self.render_mode == "rgb_array_list":
@@ -371,6 +346,8 @@ class LiberoEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
             "init_state_id": self._init_state_id,
             "prompt": self._task.prompt,
         }
+        if self._gives_snapshots and not self._over and not self.skip_observations:
+            info["snapshot"] = self._snapshot()
         return info if fault is None else info | {"unstable_reason": fault}
 
 

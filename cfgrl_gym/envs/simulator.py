@@ -1,20 +1,19 @@
-"""Defines the interface of a built LIBERO task, and implements it by LIBERO itself.
+"""Defines the interface of a built LIBERO task, which two simulators implement.
 
-`PlainSimulator` is LIBERO's unchanged `OffScreenRenderEnv`. The fast simulator is compared with it,
-and replaced by it if the installed version of LIBERO or robosuite is unknown.
+`fast_simulator.py` has the usual one, `plain_simulator.py` LIBERO itself.
 """
 
 import contextlib
 import io
 import threading
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
-from cfgrl_gym.envs.installation import import_libero
-from cfgrl_gym.envs.render_backend import keep_display
+from cfgrl_gym.envs.snapshots import ControlStep, SimulatorSnapshot
 from cfgrl_gym.envs.stability import find_fault
 from cfgrl_gym.envs.suites import Task
 
@@ -24,6 +23,9 @@ SETTLE_ACTION = np.array([0, 0, 0, 0, 0, 0, -1], dtype=np.float64)
 SETTLE_STEPS = 20  # 2_test_pi0_on_libero.py of openpi_pytorch
 LIBERO_SEED = 0  # the seed in LIBERO's evaluation, before it sets a benchmark state
 MAX_PLACEMENT_TRIES = 100
+# Of a model: what differs between the tasks, and between versions of LIBERO and its assets. Where
+# the bodies are is left out, for LIBERO places fixtures at a reset.
+_MODEL_ARRAYS = ("qpos0", "body_mass", "body_inertia", "geom_type", "geom_size", "actuator_gainprm")
 
 
 def image_key(camera: str) -> str:
@@ -60,6 +62,9 @@ class Simulator(ABC):
         self.task = task
         self.image_size = image_size
         self.cameras = cameras
+        self._before = np.empty(0)  # the state before the last control step
+        self._last_step: dict[str, Any] | None = None  # what else that step depended on
+        self._model_checksum: int | None = None
 
     @property
     def model(self) -> Any:
@@ -120,6 +125,103 @@ class Simulator(ABC):
     def close(self) -> None:
         """Free what the simulator holds; safe to call twice."""
 
+    # Snapshots --------------------------------------------------------------------------------
+
+    def model_checksum(self) -> int:
+        """Return a checksum of the compiled model and MuJoCo's version."""
+        if self._model_checksum is None:
+            import mujoco
+
+            arrays = [np.ascontiguousarray(getattr(self.model, name)) for name in _MODEL_ARRAYS]
+            parts = (
+                mujoco.__version__.encode(),
+                self.model.names,
+                *map(np.ndarray.tobytes, arrays),
+            )
+            self._model_checksum = zlib.crc32(b"".join(parts))
+        return self._model_checksum
+
+    def state_size(self) -> int:
+        """Count the numbers of MuJoCo's `mjSTATE_INTEGRATION`."""
+        import mujoco
+
+        return int(mujoco.mj_stateSize(self.model, mujoco.mjtState.mjSTATE_INTEGRATION))
+
+    def snapshot(self) -> SimulatorSnapshot:
+        """Return all that `restore` needs to come back to this moment.
+
+        :raises RuntimeError: the controller may have a memory that a snapshot doesn't hold
+        """
+        step = self._last_step
+        return SimulatorSnapshot(
+            state=self._integration_state(np.empty(self._before.size)),
+            last_step=None if step is None else ControlStep(before=self._before.copy(), **step),
+        )
+
+    def restore(
+        self, seed: int, init_state: np.ndarray | None, snapshot: SimulatorSnapshot
+    ) -> None:
+        """Reset as the snapshot's episode was, and repeat the control step that led to it.
+
+        :param seed: of that reset
+        :param init_state: of that reset
+        :raises RuntimeError: the sampler found no placement
+        """
+        self.reset(seed, init_state)
+        step = snapshot.last_step
+        if step is not None:
+            env = self.robosuite_env
+            self._set_integration_state(step.before)
+            # LIBERO shows a flame by the state after each control step; see `_set_state`.
+            env.sim.forward()
+            env._check_success()
+            env._post_process()
+            self._set_integration_state(step.before)  # before MuJoCo 3.3.6, `forward` changes it
+            if step.goal_ori is not None:
+                controller = env.robots[0].controller
+                controller.goal_ori, controller.new_update = step.goal_ori.copy(), True
+            self._set_gripper_and_clock(step.gripper, step.clock, step.sampled)
+            self.advance(step.action)
+        # The same state already, unless something but a control step had changed it.
+        self._set_integration_state(snapshot.state)
+
+    def _remember(self, action: np.ndarray) -> None:
+        """Keep what a control step with this action is going to depend on."""
+        self._integration_state(self._before)
+        controller = self.robosuite_env.robots[0].controller
+        gripper, clock, sampled = self._gripper_and_clock()
+        self._last_step = {
+            "action": action.copy(),
+            "goal_ori": np.array(controller.goal_ori) if controller.new_update else None,
+            "gripper": gripper,
+            "clock": clock,
+            "sampled": sampled,
+        }
+
+    def _forget(self) -> None:
+        """Forget the steps of the episode before, at the end of a reset."""
+        self._last_step = None
+        self._before = np.empty(self.state_size())
+
+    @abstractmethod
+    def _gripper_and_clock(self) -> tuple[np.ndarray, float, bool]:
+        """Return `gripper` (a copy), `clock` and `sampled` of a `ControlStep` that begins now."""
+
+    @abstractmethod
+    def _set_gripper_and_clock(self, gripper: np.ndarray, clock: float, sampled: bool) -> None:
+        """Set what `_gripper_and_clock` returns."""
+
+    def _integration_state(self, state: np.ndarray) -> np.ndarray:
+        import mujoco
+
+        mujoco.mj_getState(self.model, self.data, state, mujoco.mjtState.mjSTATE_INTEGRATION)
+        return state
+
+    def _set_integration_state(self, state: np.ndarray) -> None:
+        import mujoco
+
+        mujoco.mj_setState(self.model, self.data, state, mujoco.mjtState.mjSTATE_INTEGRATION)
+
     # Shared by the two kinds ------------------------------------------------------------------
 
     def _robosuite_reset(self, seed: int) -> None:
@@ -156,67 +258,3 @@ class Simulator(ABC):
         env.sim.forward()
         env._check_success()
         env._post_process()
-
-
-class PlainSimulator(Simulator):
-    """Runs LIBERO's `OffScreenRenderEnv`: a reset builds it again, a step renders both cameras.
-
-    :param task: a task from `cfgrl_gym.envs.suites`
-    :param image_size: side of the observation images in pixels
-    :param cameras: those of `CAMERAS` whose images are needed
-    """
-
-    def __init__(self, task: Task, image_size: int, cameras: tuple[str, ...] = CAMERAS) -> None:
-        super().__init__(task, image_size, cameras)
-        wrapper = import_libero("envs.env_wrapper")
-        with quiet_and_seeded(LIBERO_SEED):
-            self._control = wrapper.OffScreenRenderEnv(
-                bddl_file_name=str(task.bddl_file),
-                camera_names=list(cameras),
-                camera_heights=image_size,
-                camera_widths=image_size,
-                ignore_done=True,
-            )
-        keep_display()
-        self.robosuite_env = self._control.env
-        self._samplers = list(self.robosuite_env.object_property_initializers)
-        self._observation: dict[str, np.ndarray] = {}
-
-    def reset(self, seed: int, init_state: np.ndarray | None) -> None:
-        self._robosuite_reset(seed)
-        if init_state is not None:
-            self._set_state(init_state)
-            self.robosuite_env._update_observables(force=True)
-        self._observation = self.robosuite_env._get_observations()
-
-    def _prepare_reset(self, number: int) -> None:
-        # A hard reset lists the samplers of drawer and knob positions again, after those that are
-        # listed already, so that LIBERO's placement depends on the number of resets before.
-        if number == 0:
-            self.robosuite_env.object_property_initializers = list(self._samplers)
-
-    def advance(self, action: np.ndarray) -> bool:
-        self._observation, _, success, _ = self.robosuite_env.step(action)
-        return bool(success)
-
-    def observe(self) -> dict[str, np.ndarray]:
-        return {
-            key: np.array(value)
-            for key, value in self._observation.items()
-            if key not in IMAGE_KEYS and not key.endswith("-state")
-        }
-
-    def images(self) -> dict[str, np.ndarray]:
-        keys = map(image_key, self.cameras)
-        return {key: np.array(self._observation[key]) for key in keys}
-
-    def frame(self) -> np.ndarray:
-        image = self.robosuite_env.sim.render(
-            width=FRAME_SIZE, height=FRAME_SIZE, camera_name=CAMERAS[0]
-        )
-        return np.array(image[::-1])
-
-    def close(self) -> None:
-        if self._control is not None:
-            self._control.close()
-            self._control = None
