@@ -16,6 +16,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from cfgrl_gym.algorithms.checks import (
     check_env,
+    check_gives_snapshots,
     check_parameters,
     check_policy_kwargs,
     check_starts,
@@ -23,6 +24,7 @@ from cfgrl_gym.algorithms.checks import (
 )
 from cfgrl_gym.algorithms.collector import Collector, Episode
 from cfgrl_gym.algorithms.groups import (
+    MIDWAY,
     PLAN,
     UPDATE,
     GroupPlan,
@@ -43,11 +45,12 @@ from cfgrl_gym.algorithms.memory.micro_batches import MicroBatches
 from cfgrl_gym.algorithms.memory.plan import plan_memory
 from cfgrl_gym.algorithms.memory.prefix_cache import PrefixCache
 from cfgrl_gym.algorithms.metrics import EpisodeStatistics, UpdateMetrics, rollout_metrics
+from cfgrl_gym.algorithms.midway import midway_plan
 from cfgrl_gym.algorithms.mlp_policy import MlpPolicy
 from cfgrl_gym.algorithms.policies import FlowPolicy
 from cfgrl_gym.algorithms.vec_envs.left_alone import left_alone
 from cfgrl_gym.algorithms.vec_envs.supported import init_states
-from cfgrl_gym.algorithms.windows import Replay, WindowBatch, label_windows
+from cfgrl_gym.algorithms.windows import Replay, WindowBatch, join_windows, label_windows
 
 # What SB3 would need for a value function, an entropy bonus and exploration noise.
 _UNUSED: dict[str, Any] = dict(
@@ -80,6 +83,10 @@ class CFGRL(IterationLoop):
         None: three times `groups_per_iteration`
     :param gamma: discount of a reward for each control step before it in its episode. Below 1,
         what succeeds sooner is better, so that a group in which all succeed teaches speed
+    :param midway_groups: besides, as many groups whose K episodes continue from a moment of an
+        episode of this iteration, where success and failure are still possible: the advantage then
+        tells how good the chunk after that moment was, and that chunk alone is learned from. Needs
+        an environment that gives snapshots, as LIBERO's here do
     :param dropout_prob: probability with which a condition is replaced by ∅, each time it is used
     :param label_source: "episode_rloo": the episode's advantage; "window_rloo": leave-one-out
         reward-to-go; "window_return": reward inside the window against the group's mean
@@ -130,6 +137,7 @@ class CFGRL(IterationLoop):
         early_stop_percentage: float = 0.8,
         max_groups_tried: int | None = None,
         gamma: float = 1.0,
+        midway_groups: int = 0,
         dropout_prob: float = 0.1,
         label_source: LabelSource = "episode_rloo",
         label_threshold: float = 0.0,
@@ -161,6 +169,7 @@ class CFGRL(IterationLoop):
         self.enable_dynamic_sampling = enable_dynamic_sampling
         self.early_stop_percentage = early_stop_percentage
         self.max_groups_tried = max_groups_tried
+        self.midway_groups = midway_groups
         self.dropout_prob = dropout_prob
         self.label_source = label_source
         self.label_threshold = label_threshold
@@ -226,6 +235,8 @@ class CFGRL(IterationLoop):
         check_env(self.env)
         check_parameters(vars(self))  # attributes may have been set since
         check_stride(self.stride, self.policy.chunk_size)
+        if self.midway_groups:
+            check_gives_snapshots(self.env)
         self._micro_batches = plan_memory(
             self._prefixes, self.batch_size, self.device_memory, self.prefix_memory, self.verbose
         )
@@ -248,8 +259,11 @@ class CFGRL(IterationLoop):
             self.gamma,
         )
 
-    def label(self, groups: list[list[Episode]]) -> WindowBatch | None:
-        """Return the labelled windows of these groups of K episodes, which the update uses."""
+    def label(self, groups: list[list[Episode]], reach: int | None = None) -> WindowBatch | None:
+        """Return the labelled windows of these groups of K episodes, which the update uses.
+
+        :param reach: only the windows that begin before this control step
+        """
         labelling = Labelling(
             self.label_source,
             self.label_threshold,
@@ -257,24 +271,57 @@ class CFGRL(IterationLoop):
             self.gamma,
             self.optimal_share,
         )
-        return label_windows(groups, self.policy, self.stride, labelling)
+        return label_windows(groups, self.policy, self.stride, labelling, reach)
 
     def collect_rollouts(self, env: VecEnv, callback: BaseCallback) -> bool:  # type: ignore[override]
         """Run groups of episodes until enough are valid, and label their windows.
 
         :return: False if the callback asked to stop
         """
-        policy, begun_at = self.policy, self.num_timesteps
-        policy.set_training_mode(False)
+        self.policy.set_training_mode(False)
         self.windows = None
         self.replay.keep_last(self.replay_iterations)
         # The prefixes of replayed windows are computed again, as they are after a resumption: a
         # prefix is rounded differently in another batch.
         self._prefixes.keep_only(())
-        shape = (policy.horizon, policy.action_width)
-        noise = self.randomness.noise(self.iteration, shape, self.rollout_noise)
         callback.on_rollout_start()
-        collector = Collector(env, policy, self.plan(env), noise, self.cfg_scale, self._prefixes)
+        collector = self._collector(env, self.plan(env), snapshots=self.midway_groups > 0)
+        if not self._run(collector, env, callback):
+            return False
+        check_starts(collector.kept)
+        parts = [self.label(collector.kept)]
+        midway = None
+        if self.midway_groups:
+            rng = self.randomness.rng(MIDWAY, self.iteration)
+            plan = midway_plan(rng, collector.plan, collector.kept, self.midway_groups)
+            midway = self._collector(env, plan)
+            if plan.groups and not self._run(midway, env, callback):
+                return False
+            parts.append(self.label(midway.kept, reach=self.policy.chunk_size))
+            self.statistics.add(midway.decided)
+
+        labelled = [part for part in parts if part is not None]
+        windows = join_windows(labelled) if labelled else None
+        self.windows = None if windows is None else self.replay.add(windows)
+        self._prefixes.keep_only([] if windows is None else windows.prefix_keys.tolist())
+        self.statistics.add(collector.decided)
+        self._record(self.statistics.metrics() | rollout_metrics(collector, midway, windows))
+        infos = [episode.info for episode in collector.decided]
+        self._update_info_buffer(infos, np.ones(len(infos), bool))
+        callback.update_locals(locals())
+        callback.on_rollout_end()
+        return True
+
+    def _collector(self, env: VecEnv, plan: GroupPlan, snapshots: bool = False) -> Collector:
+        shape = (self.policy.horizon, self.policy.action_width)
+        noise = self.randomness.noise(self.iteration, shape, self.rollout_noise)
+        return Collector(
+            env, self.policy, plan, noise, self.cfg_scale, self._prefixes, snapshots=snapshots
+        )
+
+    def _run(self, collector: Collector, env: VecEnv, callback: BaseCallback) -> bool:
+        """Run a collector's plan; returns False if the callback asked to stop."""
+        begun_at = self.num_timesteps
         try:
             collector.reset()
             while not collector.selection.complete:
@@ -288,16 +335,6 @@ class CFGRL(IterationLoop):
                         return False
         finally:
             collector.close()
-
-        check_starts(collector.kept)
-        windows = self.label(collector.kept)
-        self.windows = None if windows is None else self.replay.add(windows)
-        self.statistics.add(collector.decided)
-        self._record(self.statistics.metrics() | rollout_metrics(collector, windows))
-        infos = [episode.info for episode in collector.decided]
-        self._update_info_buffer(infos, np.ones(len(infos), bool))
-        callback.update_locals(locals())
-        callback.on_rollout_end()
         return True
 
     def train(self) -> None:

@@ -18,6 +18,7 @@ from cfgrl_gym.envs.arguments import is_finite, is_int
 _INTS = (
     *("rloo_batch_size", "groups_per_iteration", "n_epochs", "batch_size"),
     *("gradient_accumulation_steps", "replay_iterations", "stats_window_size", "verbose"),
+    "midway_groups",
 )
 _OPTIONAL_INTS = ("max_groups_tried", "window_stride", "seed")
 _NUMBERS = (
@@ -55,6 +56,7 @@ _RULES: dict[str, _Rule] = {
         "must be 0 (none) or the number of earlier iterations to learn from",
     ),
     "gamma": (lambda gamma: 0 < gamma <= 1, "must be in (0, 1]; 1 discounts nothing"),
+    "midway_groups": (lambda n: n >= 0, "must be 0 (none) or a number of groups"),
     "dropout_prob": (lambda p: 0 <= p <= 1, "must be in [0, 1]"),
     "optimal_share": (
         lambda share: 0 < share <= 1,
@@ -159,6 +161,20 @@ def check_env(env: VecEnv | None) -> None:
         raise ValueError(
             "there is no environment to learn in: CFGRL(policy, env), or for a model that was "
             "loaded, load(path, env=env) or set_env(env). env=None is for loading only"
+        )
+
+
+def check_gives_snapshots(env: VecEnv) -> None:
+    """Check that episodes can be continued from their middle.
+
+    :raises ValueError: the environments don't give snapshots
+    """
+    if not env.has_attr("give_snapshots"):
+        raise ValueError(
+            "midway_groups needs environments from whose moments an episode can go on: a method "
+            "give_snapshots(enabled), info['snapshot'] after resets and steps while enabled, and "
+            "reset(options={'snapshot': ...}), as Libero-v0 and LiberoChunked-v0 have. Use one of "
+            "these, or midway_groups=0"
         )
 
 

@@ -37,6 +37,7 @@ class Chunk:
     rewards: NDArray[np.float64]  # (n_steps,)
     observations: dict[int, Row]  # inside the chunk, by offset, if the environment returns them
     prefix_keys: dict[int, int]  # of the observations by offset, including 0: see `PrefixCache`
+    snapshot: Any = None  # of the environment after the chunk, if it gives them
 
 
 @dataclass(eq=False)
@@ -108,6 +109,7 @@ class Collector:
         randomness doesn't depend on where or when it runs
     :param cfg_scale: guidance scale while collecting; None: the policy's own
     :param prefixes: keeps the prefix of each observation for the update. None: nothing is kept
+    :param snapshots: whether the environments give the moments from which an episode can go on
     """
 
     def __init__(
@@ -118,7 +120,9 @@ class Collector:
         noise: Callable[[int, int, int], torch.Tensor],
         cfg_scale: float | None = None,
         prefixes: PrefixCache | None = None,
+        snapshots: bool = False,
     ) -> None:
+        self.snapshots = snapshots
         self.prefixes = PrefixCache(policy) if prefixes is None else prefixes
         self.plan = plan
         self.env = env
@@ -151,6 +155,7 @@ class Collector:
         """Begin the plan's first episodes, one in each environment."""
         began = perf_counter()
         self.next_starts.forget()
+        self._ask_for_snapshots(self.snapshots)
         # Not by env_method("reset"): this way the environments reset in parallel.
         for i in range(self.env.num_envs):
             self.next_starts.tell(i, self.pending[i].start if i < len(self.pending) else None)
@@ -225,7 +230,9 @@ class Collector:
         self.seconds_simulation += perf_counter() - began
         if self.selection.discarded != discarded:  # rare, and it goes through every chunk
             episodes = [e for e in (*self.finished, *self.running) if e is not None]
-            self._keep_prefixes([e for e in episodes if e.group not in self.selection.discarded])
+            gone = [e for e in episodes if e.group in self.selection.discarded]
+            chunks = [chunk for episode in gone for chunk in episode.chunks]
+            self.prefixes.drop(key for chunk in chunks for key in chunk.prefix_keys.values())
         return observations, rewards, dones, infos
 
     @property
@@ -253,19 +260,18 @@ class Collector:
         return sum(len(e.chunks) for e in episodes if e is not None and e.group in certain)
 
     def close(self) -> None:
-        """Withdraw the starts told to environments, and drop the prefixes that no update uses."""
+        """Withdraw what environments were told."""
         self.next_starts.release()
-        self._keep_prefixes([episode for group in self.kept for episode in group])
+        self._ask_for_snapshots(False)
 
     def episodes(self, group: int) -> list[Episode]:
         """Return the finished episodes of a group, ordered by member."""
         finished = [episode for episode in self.finished if episode.group == group]
         return sorted(finished, key=lambda episode: episode.member)
 
-    def _keep_prefixes(self, episodes: list[Episode]) -> None:
-        """Keep the prefixes of these episodes only."""
-        chunks = [chunk for episode in episodes for chunk in episode.chunks]
-        self.prefixes.keep_only(key for chunk in chunks for key in chunk.prefix_keys.values())
+    def _ask_for_snapshots(self, enabled: bool, indices: list[int] | None = None) -> None:
+        if self.snapshots:
+            self.env.env_method("give_snapshots", enabled, indices=indices)
 
     def _noise(self, index: int) -> torch.Tensor:
         episode = self.running[index]
@@ -284,6 +290,7 @@ class Collector:
             )
         self.pending.insert(0, again)
         self.next_starts.forget([index])  # the fresh environment doesn't know it
+        self._ask_for_snapshots(True, [index])
         self._begin_episode(index, None)
 
     def _chunk(self, index: int, episode: Episode, reward: float, info: dict[str, Any]) -> Chunk:
@@ -317,6 +324,7 @@ class Collector:
             inside,
             {0: self.prefix_keys[index]}
             | dict(zip(inside, self.prefixes.new_keys(len(inside)), strict=True)),
+            info.get("snapshot"),
         )
 
     def _tell_ahead(self) -> None:

@@ -6,7 +6,7 @@ speed of the environments. It can be pickled, sliced by groups, and drawn again 
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
@@ -16,19 +16,25 @@ import torch
 from cfgrl_gym.algorithms.labels import is_uniform
 
 UNBOUNDED = 2**31  # exclusive upper bound of reset seeds
-PLAN, NOISE, UPDATE = range(3)  # purposes of random numbers, the first key after the seed
+PLAN, NOISE, UPDATE, MIDWAY = range(4)  # purposes of random numbers, the first key after the seed
 
 
 @dataclass(frozen=True)
 class Start:
-    """Says where an episode starts: a task and initial state, or else a reset seed."""
+    """Says where an episode starts: a task and initial state, or else a reset seed.
+
+    :param snapshot: of an episode from there, which is continued; what `info["snapshot"]` held
+    """
 
     task_id: int | None = None
     init_state_id: int | None = None
     seed: int | None = None
+    snapshot: Any = field(default=None, repr=False)
 
     def reset_arguments(self) -> dict[str, Any]:
         """Return the keyword arguments with which `Env.reset` begins here."""
+        if self.snapshot is not None:
+            return {"options": {"snapshot": self.snapshot}}
         if self.seed is not None:
             return {"seed": self.seed}
         return {"options": {"task_id": self.task_id, "init_state_id": self.init_state_id}}

@@ -26,12 +26,14 @@ class EpisodeStatistics:
         self.recent = {int(t): deque(done, window) for t, done in (recent or {}).items()}
 
     def add(self, episodes: Sequence[Episode]) -> None:
-        """Count the episodes, and record the success of those that have a task and report it."""
+        """Count the episodes, and record the success of those that have a task and report it, but
+        not of those that began midway."""
         self.num_episodes += len(episodes)
         self.num_control_steps += sum(len(episode.rewards) for episode in episodes)
         for episode in episodes:
             task = episode.start.task_id
-            if task is not None and episode.success is not None:
+            midway = episode.start.snapshot is not None
+            if task is not None and episode.success is not None and not midway:
                 self.recent.setdefault(task, deque(maxlen=self.window)).append(episode.success)
 
     def metrics(self) -> dict[str, float]:
@@ -45,20 +47,31 @@ class EpisodeStatistics:
         return {str(task): list(done) for task, done in self.recent.items()}
 
 
-def rollout_metrics(collector: Collector, windows: WindowBatch | None) -> dict[str, float]:
-    """Return the groups, labels (before condition dropout) and speed of one collection."""
+def rollout_metrics(
+    collector: Collector, midway: Collector | None, windows: WindowBatch | None
+) -> dict[str, float]:
+    """Return the groups, labels (before condition dropout) and speed of one collection.
+
+    :param midway: the collection of the groups that continued from the middle of episodes
+    """
     episodes, selection = collector.decided, collector.selection
+    both = [collector] if midway is None else [collector, midway]
+    simulation = sum(each.seconds_simulation for each in both)
+    inference = sum(each.seconds_inference for each in both)
     metrics: dict[str, float] = {
         "rollout/groups_kept": len(selection.kept),
         "rollout/groups_discarded": len(selection.discarded),
         "rollout/iteration_success_rate": sum(e.succeeded for e in episodes) / len(episodes),
         "rollout/unstable_episodes": sum(e.unstable for e in episodes),
-        "rollout/episodes_lost": collector.episodes_lost,
-        "time/control_steps_per_second": collector.control_steps
-        / (collector.seconds_simulation + collector.seconds_inference),
-        "time/seconds_simulation": collector.seconds_simulation,
-        "time/seconds_inference": collector.seconds_inference,
+        "rollout/episodes_lost": sum(each.episodes_lost for each in both),
+        "time/control_steps_per_second": sum(each.control_steps for each in both)
+        / (simulation + inference),
+        "time/seconds_simulation": simulation,
+        "time/seconds_inference": inference,
     }
+    if midway is not None:
+        metrics["rollout/midway_groups"] = len(midway.plan.groups)
+        metrics["rollout/midway_groups_kept"] = len(midway.selection.kept)
     if windows is not None:
         metrics["rollout/positive_share"] = (windows.labels == POSITIVE).float().mean().item()
         metrics["rollout/null_share"] = (windows.labels == NULL).float().mean().item()

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -112,12 +113,17 @@ class Replay:
 
 
 def label_windows(
-    groups: Sequence[Sequence[Episode]], policy: FlowPolicy, stride: int, labelling: Labelling
+    groups: Sequence[Sequence[Episode]],
+    policy: FlowPolicy,
+    stride: int,
+    labelling: Labelling,
+    reach: int | None = None,
 ) -> WindowBatch | None:
     """Cut and label the windows of these groups, group by group; None if there is no group.
 
     :param groups: the K finished episodes of each group
     :param stride: control steps between windows, see `cut_windows`
+    :param reach: only the windows that begin before this control step. None: all
     """
 
     @torch.no_grad()
@@ -125,18 +131,19 @@ def label_windows(
         inputs = policy.encode_observation(observations, skip_prefix=True)
         return policy.encode_actions(inputs, actions)
 
+    windows_of = partial(
+        cut_windows,
+        horizon=policy.horizon,
+        chunk_size=policy.chunk_size,
+        stride=stride,
+        encode=encode,
+    )
     windows: list[Window] = []
     advantages: list[NDArray[np.float64]] = []
     tasks: list[int] = []
     for episodes in groups:
         cut = [
-            cut_windows(
-                episode,
-                horizon=policy.horizon,
-                chunk_size=policy.chunk_size,
-                stride=stride,
-                encode=encode,
-            )
+            [window for window in windows_of(episode) if reach is None or window.start < reach]
             for episode in episodes
         ]
         of_group = group_advantages(

@@ -8,7 +8,7 @@ successes in mixed groups and d the condition dropout:
 - o = 1 is trained on the successes: w = 1 samples p_1 = p·p(o=1|a) / p(o=1);
 - ∅ is trained on the failures and the dropped successes: w = 0 samples
   p_∅ = ((1 - s)·p_0 + d·s·p_1) / ((1 - s) + d·s) with `negatives="null"`, and with "zero", where
-  failures are dropped at the same rate, the marginal (1 - s)·p_0 + s·p_1.
+  failures are dropped at the same rate, or with a `null_rate` the marginal (1 - s)·p_0 + s·p_1.
 
 Beyond w = 1 guidance goes on in the same direction.
 """
@@ -60,8 +60,10 @@ def closed_form(negatives):
     return r, (p_null * q).sum(), (p_1 * q).sum()
 
 
-@pytest.mark.parametrize("negatives", ["null", "zero"])
-def test_guidance_samples_the_density_that_one_labelling_defines(negatives):
+@pytest.mark.parametrize(
+    ("negatives", "null_rate"), [("null", None), ("zero", None), ("null", 0.3)]
+)
+def test_guidance_samples_the_density_that_one_labelling_defines(negatives, null_rate):
     algorithm = CFGRL(
         "MlpPolicy",
         bandits(50),
@@ -71,6 +73,7 @@ def test_guidance_samples_the_density_that_one_labelling_defines(negatives):
         early_stop_percentage=1.0,
         dropout_prob=DROPOUT,
         negatives=negatives,
+        null_rate=null_rate,
         positive_share=None,  # the closed form is that of every window once an epoch
         n_epochs=200,
         batch_size=256,
@@ -79,7 +82,7 @@ def test_guidance_samples_the_density_that_one_labelling_defines(negatives):
         device="cpu",
     )
     base_policy(algorithm)
-    base, at_0, at_1 = closed_form(negatives)
+    base, at_0, at_1 = closed_form(negatives if null_rate is None else "marginal")
     assert mean_reward(algorithm.policy) == pytest.approx(base, abs=0.01)
     algorithm.learn(1)
     rewards = [mean_reward(algorithm.policy, w) for w in (0.0, 1.0, 2.0, 3.0)]

@@ -56,11 +56,15 @@ class PrefixCache:
             self._fill(keys, self.policy.split_prefix(prefix)[:number])
         return keys
 
-    def keep_only(self, keys: Iterable[int]) -> None:
-        """Drop all prefixes but those under these keys."""
-        for key in self._kept.keys() - set(keys):
+    def drop(self, keys: Iterable[int]) -> None:
+        """Drop the prefixes under these keys, as far as they were kept."""
+        for key in self._kept.keys() & set(keys):
             place, row = self._kept.pop(key)
             self.free[place] += _size(row)
+
+    def keep_only(self, keys: Iterable[int]) -> None:
+        """Drop all prefixes but those under these keys."""
+        self.drop(self._kept.keys() - set(keys))
 
     @torch.no_grad()
     def recall(self, observations: Any, keys: Sequence[int] | torch.Tensor) -> Any:
