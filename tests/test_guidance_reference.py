@@ -219,7 +219,7 @@ def test_a_model_s_zip_keeps_the_reference(cfg_reference: str, tmp_path: Path) -
     for each in (algorithm, loaded):
         learn(each, 2)
     assert torch.equal(act(loaded.policy, 2.0), act(algorithm.policy, 2.0))
-    with pytest.raises(ValueError, match=r"Unexpected key.*reference"):
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*reference"):
         make().set_parameters(tmp_path / "cfgrl")
 
 
@@ -337,8 +337,8 @@ def test_pi0_is_guided_against_the_reference_with_its_own_prefix(
 def test_a_pi0_folder_acts_as_the_trained_policy_does(
     trainable: str, vlm_dtype: str, cfg_reference: str, tmp_path: Path
 ) -> None:
-    policy, obs = make_pi0(trainable, vlm_dtype, cfg_reference=cfg_reference), make_observation()
-    first = deepcopy(policy)
+    policy = make_pi0(trainable, vlm_dtype, cfg_reference=cfg_reference, ema_decay=0.5)
+    first, obs = deepcopy(policy), make_observation()
     train_pi0(policy)
     policy.save_pretrained(tmp_path)
 
@@ -350,7 +350,7 @@ def test_a_pi0_folder_acts_as_the_trained_policy_does(
     # Merged adapters are rounded, in bfloat16.
     atol = 0.0 if trainable != "lora" else 0.05
     torch.testing.assert_close(act(again, 2.0, obs), act(policy, 2.0, obs), atol=atol, rtol=0)
-    assert not torch.allclose(act(again, 2.0, obs), by_hand(again, again, 2.0, obs), atol=0.1)
+    assert not torch.allclose(act(again, 2.0, obs), by_hand(again, again, 2.0, obs), atol=0.2)
     assert again.reference is not None
     assert again.reference.holds_frozen == (trainable != "expert")
 
