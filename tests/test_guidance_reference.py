@@ -157,6 +157,28 @@ def test_before_the_first_update_the_policy_is_its_own_reference(cfg_reference: 
         assert torch.equal(act(policy, w), act(plain, w))
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_the_reference_is_what_acted_and_not_the_optimizer_s_weights(training: bool) -> None:
+    policy = make("previous").policy
+    policy.set_training_mode(True)
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.add_(0.1)
+    policy.after_optimizer_step()
+    policy.set_training_mode(training)
+    acted = act(policy, 1.0)
+    policy.before_update()
+    assert policy.training == training
+    assert torch.equal(act(policy, 1.0), acted)
+    plain = deepcopy(policy)
+    plain.cfg_reference = "null"
+    assert torch.equal(act(policy, 0.0), act(plain, 0.0))
+    policy.set_training_mode(True)
+    policy.after_optimizer_step()
+    assert torch.equal(act(policy, 0.0), act(plain, 0.0))
+    assert not torch.equal(act(policy, 1.0), acted)
+
+
 def test_acting_leaves_the_weights_and_their_memory_as_they_were() -> None:
     algorithm = make("start")
     learn(algorithm, 1)
@@ -277,7 +299,11 @@ def test_a_reference_that_is_none_is_refused(bad: Any, tmp_path: Path) -> None:
 # PI0 ---------------------------------------------------------------------------------------------
 
 # What trains; whether the VLM's frozen weights are bfloat16.
-KINDS = [("expert", "bfloat16"), ("expert", "float32"), ("lora", "bfloat16"), ("all", "float32")]
+KINDS = [
+    *(("expert", "bfloat16"), ("expert", "float32")),
+    *(("lora", "bfloat16"), ("lora", "float32")),
+    ("all", "float32"),
+]
 
 
 def make_pi0(trainable: str, vlm_dtype: str, **kwargs: Any) -> Pi0Policy:
@@ -347,8 +373,8 @@ def test_a_pi0_folder_acts_as_the_trained_policy_does(
         return Pi0Policy(*make_spaces(), lambda _: 1e-3, **(given | kwargs))
 
     again = load(cfg_reference=cfg_reference)
-    # Merged adapters are rounded, in bfloat16.
-    atol = 0.0 if trainable != "lora" else 0.05
+    # Merged adapters are rounded, in bfloat16 more.
+    atol = 0.0 if trainable != "lora" else {"bfloat16": 0.05, "float32": 1e-4}[vlm_dtype]
     torch.testing.assert_close(act(again, 2.0, obs), act(policy, 2.0, obs), atol=atol, rtol=0)
     assert not torch.allclose(act(again, 2.0, obs), by_hand(again, again, 2.0, obs), atol=0.2)
     assert again.reference is not None
