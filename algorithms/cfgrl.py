@@ -343,6 +343,7 @@ class CFGRL(IterationLoop):
             raise RuntimeError("there are no windows to learn from; call learn, which collects")
         began = perf_counter()
         policy, windows, prefixes = self.policy, self.windows, self._prefixes
+        policy.before_update()
         policy.set_training_mode(True)
         self._update_learning_rate(policy.optimizer)
         generator = self.randomness.generator(UPDATE, self.iteration)

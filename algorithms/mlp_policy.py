@@ -30,8 +30,8 @@ class MlpPolicy(FlowPolicy):
     :param action_space: a Box (action_dim,) or (chunk, action_dim) with finite bounds
     :param lr_schedule: learning rate as a function of the progress remaining
     :param net_arch: widths of the hidden layers
-    :param kwargs: of `FlowPolicy` (cfg_scale, num_inference_steps, guidance, ema_decay) and of
-        SB3's `BasePolicy` (optimizer_class, optimizer_kwargs)
+    :param kwargs: of `FlowPolicy` (cfg_scale, num_inference_steps, guidance, ema_decay,
+        cfg_reference) and of SB3's `BasePolicy` (optimizer_class, optimizer_kwargs)
     :raises ValueError: for image or dictionary observations
     """
 
@@ -84,7 +84,7 @@ class MlpPolicy(FlowPolicy):
             lr=lr_schedule(1),  # type: ignore[call-arg]
             **self.optimizer_kwargs,
         )
-        self.start_average()
+        self.copy_weights()
 
     def encode_observation(self, obs: Observation, *, skip_prefix: bool = False) -> Inputs:
         """Convert observations (batch, ...) to {"obs": float32 (batch, obs_dim)}."""

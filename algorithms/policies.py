@@ -5,21 +5,19 @@ a subclass implements the network (`velocity`), the prefix that is computed once
 steps (`encode_prefix`), and the maps between the environment's and the model's spaces.
 """
 
-import os
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, ClassVar, Literal, NamedTuple, TypeVar, cast, get_args
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
 from gymnasium import spaces
-from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import Schedule
 from torch import Tensor
 
+from cfgrl_gym.algorithms.acting_weights import ActingWeights
 from cfgrl_gym.algorithms.flow import (
-    NEGATIVE,
     NULL,
     POSITIVE,
     NonFiniteError,
@@ -30,36 +28,19 @@ from cfgrl_gym.algorithms.flow import (
     sample_noise,
     sample_time,
 )
-from cfgrl_gym.algorithms.weight_average import WeightAverage
+from cfgrl_gym.algorithms.guidance import (
+    CfgReference,
+    Guidance,
+    check_choice,
+    default_cfg_scale,
+    single_branch,
+)
 from cfgrl_gym.envs.arguments import LONGEST, check_int, is_finite
 
 Observation = np.ndarray | dict[str, np.ndarray] | Tensor | dict[str, Tensor]
 Inputs = dict[str, Tensor]
-SelfPolicy = TypeVar("SelfPolicy", bound="FlowPolicy")
 PrefixRow = dict[str, Tensor]  # what `encode_prefix` gave for one sample, batch size 1
-Guidance = Literal["velocity", "action"]
-CFG_SCALE_VARIABLE = "PI0_CFG_SCALE"
 DETERMINISTIC_SEED = 0  # predict(deterministic=True) starts every chunk from this seed's noise
-
-
-def default_cfg_scale() -> float:
-    """Return the environment variable PI0_CFG_SCALE, or 1.0 if it is not set."""
-    text = os.environ.get(CFG_SCALE_VARIABLE, "1.0")
-    try:
-        return float(text)
-    except ValueError:
-        raise ValueError(f"PI0_CFG_SCALE must be a number such as 1.5; it is {text!r}") from None
-
-
-def forced_label() -> int | None:
-    """Return the branch that PI0_IS_POSITIVE ∈ {0, 1, none} forces; None if it is not set."""
-    text = os.environ.get("PI0_IS_POSITIVE")
-    if text is None:
-        return None
-    labels = {"0": NEGATIVE, "1": POSITIVE, "none": NULL}
-    if text.lower() not in labels:
-        raise ValueError(f"PI0_IS_POSITIVE must be 0, 1 or none; it is {text!r}")
-    return labels[text.lower()]
 
 
 class Acted(NamedTuple):
@@ -80,7 +61,7 @@ class UpdatePlan(NamedTuple):
     room: int
 
 
-class FlowPolicy(BasePolicy):
+class FlowPolicy(ActingWeights):
     """Serves as the base class of the policies that CFGRL trains.
 
     :param horizon: H, action steps that the model predicts
@@ -91,13 +72,12 @@ class FlowPolicy(BasePolicy):
     :param guidance: "velocity" guides every denoising step; "action" combines two finished chunks
     :param ema_decay: act with an exponential moving average of the trained weights that decays by
         this factor each optimizer step; None: act with the weights themselves
+    :param cfg_reference: whose ∅ branch guidance starts from, v = v_ref,∅ + w·(v_1 - v_ref,∅), so
+        that w = 0 acts as the reference. "null": the policy itself; "start": the policy as it was
+        before its first update; "previous": as it acted before its last update
     """
 
-    # Dataclasses that a saved model may contain besides JSON values, as constructor arguments.
-    saved_types: ClassVar[tuple[type, ...]] = ()
     default_learning_rate = 3e-4  # of `CFGRL`, where none is given
-    # Whether training leaves the prefix unchanged, so that one computed earlier may be used again.
-    frozen_prefix = False
 
     def __init__(
         self,
@@ -111,6 +91,7 @@ class FlowPolicy(BasePolicy):
         num_inference_steps: int = 10,
         guidance: Guidance = "velocity",
         ema_decay: float | None = None,
+        cfg_reference: CfgReference = "null",
         **kwargs: Any,
     ) -> None:
         if ema_decay is not None and not (is_finite(ema_decay) and 0 <= ema_decay < 1):
@@ -119,8 +100,8 @@ class FlowPolicy(BasePolicy):
             )
         if cfg_scale is not None and not is_finite(cfg_scale):
             raise ValueError(f"cfg_scale must be a finite number or None; got {cfg_scale!r:.100}")
-        if guidance not in get_args(Guidance):
-            raise ValueError(f"guidance must be 'velocity' or 'action'; got {guidance!r}")
+        check_choice("guidance", guidance, Guidance)
+        check_choice("cfg_reference", cfg_reference, CfgReference)
         super().__init__(observation_space, action_space, **kwargs)
         self.lr_schedule = lr_schedule
         # An action Box is (action_dim,) for single steps or (chunk, action_dim) for chunks.
@@ -132,7 +113,8 @@ class FlowPolicy(BasePolicy):
         self.num_inference_steps = check_int("num_inference_steps", num_inference_steps, 1, LONGEST)
         self.guidance = guidance
         self.ema_decay = ema_decay
-        self.average: WeightAverage | None = None
+        self._cfg_reference = cfg_reference
+        self.average = self.reference = None  # until `copy_weights`
         if self.chunk_size > horizon:
             raise ValueError(
                 f"the environment takes chunks of {self.chunk_size} actions but the model predicts "
@@ -193,18 +175,6 @@ class FlowPolicy(BasePolicy):
 
     # Sampling ---------------------------------------------------------------------------------
 
-    @contextmanager
-    def acting(self) -> Iterator[None]:
-        """Switch to the mode for acting inside the block; see `set_training_mode`."""
-        training = self.training
-        if training:
-            self.set_training_mode(False)
-        try:
-            yield
-        finally:
-            if training:
-                self.set_training_mode(True)
-
     def _labels(self, batch: int, is_positive: int | Tensor) -> Tensor:
         if isinstance(is_positive, Tensor):
             return is_positive.to(self.device, torch.int64)
@@ -214,7 +184,7 @@ class FlowPolicy(BasePolicy):
     def predict_velocity(
         self, obs: Observation, x_t: Tensor, t: Tensor, is_positive: int | Tensor | None = None
     ) -> Tensor:
-        """Compute the model-space velocity of one branch.
+        """Compute the model-space velocity of one branch, with the policy's own weights.
 
         :param obs: batched observation as the environment gives it
         :param x_t: (batch, horizon, action_width)
@@ -231,21 +201,49 @@ class FlowPolicy(BasePolicy):
             label = NULL if is_positive is None else int(is_positive)
             return self.velocities(inputs, x_t, t, (label,), prefix)[0].float()
 
+    def _null_prefix(self, inputs: Inputs, prefix: Any) -> Any:
+        """Return the prefix of guidance's ∅ branch: the reference's own, where it differs."""
+        if self.reference_shares_prefix():
+            return prefix
+        assert self.reference is not None
+        with self.reference.in_place():
+            return self.encode_prefix(inputs)
+
+    def _guidance_velocities(
+        self,
+        inputs: Inputs,
+        x_t: Tensor,
+        t: Tensor,
+        branches: tuple[int, ...],
+        prefix: Any,
+        null_prefix: Any,
+    ) -> tuple[Tensor, ...]:
+        """Compute the velocities of guidance's branches, of which ∅ is the reference's."""
+        if NULL not in branches or self.reference is None or not self.reference.held:
+            return self.velocities(inputs, x_t, t, branches, prefix)
+        with self.reference.in_place():
+            (v_null,) = self.velocities(inputs, x_t, t, (NULL,), null_prefix)
+        return tuple(
+            v_null if label == NULL else self.velocities(inputs, x_t, t, (label,), prefix)[0]
+            for label in branches
+        )
+
     def _sample(self, inputs: Inputs, prefix: Any, noise: Tensor, cfg_scale: float) -> Tensor:
         """Integrate the guided flow from `noise` and return model-space actions."""
+        single = single_branch(cfg_scale)
+        null_prefix = None
+        if single in (None, NULL):
+            null_prefix = self._null_prefix(inputs, prefix)
 
         def integrate(branches: tuple[int, ...]) -> Tensor:
             def field(x: Tensor, t: Tensor) -> Tensor:
-                velocities = self.velocities(inputs, x, t, branches, prefix)
+                velocities = self._guidance_velocities(inputs, x, t, branches, prefix, null_prefix)
                 if len(branches) == 1:
                     return velocities[0]
                 return guide(velocities[0], velocities[1], cfg_scale)
 
             return euler(field, noise, self.num_inference_steps)
 
-        # With w = 1 only the v_1 branch is needed, with w = 0 only the v_∅ branch.
-        forced = forced_label()
-        single = forced if forced is not None else {1.0: POSITIVE, 0.0: NULL}.get(cfg_scale)
         if single is not None:
             return integrate((single,))
         if self.guidance == "action":
@@ -304,16 +302,21 @@ class FlowPolicy(BasePolicy):
     ) -> Tensor:
         """Compute how far the branches differ: the root mean square of v_1 - v_∅ at x_t, (batch,).
 
+        v_∅ is the reference's (`cfg_reference`), as in guidance.
+
         :param model_actions: (batch, horizon, action_width)
         :param t: and `noise`: see `draw_flow`
         :param prefix: the prefix of these observations, if it is known
         """
-        inputs = self.encode_observation(obs, skip_prefix=prefix is not None)
+        known = prefix is not None and self.reference_shares_prefix()
+        inputs = self.encode_observation(obs, skip_prefix=known)
         with self.acting(), self.autocast():
             if prefix is None:
                 prefix = self.encode_prefix(inputs)
             x_t, t = interpolate(model_actions, noise, t).to(self.device), t.to(self.device)
-            v_null, v_positive = self.velocities(inputs, x_t, t, (NULL, POSITIVE), prefix)
+            v_null, v_positive = self._guidance_velocities(
+                inputs, x_t, t, (NULL, POSITIVE), prefix, self._null_prefix(inputs, prefix)
+            )
         difference = (v_positive - v_null)[..., : self.action_dim].float()
         return difference.square().mean((-1, -2)).sqrt()
 
@@ -360,44 +363,7 @@ class FlowPolicy(BasePolicy):
         """
         return UpdatePlan(batch_size, needed=None, room=0)
 
-    def start_average(self) -> None:
-        """Start the average of the weights that train now, if `ema_decay` is set.
-
-        A subclass calls this at the end of its constructor.
-        """
-        if self.ema_decay is not None:
-            self.average = WeightAverage(self, self.ema_decay)
-
-    def after_optimizer_step(self) -> None:
-        """Update the average; to be called after each optimizer step, in training mode."""
-        if self.average is not None:
-            self.average.update()
-
-    def set_training_mode(self, mode: bool) -> None:
-        """Switch between training and acting, which affects layers such as dropout, and whether the
-        policy has the optimizer's weights or their average."""
-        super().set_training_mode(mode)
-        if self.average is not None:
-            self.average.set_in_use(not mode)
-
     # SB3 --------------------------------------------------------------------------------------
-
-    def get_extra_state(self) -> Tensor:
-        """Return `cfg_scale`, which is saved with the weights."""
-        return torch.tensor(self.cfg_scale, dtype=torch.float64)
-
-    def set_extra_state(self, state: Tensor) -> None:
-        """Restore `cfg_scale`, unless PI0_CFG_SCALE overrides it."""
-        if CFG_SCALE_VARIABLE not in os.environ:
-            self.cfg_scale = float(state)
-
-    def state_to_save(self) -> dict[str, Any]:
-        """Return the state dict, without what `constructor_arguments` restores from elsewhere."""
-        return self.state_dict()
-
-    def complete_state(self, state: dict[str, Any]) -> dict[str, Any]:
-        """Complete what `state_to_save` returned with what it left out, taken from this policy."""
-        return state
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         return {
@@ -407,38 +373,10 @@ class FlowPolicy(BasePolicy):
             "num_inference_steps": self.num_inference_steps,
             "guidance": self.guidance,
             "ema_decay": self.ema_decay,
+            "cfg_reference": self.cfg_reference,
             "optimizer_class": self.optimizer_class,
             "optimizer_kwargs": self.optimizer_kwargs,
         }
-
-    def constructor_arguments(self) -> dict[str, Any]:
-        """Return the arguments that, with spaces and learning rate, rebuild this policy."""
-        arguments = self._get_constructor_parameters()
-        for name in ("observation_space", "action_space", "lr_schedule"):
-            arguments.pop(name, None)
-        return arguments
-
-    @classmethod
-    def load(  # type: ignore[override]
-        cls: type[SelfPolicy],
-        path: str,
-        device: torch.device | str = "auto",
-        *,
-        trusted: bool = False,
-    ) -> SelfPolicy:
-        """Load what SB3's `policy.save` wrote: a pickle, which can run code.
-
-        :param trusted: True if the file may run code; `CFGRL.load` and checkpoints that
-            `save_pretrained` wrote never do
-        :raises ValueError: `trusted` is false
-        """
-        if not trusted:
-            raise ValueError(
-                f"'{path}' was not loaded: what policy.save writes is a pickle, which can run "
-                "code. Keep policies with CFGRL.save or save_pretrained; or, if you trust where "
-                "the file comes from: load(path, trusted=True)"
-            )
-        return super().load(path, device)
 
     def _predict(self, observation: Any, deterministic: bool = False) -> Tensor:
         noise = None

@@ -6,8 +6,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from cfgrl_gym.algorithms.weight_copies import WeightCopies
 
-class WeightAverage(nn.Module):
+
+class WeightAverage(WeightCopies):
     """Holds the copy of every trained parameter that isn't in use: the average while the optimizer
     works, the optimizer's weights while the average acts.
 
@@ -24,19 +26,12 @@ class WeightAverage(nn.Module):
     in_use: Tensor  # bool: the policy has the average, and the optimizer's weights are here
 
     def __init__(self, policy: nn.Module, decay: float) -> None:
-        super().__init__()
-        named = [(name, p) for name, p in policy.named_parameters() if p.requires_grad]
-        self._parameters_of_policy = tuple(parameter for _, parameter in named)
-        self._names = tuple(name.replace(".", "/") for name, _ in named)
+        super().__init__(policy)
         self._update = get_ema_multi_avg_fn(decay)
         self._begun = False
         self.register_buffer("in_use", torch.tensor(False))
-        for name, parameter in zip(self._names, self._parameters_of_policy, strict=True):
-            self.register_buffer(name, parameter.detach().clone())
-
-    @property
-    def _copies(self) -> list[Tensor]:
-        return [self.get_buffer(name) for name in self._names]
+        for name in self.trained:
+            self.copy(name)
 
     @torch.no_grad()
     def update(self) -> None:
@@ -47,15 +42,16 @@ class WeightAverage(nn.Module):
         if self.in_use:
             raise RuntimeError("weights are averaged in training mode: set_training_mode(True)")
         self._begun = True
-        parameters = [parameter.detach() for parameter in self._parameters_of_policy]
-        self._update(self._copies, parameters, None)
+        pairs = self.pairs()
+        parameters = [parameter.detach() for parameter, _ in pairs]
+        self._update([copy for _, copy in pairs], parameters, None)
 
     @torch.no_grad()
     def set_in_use(self, average: bool) -> None:
         """Give the policy the average, or else the optimizer's weights."""
         if bool(self.in_use) == average:
             return
-        for parameter, copy in zip(self._parameters_of_policy, self._copies, strict=True):
+        for parameter, copy in self.pairs():
             if not self._begun:
                 copy.copy_(parameter)
             value = parameter.clone()

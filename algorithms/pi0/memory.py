@@ -43,6 +43,7 @@ class MemoryEstimate:
     :param gradients: gradients of the trained parameters
     :param optimizer: AdamW's two averages of every trained parameter
     :param average: the exponential moving average of the trained parameters, if there is one
+    :param reference: weights of guidance's reference, if it has one
     :param prefix: keys and values of one micro-batch's images and language, if they are kept
     :param activations: everything else alive at the peak: what the backward pass needs and the
         weights that autocast casts; or, if that is more, the computation of a prefix or the
@@ -53,6 +54,7 @@ class MemoryEstimate:
     gradients: int
     optimizer: int
     average: int
+    reference: int
     prefix: int
     activations: int
 
@@ -74,6 +76,7 @@ def estimate_update(
     prompt_tokens: int = PALIGEMMA_PROMPT_TOKENS,
     device_type: str = "cuda",
     average: bool = False,
+    reference: int = 0,
     two_prefixes: bool = False,
     accumulate: bool = True,
 ) -> MemoryEstimate:
@@ -88,6 +91,7 @@ def estimate_update(
     :param prompt_tokens: length of the tokenized prompts
     :param device_type: "cuda" (bfloat16 autocast) or "cpu" (the model's own dtypes)
     :param average: whether a moving average of the trained parameters is kept on the device
+    :param reference: bytes of the weights of guidance's reference, which are kept there too
     :param two_prefixes: the policy's `use_prefix_dropout`
     :param accumulate: whether gradients of earlier micro-batches exist already
     """
@@ -121,6 +125,7 @@ def estimate_update(
         gradients=gradients,
         optimizer=ADAM_STATES * gradients,
         average=gradients if average else 0,
+        reference=reference,
         prefix=prefix_size,
         activations=max(step, _optimizer_temporaries(trained, cuda)),
     )
@@ -217,6 +222,8 @@ def _refusal(model: Pi0ForCFGRL, estimate: MemoryEstimate, free: int, device: st
         helps.append("vlm_dtype='bfloat16'")
     if estimate.average:
         helps.append("no moving average of the weights")
+    if estimate.reference:
+        helps.append("cfg_reference='null'")
     helps.append("a device with more memory")
     return (
         f"an update on one window at a time needs {estimate.total * (1 + HEADROOM) / GIB:.2f} GiB "

@@ -15,6 +15,10 @@ from torch import Tensor
 
 from cfgrl_gym.algorithms.flow import NULL
 from cfgrl_gym.algorithms.pi0.checkpoints.build import POLICY_FILE, Trainable, VlmDtype, build
+from cfgrl_gym.algorithms.pi0.checkpoints.reference import (
+    read_reference,
+    write_reference,
+)
 from cfgrl_gym.algorithms.pi0.checkpoints.stats import STATS_FILE
 from cfgrl_gym.algorithms.pi0.condition import ConditionMode
 from cfgrl_gym.algorithms.pi0.inputs import check_spaces, encode_cameras, encode_text, to_tensors
@@ -44,7 +48,8 @@ class Pi0Policy(FlowPolicy):
     :param lr_schedule: learning rate as a function of the remaining progress
     :param preset: "tiny" (random weights, byte-level tokenizer, for a CPU) or "pi0" (full size)
     :param checkpoint: folder that `save_pretrained` wrote, or "libero_tiny", which comes with the
-        package; with preset "pi0", any PI0 checkpoint folder or hub name. None: random weights
+        package; with preset "pi0", any PI0 checkpoint folder or hub name. None: random weights.
+        With `cfg_reference`, a folder's reference goes on to be that of this policy
     :param norm_stats: a `NormStats` or the path of openpi's norm_stats.json. None: the checkpoint
         folder's; without a checkpoint, tiny takes mean 0 and standard deviation 1 (states
         and actions are not changed)
@@ -82,7 +87,8 @@ class Pi0Policy(FlowPolicy):
         this factor each optimizer step; None: act with the weights themselves
     :param optimizer_class: class of `policy.optimizer`
     :param optimizer_kwargs: arguments of the optimizer. None: openpi's settings if it is AdamW
-    :param kwargs: arguments of `FlowPolicy` (cfg_scale, num_inference_steps, guidance)
+    :param kwargs: arguments of `FlowPolicy` (cfg_scale, num_inference_steps, guidance,
+        cfg_reference)
 
     >>> policy = Pi0Policy(env.observation_space, env.action_space, lambda _: 1e-3)
     ... # doctest: +SKIP
@@ -184,7 +190,21 @@ class Pi0Policy(FlowPolicy):
             lr=lr_schedule(1),  # type: ignore[call-arg]
             **self.optimizer_kwargs,
         )
-        self.start_average()
+        self.copy_weights()
+        if parts.reference is not None:
+            self._set_reference(parts.reference)
+
+    def _set_reference(self, file: Path) -> None:
+        """Give guidance the reference that the checkpoint's folder has."""
+        if self.reference is not None:
+            self.reference.put(read_reference(file, dict(self.named_parameters())))
+        else:
+            warnings.warn(
+                f"the policy in '{file.parent}' was trained with the guidance reference in "
+                f"{file.name}; with cfg_reference='null' guidance gives other actions: pass "
+                "'start' or 'previous'",
+                stacklevel=3,
+            )
 
     # Normalisation ----------------------------------------------------------------------------
 
@@ -298,10 +318,13 @@ class Pi0Policy(FlowPolicy):
         """Compute all branches that share a prefix in one pass of the expert."""
         labelled, null = prefix
         state = inputs["state"]
+        run = self._branch_velocities
+        if self.reference is not None and self.reference.in_use:
+            run = self.model.branch_velocities  # a CUDA graph knows the policy's own weights only
         if labelled is null:
-            return self._branch_velocities(labelled, state, x_t, t, branches)
+            return run(labelled, state, x_t, t, branches)
         return tuple(
-            self._branch_velocities(null if label == NULL else labelled, state, x_t, t, (label,))[0]
+            run(null if label == NULL else labelled, state, x_t, t, (label,))[0]
             for label in branches
         )
 
@@ -316,6 +339,7 @@ class Pi0Policy(FlowPolicy):
             cameras=len(self.cameras),
             prompt_tokens=self.tokenizer.pad_to or self.tokenizer.max_tokens,
             average=self.average is not None,
+            reference=0 if self.reference is None else self.reference.size,
             two_prefixes=self.config.use_prefix_dropout,
         )
 
@@ -331,7 +355,8 @@ class Pi0Policy(FlowPolicy):
         Adapters (trainable "lora") are written merged into the weights: the folder is an ordinary
         checkpoint, and a policy made from it with trainable="lora" starts with new adapters on the
         merged weights. This policy is not changed. `save` stores the adapters themselves.
-        With `ema_decay` the averaged weights are written, because those act.
+        With `ema_decay` the averaged weights are written, because those act. What guidance's
+        reference has of its own (`cfg_reference`) is written to reference.safetensors.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -339,6 +364,7 @@ class Pi0Policy(FlowPolicy):
         self.set_training_mode(False)
         merged = merged_state_dict(self.model) if self.config.trainable == "lora" else None
         self.model.save_pretrained(folder, state_dict=merged)
+        write_reference(folder, self.model, self.reference)
         self.set_training_mode(training)
         self.norm_stats.save(folder / STATS_FILE)
         if isinstance(self.tokenizer, PaliGemmaTokenizer):

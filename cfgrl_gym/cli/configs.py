@@ -153,7 +153,7 @@ _NOT_FROM_PI0 = (
     Parameters(
         Pi0Policy,
         "policy",
-        skip=f"{_NOT_FROM_PI0} num_inference_steps guidance compile_denoising",
+        skip=f"{_NOT_FROM_PI0} num_inference_steps guidance cfg_reference compile_denoising",
     ),
     Parameters(TinySizes, "sizes of a new tiny model", skip="max_action_dim max_state_dim"),
 )
@@ -268,7 +268,9 @@ class TrainConfig(PolicyOptions):
 
 @taking(
     Parameters(LiberoEnv, "environments", only="suite task_id max_episode_steps"),
-    Parameters(Pi0Policy, "policy", only="delta_actions num_inference_steps guidance"),
+    Parameters(
+        Pi0Policy, "policy", only="delta_actions num_inference_steps guidance cfg_reference"
+    ),
 )
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig(PolicyOptions):

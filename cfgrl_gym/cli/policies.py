@@ -1,5 +1,6 @@
 """Finds and builds the policy that a command starts from."""
 
+import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -118,6 +119,14 @@ def load_policy(config: EvalConfig) -> Pi0Policy:
         )
     policy = _of_model(path, config) if is_zip else _of_training(path, config)
     policy.num_inference_steps, policy.guidance = config.num_inference_steps, config.guidance
+    trained_with = policy.cfg_reference
+    if config.cfg_reference == "null" != trained_with:
+        warnings.warn(
+            f"'{path}' was trained with cfg_reference='{trained_with}'; with 'null' it acts "
+            f"otherwise: add --cfg_reference {trained_with}",
+            stacklevel=2,
+        )
+    policy.cfg_reference = config.cfg_reference
     return policy
 
 

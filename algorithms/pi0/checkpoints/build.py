@@ -9,6 +9,7 @@ import torch
 
 from cfgrl_gym.algorithms.pi0.checkpoints.base import BaseCheckpoint, shortened
 from cfgrl_gym.algorithms.pi0.checkpoints.formats import Source, is_hub_name, read_source
+from cfgrl_gym.algorithms.pi0.checkpoints.reference import REFERENCE_FILE
 from cfgrl_gym.algorithms.pi0.checkpoints.shipped import SHIPPED, find_shipped
 from cfgrl_gym.algorithms.pi0.checkpoints.weights import load_model
 from cfgrl_gym.algorithms.pi0.condition import ConditionMode, Pi0CFGRLConfig, is_conditional
@@ -76,6 +77,7 @@ class Parts:
     norm_stats: NormStats
     config: Pi0PolicyConfig
     base: BaseCheckpoint | None  # the checkpoint, with preset "pi0"
+    reference: Path | None  # the checkpoint's file with the reference's weights, if it has one
 
 
 def build(
@@ -146,12 +148,14 @@ def build(
     prompts = PaliGemmaTokenizer(tokenizer, places) if preset == "pi0" else ByteTokenizer()
     if source is None:
         model = new_model(config, seed, getattr(torch, policy_config.vlm_dtype))
-        return Parts(model, prompts, stats, policy_config, base=None)
+        return Parts(model, prompts, stats, policy_config, base=None, reference=None)
     found = BaseCheckpoint(source.name, source.files)
     if base is not None:
         found.verify(base)
     model = load_model(source, config, policy_config.vlm_dtype)
-    return Parts(model, prompts, stats, policy_config, found if pretrained else None)
+    own = source.folder / REFERENCE_FILE
+    reference = own if base is None and own.is_file() else None  # beside a base the .zip has it
+    return Parts(model, prompts, stats, policy_config, found if pretrained else None, reference)
 
 
 def read_policy_file(folder: Path) -> dict[str, Any]:

@@ -30,7 +30,10 @@ from cfgrl_gym.wrappers.norm_stats import NormStats
 from cfgrl_gym.wrappers.transforms import POSE_DIM
 
 # Files fetched from a hub repository: no optimizer states, no second copies of the weights.
-HUB_FILES = ("*.json", "model*.safetensors", "policy_*.safetensors", "tokenizer.model", "assets/*")
+HUB_FILES = (
+    *("*.json", "model*.safetensors", "policy_*.safetensors", "reference.safetensors"),
+    *("tokenizer.model", "assets/*"),
+)
 OPENPI_HORIZON = 50  # openpi, models/pi0_config.py: action_horizon
 
 # "type" (LeRobot) or "model_type" (transformers) in config.json

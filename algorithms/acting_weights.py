@@ -1,0 +1,86 @@
+"""Decides which weights a policy has: the optimizer's, their average, or the reference's."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from cfgrl_gym.algorithms.guidance import CfgReference, check_choice
+from cfgrl_gym.algorithms.reference_weights import ReferenceWeights
+from cfgrl_gym.algorithms.saving.policy_state import PolicyState
+from cfgrl_gym.algorithms.weight_average import WeightAverage
+
+
+class ActingWeights(PolicyState):
+    """Serves as the part of `FlowPolicy` that keeps the weights it acts with.
+
+    :ivar average: the weights' moving average, if `ema_decay` is set
+    :ivar reference: what guidance starts from, unless `cfg_reference` is "null"
+    """
+
+    # Whether training leaves the prefix unchanged, so that one computed earlier may be used again.
+    frozen_prefix = False
+    ema_decay: float | None
+    _cfg_reference: CfgReference
+    average: WeightAverage | None
+    reference: ReferenceWeights | None
+
+    def copy_weights(self) -> None:
+        """Make the average and the reference of the weights that train now, where there are any.
+
+        A subclass calls this at the end of its constructor.
+        """
+        if self.ema_decay is not None:
+            self.average = WeightAverage(self, self.ema_decay)
+        self.cfg_reference = self._cfg_reference
+
+    @property
+    def cfg_reference(self) -> CfgReference:
+        """Return whose ∅ branch guidance starts from; setting "null" forgets the reference."""
+        return self._cfg_reference
+
+    @cfg_reference.setter
+    def cfg_reference(self, value: CfgReference) -> None:
+        check_choice("cfg_reference", value, CfgReference)
+        self._cfg_reference = value
+        if value == "null":
+            self.reference = None
+        elif self.reference is None:
+            self.reference = ReferenceWeights(self)
+
+    def before_update(self) -> None:
+        """Take the reference, if it is the policy as it acts now; to be called before each update,
+        which may be any number of optimizer steps."""
+        reference = self.reference
+        if reference is not None and (self.cfg_reference == "previous" or not reference.held):
+            with self.acting():
+                reference.take()
+
+    def after_optimizer_step(self) -> None:
+        """Update the average; to be called after each optimizer step, in training mode."""
+        if self.average is not None:
+            self.average.update()
+
+    def set_training_mode(self, mode: bool) -> None:
+        """Switch between training and acting, which affects layers such as dropout, and whether the
+        policy has the optimizer's weights or their average."""
+        super().set_training_mode(mode)
+        if self.average is not None:
+            self.average.set_in_use(not mode)
+
+    @contextmanager
+    def acting(self) -> Iterator[None]:
+        """Switch to the mode for acting inside the block; see `set_training_mode`."""
+        training = self.training
+        if training:
+            self.set_training_mode(False)
+        try:
+            yield
+        finally:
+            if training:
+                self.set_training_mode(True)
+
+    def reference_shares_prefix(self) -> bool:
+        """Return whether guidance's reference has the prefix that the policy itself has."""
+        reference = self.reference
+        if reference is None or not reference.held:
+            return True
+        return self.frozen_prefix and not reference.holds_frozen
