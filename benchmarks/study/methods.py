@@ -37,6 +37,9 @@ METHODS = {
     "marginal": Method(options=MARGINAL),
     "speed": Method(options=SPEED),
     "marginal, speed": Method(options=MARGINAL | SPEED | {"optimal_share": 0.4}),
+    "reference": Method(options={"cfg_reference": "start"}),
+    # Fewer whole episodes, so that the control steps are about as many.
+    "midway": Method(options={"groups_per_iteration": 5, "midway_groups": 4}),
     "filtered BC": control(FilteredBC),
     "AWR": control(AdvantageWeighted),
 }
