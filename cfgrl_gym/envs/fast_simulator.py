@@ -132,6 +132,7 @@ class FastSimulator(Simulator):
         # The poses in the measured state, computed on request.
         self._measured: Any = mujoco.MjData(self.model)
         self._measured_is_current = False
+        self._measured_colours: dict[str, np.ndarray] = {}
         check_upstream(control)
         self._loop: Any = ControlLoop(env)
         self._check_control_loop()
@@ -152,6 +153,7 @@ class FastSimulator(Simulator):
             self._set_state(init_state)
         self._loop.start_episode(forced_measurements=1 if init_state is None else 2)
         self._measured_is_current = False
+        self._measured_colours = self._colours()
         self._forget()
 
     def _prepare_reset(self, number: int) -> None:
@@ -173,6 +175,7 @@ class FastSimulator(Simulator):
         if self._loop.advance(action):
             self._measured_is_current = False
         env.cur_time += env.control_timestep
+        self._measured_colours = self._colours()  # LIBERO draws first and then turns a flame on
         env._post_action(action)
         return bool(env._check_success())
 
@@ -219,7 +222,8 @@ class FastSimulator(Simulator):
         return observation
 
     def images(self) -> dict[str, np.ndarray]:
-        pictures = self._render(self._measured_poses(), self.cameras, self.image_size)
+        poses, colours = self._measured_poses(), self._measured_colours
+        pictures = self._render(poses, self.cameras, self.image_size, colours)
         return {
             image_key(camera): picture
             for camera, picture in zip(self.cameras, pictures, strict=True)
@@ -228,8 +232,17 @@ class FastSimulator(Simulator):
     def frame(self) -> np.ndarray:
         return self._render(self.data, CAMERAS[:1], FRAME_SIZE)[0][::-1].copy()
 
-    def _render(self, data: Any, cameras: tuple[str, ...], size: int) -> list[np.ndarray]:
-        colours = {name: getattr(self.robosuite_env.sim.model, name) for name in COLOURS}
+    def _colours(self) -> dict[str, np.ndarray]:
+        return {name: getattr(self.robosuite_env.sim.model, name).copy() for name in COLOURS}
+
+    def _render(
+        self,
+        data: Any,
+        cameras: tuple[str, ...],
+        size: int,
+        colours: dict[str, np.ndarray] | None = None,
+    ) -> list[np.ndarray]:
+        colours = colours or self._colours()
         return rendering.render(self._compiled, data, colours, cameras, size, self.quality)
 
     def close(self) -> None:

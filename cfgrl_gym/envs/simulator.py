@@ -148,7 +148,10 @@ class Simulator(ABC):
         return int(mujoco.mj_stateSize(self.model, mujoco.mjtState.mjSTATE_INTEGRATION))
 
     def snapshot(self) -> SimulatorSnapshot:
-        """Return all that `restore` needs to come back to this moment."""
+        """Return all that `restore` needs to come back to this moment.
+
+        :raises RuntimeError: the controller may have a memory that a snapshot doesn't hold
+        """
         step = self._last_step
         return SimulatorSnapshot(
             state=self._integration_state(np.empty(self._before.size)),
@@ -162,7 +165,7 @@ class Simulator(ABC):
 
         :param seed: of that reset
         :param init_state: of that reset
-        :raises RuntimeError: the simulator can't come back exactly; the message says why
+        :raises RuntimeError: the sampler found no placement
         """
         self.reset(seed, init_state)
         step = snapshot.last_step
@@ -189,8 +192,7 @@ class Simulator(ABC):
         gripper, clock, sampled = self._gripper_and_clock()
         self._last_step = {
             "action": action.copy(),
-            # The controller replaces its goal, and never writes to it.
-            "goal_ori": controller.goal_ori if controller.new_update else None,
+            "goal_ori": np.array(controller.goal_ori) if controller.new_update else None,
             "gripper": gripper,
             "clock": clock,
             "sampled": sampled,
