@@ -19,10 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from jobs import Job, evaluation, run_jobs
-from methods import METHODS, SETTINGS
-from results import describe, result_json, results_of, write_result
+from methods import CONTROLS, METHODS, SETTINGS
+from results import result_json, results_of, write_result
 from settings import GROUPS, new_parser, training_options
+from tables import against, method_table
 
+from cfgrl_gym.cli.reporting.rates import Rate
 from cfgrl_gym.cli.reporting.runs import read_training
 
 TUNED_ON = ("libero_object", 8)
@@ -92,6 +94,18 @@ def row(cell: Cell, job: Job) -> dict[str, Any]:
     return cell.key | {"options": options, "iterations": iterations, "final": final}
 
 
+def write(file: Path, rows: list[dict[str, Any]]) -> None:
+    """Write the rows, and what they say: each method's table, and paired with the best control."""
+    table = method_table(rows)
+    best = max(
+        (line for line in table if line["method"] in CONTROLS),
+        key=lambda line: line["final"]["0"][0] / line["final"]["0"][1],
+        default=None,
+    )
+    pairs = [] if best is None or "tuning" in file.name else against(rows, (best["method"], 0.0))
+    write_result(file, methods=table, against_best_control=pairs, trainings=rows)
+
+
 def read_rows(file: Path) -> list[dict[str, Any]]:
     """Read the rows of trainings that are done; none if there is no such file."""
     return json.loads(file.read_text(encoding="utf-8"))["trainings"] if file.exists() else []
@@ -136,16 +150,15 @@ def main() -> None:
 
     def keep(job: Job) -> None:
         rows.append(row(jobs[job], job))
-        write_result(file, trainings=rows)
+        write(file, rows)
 
     for job in jobs:
         if job.done:  # by a call that was stopped before it could keep the row
             keep(job)
     run_jobs(list(jobs), args.jobs, keep)
-    for r in rows:
-        at_w = "  ".join(f"w = {e['cfg_scale']:g}: {describe(e)}" for e in r["final"])
-        where = f"{r['suite']} {r['task']} seed {r['seed']}"
-        print(f"{r['method']:>14} {r['setting']:>22} {where}: {at_w}")
+    for line in method_table(rows):
+        at_w = "  ".join(f"w = {w}: {Rate(*counts)}" for w, counts in line["final"].items())
+        print(f"{line['method']:>16} {line['setting']:>22} ({line['trainings']}): {at_w}")
 
 
 if __name__ == "__main__":

@@ -43,6 +43,7 @@ METHODS = {
     "filtered BC": control(FilteredBC),
     "AWR": control(AdvantageWeighted),
 }
+CONTROLS = [name for name, method in METHODS.items() if method.algorithm is not CFGRL]
 # What is tried of every method, one at a time, before the comparison and on another task.
 SETTINGS: dict[str, dict[str, Any]] = {
     "as it is": {},
