@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from cfgrl_envs import BanditEnv, QueueEnv, reward_probability, vec
+from bandit import BanditEnv, reward_probability
+from cfgrl_envs import QueueEnv, vec
 from controls import DiffusionNFT
 from nft_loss import nft_loss, optimality_probabilities
 from scipy.special import comb

@@ -65,7 +65,7 @@ class AdvantageWeighted(CFGRL):
             return None
         returns = [[e.total_reward for e in group] for group in groups]
         advantages = of_each_window(groups, rloo_advantages(returns))
-        weights = np.minimum(np.exp(advantages / self.BETA), self.MAX_WEIGHT)
+        weights = np.exp(np.minimum(advantages / self.BETA, np.log(self.MAX_WEIGHT)))
         rng = self.randomness.rng(RESAMPLE, self.iteration)
         drawn = rng.choice(len(windows), len(windows) * self.n_epochs, p=weights / weights.sum())
         chosen = windows[torch.from_numpy(drawn)]
