@@ -7,11 +7,12 @@ from bandit import BanditEnv, reward_probability
 from cfgrl_envs import QueueEnv, vec
 from controls import DiffusionNFT
 from nft_loss import nft_loss, optimality_probabilities
+from pi0_support import SIZES, PromptEnv
 from scipy.special import comb
 from stable_baselines3.common.vec_env import DummyVecEnv
 from torch import nn
 
-from cfgrl_gym.algorithms import CFGRL
+from cfgrl_gym.algorithms import CFGRL, Pi0Policy
 from cfgrl_gym.algorithms.flow import NULL
 from cfgrl_gym.algorithms.mlp_policy import MlpPolicy
 
@@ -189,6 +190,35 @@ def test_v_old_is_the_policy_that_collected_during_the_whole_update(ema_decay, m
         if v is not given[0][0]:
             assert (v - v_old).abs().max() > 1e-3
     assert not hasattr(model, "_old")
+
+
+@pytest.mark.parametrize("trainable", ["expert", "all"])
+@pytest.mark.parametrize("learning_rate", [0.0, 0.01])
+def test_pi0_s_v_old_is_its_velocity_before_the_update(trainable, learning_rate, monkeypatch):
+    distances = []
+
+    def spy(v, v_old, *arguments):
+        distances.append((v - v_old).abs().max().item())
+        return nft_loss(v, v_old, *arguments)
+
+    monkeypatch.setattr("controls.nft_loss", spy)
+    model = DiffusionNFT(
+        Pi0Policy,
+        vec(PromptEnv, 4),
+        learning_rate=learning_rate,
+        rloo_batch_size=4,
+        groups_per_iteration=2,
+        enable_dynamic_sampling=False,
+        cfg_scale=0.0,
+        n_epochs=2,
+        policy_kwargs={"sizes": SIZES, "trainable": trainable},
+        seed=0,
+        device="cpu",
+    )
+    model.learn(1)
+    assert len(distances) == 2
+    assert distances[0] < 1e-5
+    assert (distances[1] > 1e-3) == (learning_rate > 0)
 
 
 def test_it_makes_as_many_optimizer_steps_as_cfgrl():
