@@ -337,12 +337,17 @@ class CFGRL(IterationLoop):
             collector.close()
         return True
 
+    def window_losses(self, batch: WindowBatch, t: Tensor, noise: Tensor) -> Tensor:
+        """Return the mean square of v(x_t, t, o) - (noise - actions) of each window, (n,)."""
+        prefix = self._prefixes.recall(batch.observations, batch.prefix_keys)
+        return self.policy.flow_matching_loss(*batch.samples, t, noise, prefix)
+
     def train(self) -> None:
         """Update the policy by flow matching on the labelled windows, with condition dropout."""
         if self.windows is None:
             raise RuntimeError("there are no windows to learn from; call learn, which collects")
         began = perf_counter()
-        policy, windows, prefixes = self.policy, self.windows, self._prefixes
+        policy, windows = self.policy, self.windows
         policy.before_update()
         policy.set_training_mode(True)
         self._update_learning_rate(policy.optimizer)
@@ -351,11 +356,6 @@ class CFGRL(IterationLoop):
         size = self.batch_size * self.gradient_accumulation_steps
         metrics = UpdateMetrics(self.skipped_in_a_row)
 
-        def loss(batch: WindowBatch, t: Tensor, noise: Tensor) -> Tensor:
-            """Return the mean square of v(x_t, t, o) - (noise - actions) of each window, (n,)."""
-            prefix = prefixes.recall(batch.observations, batch.prefix_keys)
-            return policy.flow_matching_loss(*batch.samples, t, noise, prefix)
-
         for _ in range(self.n_epochs):
             epoch = draw_epoch(windows.labels, self.positive_share, self.null_rate, generator)
             for indices, drawn in zip(*(part.split(size) for part in epoch), strict=True):
@@ -363,7 +363,9 @@ class CFGRL(IterationLoop):
                 labels = drop_condition(drawn, dropout, generator)
                 t, noise = policy.draw_flow(len(batch), generator)
                 dropped = replace(batch, labels=labels)
-                losses = self._micro_batches.backward(policy.optimizer, loss, dropped, t, noise)
+                losses = self._micro_batches.backward(
+                    policy.optimizer, self.window_losses, dropped, t, noise
+                )
                 norm = clip_grad_norm_(policy.parameters(), self.max_grad_norm)
                 if metrics.is_sound(losses, norm):
                     policy.optimizer.step()
@@ -374,7 +376,7 @@ class CFGRL(IterationLoop):
         self.skipped_in_a_row = metrics.skipped_in_a_row
         probe = windows[epoch[0][: self._micro_batches.size]]
         t, noise = policy.draw_flow(len(probe), generator)
-        prefix = prefixes.recall(probe.observations, probe.prefix_keys)
+        prefix = self._prefixes.recall(probe.observations, probe.prefix_keys)
         gap = policy.guidance_gap(probe.observations, probe.model_actions, t, noise, prefix)
         self._record(metrics.summary() | {"train/guidance_gap": gap.mean().item()})
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")

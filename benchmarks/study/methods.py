@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from controls import AdvantageWeighted, FilteredBC
+from controls import AdvantageWeighted, DiffusionNFT, FilteredBC
 
 from cfgrl_gym.algorithms import CFGRL
 
@@ -42,6 +42,7 @@ METHODS = {
     "midway": Method(options={"groups_per_iteration": 5, "midway_groups": 4}),
     "filtered BC": control(FilteredBC),
     "AWR": control(AdvantageWeighted),
+    "DiffusionNFT": control(DiffusionNFT),
 }
 CONTROLS = [name for name, method in METHODS.items() if method.algorithm is not CFGRL]
 # What is tried of every method, one at a time, before the comparison and on another task.
