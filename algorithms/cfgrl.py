@@ -48,7 +48,6 @@ from cfgrl_gym.algorithms.metrics import EpisodeStatistics, UpdateMetrics, rollo
 from cfgrl_gym.algorithms.midway import midway_plan
 from cfgrl_gym.algorithms.mlp_policy import MlpPolicy
 from cfgrl_gym.algorithms.policies import FlowPolicy
-from cfgrl_gym.algorithms.vec_envs.left_alone import left_alone
 from cfgrl_gym.algorithms.vec_envs.supported import init_states
 from cfgrl_gym.algorithms.windows import Replay, WindowBatch, join_windows, label_windows
 
@@ -286,7 +285,7 @@ class CFGRL(IterationLoop):
         self._prefixes.keep_only(())
         callback.on_rollout_start()
         collector = self._collector(env, self.plan(env), snapshots=self.midway_groups > 0)
-        if not self._run(collector, env, callback):
+        if not self.run_plan(collector, env, callback):
             return False
         check_starts(collector.kept)
         parts = [self.label(collector.kept)]
@@ -295,7 +294,7 @@ class CFGRL(IterationLoop):
             rng = self.randomness.rng(MIDWAY, self.iteration)
             plan = midway_plan(rng, collector.plan, collector.kept, self.midway_groups)
             midway = self._collector(env, plan)
-            if plan.groups and not self._run(midway, env, callback):
+            if plan.groups and not self.run_plan(midway, env, callback):
                 return False
             parts.append(self.label(midway.kept, reach=self.policy.chunk_size))
             self.statistics.add(midway.decided)
@@ -318,24 +317,6 @@ class CFGRL(IterationLoop):
         return Collector(
             env, self.policy, plan, noise, self.cfg_scale, self._prefixes, snapshots=snapshots
         )
-
-    def _run(self, collector: Collector, env: VecEnv, callback: BaseCallback) -> bool:
-        """Run a collector's plan; returns False if the callback asked to stop."""
-        begun_at = self.num_timesteps
-        try:
-            collector.reset()
-            while not collector.selection.complete:
-                new_obs, rewards, dones, infos = collector.step()
-                actions = collector.actions
-                # The number falls for a moment when an episode is lost and has to be run again.
-                self.num_timesteps = max(self.num_timesteps, begun_at + collector.num_chunks)
-                callback.update_locals(locals())
-                with left_alone(env):
-                    if not callback.on_step():
-                        return False
-        finally:
-            collector.close()
-        return True
 
     def window_losses(self, batch: WindowBatch, t: Tensor, noise: Tensor) -> Tensor:
         """Return the mean square of v(x_t, t, o) - (noise - actions) of each window, (n,)."""
