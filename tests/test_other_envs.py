@@ -8,7 +8,8 @@ import numpy as np
 import other_envs
 import pytest
 import torch
-from other_envs import METHODS, Method, options_of, summary
+from methods import METHODS, Method
+from other_envs import ELSEWHERE, options_of, summary
 from small_tasks import TASKS, UprightAtTheEnd, demonstrations, make_envs, make_pendulum
 
 from cfgrl_gym.algorithms.evaluation import wilson_interval
@@ -33,9 +34,9 @@ def test_a_stopped_study_goes_on_and_every_method_has_the_same_budget(
     monkeypatch.setattr(other_envs, "run", spy)
     run_script(tmp_path, "--small", "--methods", "DiffusionNFT")
     rows = run_script(tmp_path, "--small")
-    assert sorted(ran) == sorted((name, 0) for name in METHODS)  # each once
+    assert sorted(ran) == sorted((name, 0) for name in ELSEWHERE)  # each once
     assert {row["method"]: row["options"] for row in rows} == {
-        name: options_of("bandit", method) for name, method in METHODS.items()
+        name: options_of("bandit", method) for name, method in ELSEWHERE.items()
     }
     budgets = {json.dumps([row["iterations"][-1][key] for key in COUNTS]) for row in rows}
     assert budgets == {json.dumps([512, 96])}  # 64 groups of 8; 12 epochs of 512 / 64 steps
@@ -43,7 +44,7 @@ def test_a_stopped_study_goes_on_and_every_method_has_the_same_budget(
     # The first episodes are those of the start, whoever collects them.
     assert len({row["iterations"][0]["mean_return"] for row in rows}) == 1
     scales = {row["method"]: [result["cfg_scale"] for result in row["after"]] for row in rows}
-    assert scales == {name: list(method[2]) for name, method in METHODS.items()}
+    assert scales == {name: list(method.scales) for name, method in ELSEWHERE.items()}
 
 
 COUNTS = ("episodes", "optimizer_steps")
@@ -52,9 +53,8 @@ COUNTS = ("episodes", "optimizer_steps")
 def test_a_training_whose_options_have_changed_is_run_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    algorithm, options, scales = METHODS["CFGRL"]
     run_script(tmp_path, "--small", "--methods", "CFGRL")
-    monkeypatch.setitem(METHODS, "CFGRL", (algorithm, {**options, "n_epochs": 1}, scales))
+    monkeypatch.setitem(METHODS, "CFGRL", Method(options={"n_epochs": 1}))
     rows = run_script(tmp_path, "--small", "--methods", "CFGRL")
     assert [row["iterations"][0]["optimizer_steps"] for row in rows] == [96, 8]
 

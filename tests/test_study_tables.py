@@ -47,9 +47,9 @@ def test_a_level_is_reached_by_two_iterations_in_a_row() -> None:
 def test_pairs_are_of_the_same_training_and_state() -> None:
     mine = [row("CFGRL", 0, {1.0: [0, 1, 2, 3]}), row("CFGRL", 1, {1.0: [0, 1]})]
     other = [
-        row("AWR", 0, {0.0: [0, 9]}),
-        row("AWR", 1, {0.0: [1, 2, 3]}),
-        row("AWR", 7, {0.0: list(range(10))}),  # has no partner
+        row("AdvantageWeighted", 0, {0.0: [0, 9]}),
+        row("AdvantageWeighted", 1, {0.0: [1, 2, 3]}),
+        row("AdvantageWeighted", 7, {0.0: list(range(10))}),  # has no partner
     ]
     difference = paired(mine, 1.0, other, 0.0)
     assert (difference.better, difference.worse, difference.trainings) == (3 + 1, 1 + 2, 2)
@@ -75,18 +75,18 @@ def test_holm_corrects_each_p_value_for_those_that_are_not_smaller() -> None:
 def test_methods_are_pooled_and_compared_with_the_best_control(tmp_path: Path) -> None:
     rows = [
         row("CFGRL", 0, {0.0: [0], 1.0: [0, 1, 2]}, (0.8, 0.8)),
-        row("AWR", 0, {0.0: [0, 1]}, (0.6, 0.7)),
-        row("filtered BC", 0, {0.0: [5]}),
+        row("AdvantageWeighted", 0, {0.0: [0, 1]}, (0.6, 0.7)),
+        row("FilteredBC", 0, {0.0: [5]}),
     ]
     table = {line["method"]: line for line in method_table(rows)}
     assert table["CFGRL"]["final"] == {"0": [1, 10], "1": [3, 10]}
     assert table["CFGRL"]["effort"]["episodes_to_80%"] == {"reached": 1, "median": 64.0}
-    assert table["AWR"]["effort"]["episodes_to_80%"] == {"reached": 0, "median": None}
-    pairs = against(rows, ("AWR", 0.0))
+    assert table["AdvantageWeighted"]["effort"]["episodes_to_80%"] == {"reached": 0, "median": None}
+    pairs = against(rows, ("AdvantageWeighted", 0.0))
     assert [(p["method"], p["cfg_scale"]) for p in pairs] == [
         ("CFGRL", 0.0),
         ("CFGRL", 1.0),
-        ("filtered BC", 0.0),
+        ("FilteredBC", 0.0),
     ]
     assert (pairs[1]["better"], pairs[1]["worse"]) == (1, 0)
     assert all(p["p_value_corrected"] >= p["p_value"] for p in pairs)

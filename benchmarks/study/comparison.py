@@ -65,15 +65,15 @@ class Cell:
         method = METHODS[self.method]
         name = f"{self.method}-{self.setting}-{self.suite}{self.task}-seed{self.seed}"
         run = folder / name.replace(" ", "_")
+        changed = method.options | method.policy_options | SETTINGS[self.setting]
         options = training_options(
             self.task,
             self.seed,
             iterations,
             groups,
-            cfg_scale=method.collects_at,
             suite=self.suite,
             max_episode_steps=STEPS[self.suite],
-            **method.options | SETTINGS[self.setting],
+            **{"cfg_scale": 1.0} | changed,
         )
         training = Job(run, options, method.algorithm)
         return evaluation(

@@ -20,13 +20,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from controls import AdvantageWeighted, DiffusionNFT, FilteredBC
+from methods import METHODS, Method
 from results import write_result
 from settings import new_parser
 from small_tasks import NET_ARCH, TASKS, make_envs, starting_policy
 from tqdm import tqdm
 
-from cfgrl_gym.algorithms import CFGRL, MlpPolicy
+from cfgrl_gym.algorithms import MlpPolicy
 from cfgrl_gym.algorithms.evaluation import Evaluation, evaluate, wilson_interval
 from cfgrl_gym.algorithms.groups import Start
 from cfgrl_gym.algorithms.policies import FlowPolicy
@@ -37,16 +37,8 @@ SMALL_SHARE = 5  # a small study evaluates on as many starts divided by this
 EVALUATION_SEED = 1000
 TRAINING, HELD_OUT = 0, 1000  # numbers of the first environment
 
-# The controls act as v_∅ alone, and have no conditions to draw more or less often.
-UNCONDITIONAL = {"cfg_scale": 0.0, "positive_share": None}
-# Name: class, options beside those that all have, and cfg_scale of the evaluations.
-Method = tuple[type[CFGRL], dict[str, Any], tuple[float, ...]]
-METHODS: dict[str, Method] = {
-    "CFGRL": (CFGRL, {}, (0.0, 1.0, 2.0, 3.0)),
-    "FilteredBC": (FilteredBC, UNCONDITIONAL, (0.0,)),
-    "AdvantageWeighted": (AdvantageWeighted, UNCONDITIONAL, (0.0,)),
-    "DiffusionNFT": (DiffusionNFT, UNCONDITIONAL, (0.0,)),
-}
+# Methods that differ from CFGRL on LIBERO only: `midway` needs snapshots.
+ELSEWHERE = {name: method for name, method in METHODS.items() if name != "midway"}
 
 
 def options_of(task: str, method: Method) -> dict[str, Any]:
@@ -55,8 +47,8 @@ def options_of(task: str, method: Method) -> dict[str, Any]:
         "rloo_batch_size": GROUP_SIZE,
         "groups_per_iteration": TASKS[task].groups,
         "enable_dynamic_sampling": False,
-        "policy_kwargs": {"net_arch": list(NET_ARCH)},
-        **method[1],
+        "policy_kwargs": {"net_arch": list(NET_ARCH), **method.policy_options},
+        **method.options,
     }
 
 
@@ -98,7 +90,7 @@ def run(cell: Mapping[str, Any], method: Method) -> dict[str, Any]:
     name, seed, count = cell["task"], cell["seed"], cell["evaluations"]
     weights, before = start_of(name, seed, count)
     began = perf_counter()
-    model = method[0](
+    model = method.algorithm(
         "MlpPolicy",
         make_envs(name, TRAINING + 100 * seed),
         stats_window_size=GROUP_SIZE * TASKS[name].groups,  # the episodes of one iteration
@@ -160,7 +152,7 @@ def parse() -> argparse.Namespace:
     folder = "for the JSON (default: benchmarks/results; --small: the folder small in it)"
     add("--results", type=Path, help=folder)
     add("--tasks", nargs="*", default=list(TASKS), choices=list(TASKS), help="only these")
-    add("--methods", nargs="*", default=list(METHODS), choices=list(METHODS), help="only these")
+    add("--methods", nargs="*", default=list(ELSEWHERE), choices=list(ELSEWHERE), help="only these")
     add("--seeds", type=int, default=3, help="trainings of each method (default: %(default)s)")
     add("--iterations", type=int, default=4, help="of each training (default: %(default)s)")
     add("--small", action="store_true", help="one seed and one iteration: under five minutes")
@@ -183,7 +175,7 @@ def main() -> None:
             "seed": seed,
             "n_iterations": study.iterations,
             "options": options_of(task, METHODS[method]),
-            "scales": list(METHODS[method][2]),
+            "scales": list(METHODS[method].scales),
             "evaluations": TASKS[task].evaluations // (SMALL_SHARE if study.small else 1),
         }
         for seed in range(study.seeds)
