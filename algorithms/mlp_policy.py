@@ -18,6 +18,10 @@ from cfgrl_gym.envs.arguments import is_int
 # Periods of the time features, log-spaced as openpi's posemb_sincos has them.
 MIN_PERIOD, MAX_PERIOD, NUM_PERIODS = 4e-3, 4.0, 16
 CONDITION_STD = 0.02  # of the initial condition embedding: small, but not zero
+# Batches are filled up to a multiple of so many rows. In fewer, how a row is rounded can depend on
+# its place (seen with AVX-512: in products with one to three columns, and in the last numbers of
+# SiLU), and then what an episode does on the environment that runs it.
+ROWS = 32
 
 
 class MlpPolicy(FlowPolicy):
@@ -105,12 +109,15 @@ class MlpPolicy(FlowPolicy):
         """Compute the conditional velocity, (batch, horizon, action_width)."""
         angles = 2 * math.pi * t[:, None] / self.periods  # (batch, NUM_PERIODS)
         features = torch.cat([inputs["obs"], x_t.flatten(1), angles.sin(), angles.cos()], -1)
+        batch = len(features)
+        features = nn.functional.pad(features, (0, 0, 0, -batch % ROWS))
+        labels = nn.functional.pad(labels, (0, -batch % ROWS))
         condition = self.condition[labels.clamp(min=0)]  # (batch, hidden)
         condition = torch.where((labels == NULL)[:, None], 0.0, condition)
         hidden = nn.functional.silu(self.hidden[0](features) + condition)
         for layer in self.hidden[1:]:
             hidden = nn.functional.silu(layer(hidden))
-        return self.output(hidden).unflatten(-1, (self.horizon, self.action_width))
+        return self.output(hidden)[:batch].unflatten(-1, (self.horizon, self.action_width))
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         return {**super()._get_constructor_parameters(), "net_arch": self.net_arch}

@@ -96,3 +96,19 @@ def test_cfg_scale_is_saved_with_the_weights_unless_the_environment_sets_it(tmp_
 def test_images_and_dictionaries_are_refused(space):
     with pytest.raises(ValueError, match="MlpPolicy takes a Box"):
         MlpPolicy(space, CHUNK, lambda _: 1e-3)
+
+
+def test_an_episode_acts_alike_in_whatever_row_of_the_batch_it_stands():
+    """With layers whose rounding depends on a row's place on some processors."""
+    rng = np.random.default_rng(0)
+    for width, horizon in ((13, 3), (32, 1), (32, 3)):
+        space = spaces.Box(-1, 1, (horizon, 1), np.float32)
+        policy = MlpPolicy(OBS, space, lambda _: 1e-3, net_arch=[width])
+        for rows in (1, 2, 4, 6):
+            for _ in range(20):
+                obs = rng.normal(size=(rows, 3)).astype(np.float32)
+                noise = torch.from_numpy(rng.normal(size=(rows, horizon, 1)).astype(np.float32))
+                order = rng.permutation(rows)
+                acted = policy.act(obs, noise=noise).model_actions
+                again = policy.act(obs[order], noise=noise[order]).model_actions
+                assert torch.equal(acted[order], again), (width, horizon, rows)
