@@ -95,7 +95,9 @@ class CFGRL(IterationLoop):
     :param label_source: "episode_rloo": the episode's advantage; "window_rloo": leave-one-out
         reward-to-go; "window_return": reward inside the window against the group's mean; "value":
         by how much the window raised the expected return, as a value head on frozen features
-        estimates it (RECAP; its authors label 30 to 40% optimal: `optimal_share`)
+        estimates it (RECAP, which labels 30 to 40% optimal: `optimal_share`). The log has its error
+        beside that of a constant; groups of equal returns then teach as well, if dynamic sampling
+        is off
     :param label_threshold: a window whose advantage reaches this is optimal
     :param optimal_share: at most this share of a task's windows is optimal, those of the highest
         advantages (and those equal to the last of them). None: all that reach `label_threshold`
