@@ -52,7 +52,6 @@ from cfgrl_gym.algorithms.midway import midway_plan
 from cfgrl_gym.algorithms.mlp_policy import MlpPolicy
 from cfgrl_gym.algorithms.policies import FlowPolicy
 from cfgrl_gym.algorithms.value import ValueSource
-from cfgrl_gym.algorithms.vec_envs.left_alone import left_alone
 from cfgrl_gym.algorithms.vec_envs.supported import init_states
 from cfgrl_gym.algorithms.windows import Replay, WindowBatch, join_windows, label_windows
 
@@ -304,7 +303,7 @@ class CFGRL(IterationLoop):
         self._prefixes.keep_only(())
         callback.on_rollout_start()
         collector = self._collector(env, self.plan(env), snapshots=self.midway_groups > 0)
-        if not self._run(collector, env, callback):
+        if not self.run_plan(collector, env, callback):
             return False
         check_starts(collector.kept)
         parts = [self.label(collector.kept)]
@@ -313,7 +312,7 @@ class CFGRL(IterationLoop):
             rng = self.randomness.rng(MIDWAY, self.iteration)
             plan = midway_plan(rng, collector.plan, collector.kept, self.midway_groups)
             midway = self._collector(env, plan)
-            if plan.groups and not self._run(midway, env, callback):
+            if plan.groups and not self.run_plan(midway, env, callback):
                 return False
             parts.append(self.label(midway.kept, self.policy.chunk_size, parts))
             self.statistics.add(midway.decided)
@@ -337,30 +336,17 @@ class CFGRL(IterationLoop):
             env, self.policy, plan, noise, self.cfg_scale, self._prefixes, snapshots=snapshots
         )
 
-    def _run(self, collector: Collector, env: VecEnv, callback: BaseCallback) -> bool:
-        """Run a collector's plan; returns False if the callback asked to stop."""
-        begun_at = self.num_timesteps
-        try:
-            collector.reset()
-            while not collector.selection.complete:
-                new_obs, rewards, dones, infos = collector.step()
-                actions = collector.actions
-                # The number falls for a moment when an episode is lost and has to be run again.
-                self.num_timesteps = max(self.num_timesteps, begun_at + collector.num_chunks)
-                callback.update_locals(locals())
-                with left_alone(env):
-                    if not callback.on_step():
-                        return False
-        finally:
-            collector.close()
-        return True
+    def window_losses(self, batch: WindowBatch, t: Tensor, noise: Tensor) -> Tensor:
+        """Return the mean square of v(x_t, t, o) - (noise - actions) of each window, (n,)."""
+        prefix = self._prefixes.recall(batch.observations, batch.prefix_keys)
+        return self.policy.flow_matching_loss(*batch.samples, t, noise, prefix)
 
     def train(self) -> None:
         """Update the policy by flow matching on the labelled windows, with condition dropout."""
         if self.windows is None:
             raise RuntimeError("there are no windows to learn from; call learn, which collects")
         began = perf_counter()
-        policy, windows, prefixes = self.policy, self.windows, self._prefixes
+        policy, windows = self.policy, self.windows
         policy.before_update()
         policy.set_training_mode(True)
         self._update_learning_rate(policy.optimizer)
@@ -369,11 +355,6 @@ class CFGRL(IterationLoop):
         size = self.batch_size * self.gradient_accumulation_steps
         metrics = UpdateMetrics(self.skipped_in_a_row)
 
-        def loss(batch: WindowBatch, t: Tensor, noise: Tensor) -> Tensor:
-            """Return the mean square of v(x_t, t, o) - (noise - actions) of each window, (n,)."""
-            prefix = prefixes.recall(batch.observations, batch.prefix_keys)
-            return policy.flow_matching_loss(*batch.samples, t, noise, prefix)
-
         for _ in range(self.n_epochs):
             epoch = draw_epoch(windows.labels, self.positive_share, self.null_rate, generator)
             for indices, drawn in zip(*(part.split(size) for part in epoch), strict=True):
@@ -381,7 +362,9 @@ class CFGRL(IterationLoop):
                 labels = drop_condition(drawn, dropout, generator)
                 t, noise = policy.draw_flow(len(batch), generator)
                 dropped = replace(batch, labels=labels)
-                losses = self._micro_batches.backward(policy.optimizer, loss, dropped, t, noise)
+                losses = self._micro_batches.backward(
+                    policy.optimizer, self.window_losses, dropped, t, noise
+                )
                 norm = clip_grad_norm_(policy.parameters(), self.max_grad_norm)
                 if metrics.is_sound(losses, norm):
                     policy.optimizer.step()
@@ -392,7 +375,7 @@ class CFGRL(IterationLoop):
         self.skipped_in_a_row = metrics.skipped_in_a_row
         probe = windows[epoch[0][: self._micro_batches.size]]
         t, noise = policy.draw_flow(len(probe), generator)
-        prefix = prefixes.recall(probe.observations, probe.prefix_keys)
+        prefix = self._prefixes.recall(probe.observations, probe.prefix_keys)
         gap = policy.guidance_gap(probe.observations, probe.model_actions, t, noise, prefix)
         self._record(metrics.summary() | {"train/guidance_gap": gap.mean().item()})
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")

@@ -11,8 +11,10 @@ from stable_baselines3.common.type_aliases import MaybeCallback
 from stable_baselines3.common.utils import configure_logger
 from stable_baselines3.common.vec_env import VecEnv
 
+from cfgrl_gym.algorithms.collector import Collector
 from cfgrl_gym.algorithms.policies import FlowPolicy
 from cfgrl_gym.algorithms.saving.model_zip import PickleFreeSaving
+from cfgrl_gym.algorithms.vec_envs.left_alone import left_alone
 from cfgrl_gym.algorithms.vec_envs.supported import as_vec_env
 from cfgrl_gym.algorithms.windows import WindowBatch
 
@@ -91,6 +93,27 @@ class IterationLoop(PickleFreeSaving, OnPolicyAlgorithm):
             callback = CallbackList([callback, TimestepsBar()])
             callback.init_callback(self)
         return callback
+
+    def run_plan(self, collector: Collector, env: VecEnv, callback: BaseCallback) -> bool:
+        """Run a collector's plan, with the callback after every step of the environments.
+
+        :return: False if the callback asked to stop
+        """
+        begun_at = self.num_timesteps
+        try:
+            collector.reset()
+            while not collector.selection.complete:
+                new_obs, rewards, dones, infos = collector.step()
+                actions = collector.actions
+                # The number falls for a moment when an episode is lost and has to be run again.
+                self.num_timesteps = max(self.num_timesteps, begun_at + collector.num_chunks)
+                callback.update_locals(locals())
+                with left_alone(env):
+                    if not callback.on_step():
+                        return False
+        finally:
+            collector.close()
+        return True
 
     def collect_rollouts(self, env: VecEnv, callback: BaseCallback) -> bool:  # type: ignore[override]
         """Run episodes and store in `windows` what `train` learns from, or None.

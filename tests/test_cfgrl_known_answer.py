@@ -16,7 +16,7 @@ Beyond w = 1 guidance goes on in the same direction.
 import numpy as np
 import pytest
 import torch
-from cfgrl_envs import BanditEnv, reward_probability
+from bandit import BanditEnv, reward_probability
 from stable_baselines3.common.vec_env import DummyVecEnv
 from torch import nn
 

@@ -19,10 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from jobs import Job, evaluation, run_jobs
-from methods import METHODS, SETTINGS
-from results import describe, result_json, results_of, write_result
+from methods import CONTROLS, METHODS, SETTINGS
+from results import result_json, results_of, write_result
 from settings import GROUPS, new_parser, training_options
+from tables import against, method_table
 
+from cfgrl_gym.cli.reporting.rates import Rate
 from cfgrl_gym.cli.reporting.runs import read_training
 
 TUNED_ON = ("libero_object", 8)
@@ -63,15 +65,15 @@ class Cell:
         method = METHODS[self.method]
         name = f"{self.method}-{self.setting}-{self.suite}{self.task}-seed{self.seed}"
         run = folder / name.replace(" ", "_")
+        changed = method.options | method.policy_options | SETTINGS[self.setting]
         options = training_options(
             self.task,
             self.seed,
             iterations,
             groups,
-            cfg_scale=method.collects_at,
             suite=self.suite,
             max_episode_steps=STEPS[self.suite],
-            **method.options | SETTINGS[self.setting],
+            **{"cfg_scale": 1.0} | changed,
         )
         training = Job(run, options, method.algorithm)
         return evaluation(
@@ -90,6 +92,18 @@ def row(cell: Cell, job: Job) -> dict[str, Any]:
     options = {k: v for k, v in job.after.options.items() if k != "init_states"}
     final = [result_json(result) for result in results_of([job])]
     return cell.key | {"options": options, "iterations": iterations, "final": final}
+
+
+def write(file: Path, rows: list[dict[str, Any]]) -> None:
+    """Write the rows, and what they say: each method's table, and paired with the best control."""
+    table = method_table(rows)
+    best = max(
+        (line for line in table if line["method"] in CONTROLS),
+        key=lambda line: line["final"]["0"][0] / line["final"]["0"][1],
+        default=None,
+    )
+    pairs = [] if best is None or "tuning" in file.name else against(rows, (best["method"], 0.0))
+    write_result(file, methods=table, against_best_control=pairs, trainings=rows)
 
 
 def read_rows(file: Path) -> list[dict[str, Any]]:
@@ -136,16 +150,15 @@ def main() -> None:
 
     def keep(job: Job) -> None:
         rows.append(row(jobs[job], job))
-        write_result(file, trainings=rows)
+        write(file, rows)
 
     for job in jobs:
         if job.done:  # by a call that was stopped before it could keep the row
             keep(job)
     run_jobs(list(jobs), args.jobs, keep)
-    for r in rows:
-        at_w = "  ".join(f"w = {e['cfg_scale']:g}: {describe(e)}" for e in r["final"])
-        where = f"{r['suite']} {r['task']} seed {r['seed']}"
-        print(f"{r['method']:>14} {r['setting']:>22} {where}: {at_w}")
+    for line in method_table(rows):
+        at_w = "  ".join(f"w = {w}: {Rate(*counts)}" for w, counts in line["final"].items())
+        print(f"{line['method']:>16} {line['setting']:>22} ({line['trainings']}): {at_w}")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""The methods that `comparison.py` compares, each a variant of CFGRL or a control."""
+"""The methods that `comparison.py` and `other_envs.py` compare: variants of CFGRL, and controls."""
 
 from dataclasses import dataclass, field
 from typing import Any
 
-from controls import AdvantageWeighted, FilteredBC
+from controls import AdvantageWeighted, DiffusionNFT, FilteredBC
 
 from cfgrl_gym.algorithms import CFGRL
 
@@ -12,34 +12,39 @@ GUIDED = (0.0, 1.0, 2.0, 3.0)  # the scales w at which the policies of CFGRL are
 
 @dataclass(frozen=True)
 class Method:
-    """One method and how it differs from the study's settings.
+    """One method and how it differs from the study's settings, or from CFGRL's defaults.
 
     :param algorithm: what trains
-    :param options: of `cfgrl train`, where they aren't those of `settings.training_options`
-    :param collects_at: guidance scale of the rollouts
-    :param scales: at which the end is evaluated
+    :param options: of the algorithm
+    :param policy_options: of the policy
+    :param scales: w at which the end is evaluated
     """
 
     algorithm: type[CFGRL] = CFGRL
     options: dict[str, Any] = field(default_factory=dict)
-    collects_at: float = 1.0
+    policy_options: dict[str, Any] = field(default_factory=dict)
     scales: tuple[float, ...] = GUIDED
 
 
-def control(algorithm: type[CFGRL], **options: Any) -> Method:
-    """Make a method without a condition, which acts as v_∅ alone."""
-    return Method(algorithm, {"positive_share": None} | options, 0.0, (0.0,))
+def control(algorithm: type[CFGRL]) -> Method:
+    """Make a method without a condition, which collects and acts as v_∅ alone."""
+    return Method(algorithm, {"cfg_scale": 0.0, "positive_share": None}, scales=(0.0,))
 
 
 MARGINAL, SPEED = {"null_rate": 0.3}, {"gamma": 0.99}
 METHODS = {
     "CFGRL": Method(),
     "marginal": Method(options=MARGINAL),
+    "reference": Method(policy_options={"cfg_reference": "start"}),
     "speed": Method(options=SPEED),
     "marginal, speed": Method(options=MARGINAL | SPEED | {"optimal_share": 0.4}),
-    "filtered BC": control(FilteredBC),
-    "AWR": control(AdvantageWeighted),
+    # Fewer whole episodes, so that the control steps are about as many.
+    "midway": Method(options={"groups_per_iteration": 5, "midway_groups": 4}),
+    "FilteredBC": control(FilteredBC),
+    "AdvantageWeighted": control(AdvantageWeighted),
+    "DiffusionNFT": control(DiffusionNFT),
 }
+CONTROLS = [name for name, method in METHODS.items() if method.algorithm is not CFGRL]
 # What is tried of every method, one at a time, before the comparison and on another task.
 SETTINGS: dict[str, dict[str, Any]] = {
     "as it is": {},
