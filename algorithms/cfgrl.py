@@ -1,5 +1,6 @@
 """Implements CFGRL, reinforcement learning by guidance, as an SB3 algorithm."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from time import perf_counter
 from typing import Any, ClassVar
@@ -17,6 +18,7 @@ from torch.nn.utils import clip_grad_norm_
 from cfgrl_gym.algorithms.checks import (
     check_env,
     check_gives_snapshots,
+    check_label_source,
     check_parameters,
     check_policy_kwargs,
     check_starts,
@@ -27,6 +29,7 @@ from cfgrl_gym.algorithms.groups import (
     MIDWAY,
     PLAN,
     UPDATE,
+    VALUE,
     GroupPlan,
     Randomness,
     draw_groups,
@@ -48,6 +51,7 @@ from cfgrl_gym.algorithms.metrics import EpisodeStatistics, UpdateMetrics, rollo
 from cfgrl_gym.algorithms.midway import midway_plan
 from cfgrl_gym.algorithms.mlp_policy import MlpPolicy
 from cfgrl_gym.algorithms.policies import FlowPolicy
+from cfgrl_gym.algorithms.value import ValueSource
 from cfgrl_gym.algorithms.vec_envs.supported import init_states
 from cfgrl_gym.algorithms.windows import Replay, WindowBatch, join_windows, label_windows
 
@@ -88,7 +92,11 @@ class CFGRL(IterationLoop):
         an environment that gives snapshots, as LIBERO's here do
     :param dropout_prob: probability with which a condition is replaced by ∅, each time it is used
     :param label_source: "episode_rloo": the episode's advantage; "window_rloo": leave-one-out
-        reward-to-go; "window_return": reward inside the window against the group's mean
+        reward-to-go; "window_return": reward inside the window against the group's mean; "value":
+        by how much the window raised the expected return, as a value head on frozen features
+        estimates it (RECAP, which labels 30 to 40% optimal: `optimal_share`). The log has its error
+        beside that of a constant; groups of equal returns then teach as well, if dynamic sampling
+        is off
     :param label_threshold: a window whose advantage reaches this is optimal
     :param optimal_share: at most this share of a task's windows is optimal, those of the highest
         advantages (and those equal to the last of them). None: all that reach `label_threshold`
@@ -226,6 +234,7 @@ class CFGRL(IterationLoop):
             self._setup_lr_schedule()
             update_learning_rate(self.policy.optimizer, self.learning_rate)
         check_stride(self.stride, self.policy.chunk_size)
+        check_label_source(self.label_source, self.policy)
         self.replay = Replay()
         self._prefixes = PrefixCache(self.policy)  # without room until `learn` has a plan
         self._micro_batches = MicroBatches(self.batch_size)
@@ -234,6 +243,7 @@ class CFGRL(IterationLoop):
         check_env(self.env)
         check_parameters(vars(self))  # attributes may have been set since
         check_stride(self.stride, self.policy.chunk_size)
+        check_label_source(self.label_source, self.policy)
         if self.midway_groups:
             check_gives_snapshots(self.env)
         self._micro_batches = plan_memory(
@@ -258,19 +268,27 @@ class CFGRL(IterationLoop):
             self.gamma,
         )
 
-    def label(self, groups: list[list[Episode]], reach: int | None = None) -> WindowBatch | None:
+    def label(
+        self,
+        groups: list[list[Episode]],
+        reach: int | None = None,
+        others: Sequence[WindowBatch | None] = (),
+    ) -> WindowBatch | None:
         """Return the labelled windows of these groups of K episodes, which the update uses.
 
         :param reach: only the windows that begin before this control step
+        :param others: windows of this iteration that were labelled before
         """
         labelling = Labelling(
-            self.label_source,
-            self.label_threshold,
-            self.negatives,
-            self.gamma,
-            self.optimal_share,
+            self.label_source, self.label_threshold, self.negatives, self.gamma, self.optimal_share
         )
-        return label_windows(groups, self.policy, self.stride, labelling, reach)
+        source = None
+        if self.label_source == "value":
+            generator = self.randomness.generator(VALUE, self.iteration)
+            size = self._micro_batches.size
+            known = [b.value_data for b in (*self.replay.batches, *others) if b and b.value_data]
+            source = ValueSource(self._prefixes, size, self.gamma, generator, known)
+        return label_windows(groups, self.policy, self.stride, labelling, reach, source)
 
     def collect_rollouts(self, env: VecEnv, callback: BaseCallback) -> bool:  # type: ignore[override]
         """Run groups of episodes until enough are valid, and label their windows.
@@ -296,7 +314,7 @@ class CFGRL(IterationLoop):
             midway = self._collector(env, plan)
             if plan.groups and not self.run_plan(midway, env, callback):
                 return False
-            parts.append(self.label(midway.kept, reach=self.policy.chunk_size))
+            parts.append(self.label(midway.kept, self.policy.chunk_size, parts))
             self.statistics.add(midway.decided)
 
         labelled = [part for part in parts if part is not None]

@@ -13,6 +13,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from cfgrl_gym.algorithms.collector import Episode, Row
 from cfgrl_gym.algorithms.groups import groups_needed
 from cfgrl_gym.algorithms.labels import LabelSource, Negatives
+from cfgrl_gym.algorithms.policies import FlowPolicy
 from cfgrl_gym.envs.arguments import is_finite, is_int
 
 _INTS = (
@@ -149,6 +150,20 @@ def check_stride(stride: int, chunk_size: int) -> None:
         raise ValueError(
             f"window_stride must be between 1 and the chunk size {chunk_size}, or a multiple of "
             f"it; got {stride}"
+        )
+
+
+def check_label_source(label_source: LabelSource, policy: FlowPolicy) -> None:
+    """Check that the policy gives what windows are to be labelled by.
+
+    :raises ValueError: it has no features for a value head
+    """
+    if label_source == "value" and not policy.has_value_features:
+        raise ValueError(
+            f"label_source='value' needs features that training leaves unchanged, which this "
+            f"{type(policy).__name__} doesn't have: take Pi0Policy with trainable='expert' (the "
+            "vision-language model is then frozen), MlpPolicy, or a FlowPolicy with value_features "
+            "and has_value_features = True; or another label_source"
         )
 
 

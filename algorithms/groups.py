@@ -16,7 +16,8 @@ import torch
 from cfgrl_gym.algorithms.labels import is_uniform
 
 UNBOUNDED = 2**31  # exclusive upper bound of reset seeds
-PLAN, NOISE, UPDATE, MIDWAY = range(4)  # purposes of random numbers, the first key after the seed
+# Purposes of random numbers, the first key after the seed.
+PLAN, NOISE, UPDATE, MIDWAY, VALUE = range(5)
 
 
 @dataclass(frozen=True)

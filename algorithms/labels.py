@@ -1,4 +1,4 @@
-"""Computes RLOO advantages, optimality labels from three sources, and condition dropout.
+"""Computes RLOO advantages, optimality labels, and condition dropout.
 
 All functions are pure. A group is given as lists over its K episodes: `rewards[i]` float (T_i,),
 the reward of each control step, and `starts[i]` int (n_i,), the control steps at which its
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from cfgrl_gym.algorithms.flow import NEGATIVE, NULL, POSITIVE
 
-LabelSource = Literal["episode_rloo", "window_rloo", "window_return"]
+LabelSource = Literal["episode_rloo", "window_rloo", "window_return", "value"]
 Negatives = Literal["null", "zero"]
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
@@ -24,7 +24,7 @@ IntArray = NDArray[np.int64]
 class Labelling:
     """Holds the settings by which windows get their labels.
 
-    :param source: how advantages are computed, see `window_advantages`
+    :param source: how advantages are computed, see `window_advantages`, or `value.py` for "value"
     :param threshold: a window whose advantage reaches this is optimal
     :param negatives: label of the windows that are not optimal: "null" is ∅, "zero" is o = 0
     :param gamma: discount of a reward for each control step before it, see `discounted`
@@ -97,6 +97,34 @@ def window_advantages(
     ]
     baseline = np.concatenate(collected).mean()
     return [c - baseline for c in collected]
+
+
+def returns_to_go(rewards: FloatArray, gamma: float) -> FloatArray:
+    """Compute G_t = Σ_k γ^k·r_{t+k} of every control step, and 0 for the end, (T + 1,)."""
+    returns = np.zeros(len(rewards) + 1)
+    for t in reversed(range(len(rewards))):
+        returns[t] = rewards[t] + gamma * returns[t + 1]
+    return returns
+
+
+def value_advantages(
+    returns: FloatArray, values: FloatArray, starts: IntArray, chunk_size: int, gamma: float
+) -> FloatArray:
+    """Compute the advantage of each window of an episode from values, (n,).
+
+    RECAP (Physical Intelligence 2025, "π*0.6: a VLA that learns from experience"):
+    A(o_t, a_t) = Σ_{k<N} γ^k·r_{t+k} + γ^N·V(o_{t+N}) - V(o_t), where V is 0 at the episode's end.
+    The window that follows is the first that begins when the chunk is over. The rewards until then
+    sum to G_t - γ^N·G_{t+N}, so that A = (G_t - V(o_t)) - γ^N·(G_{t+N} - V(o_{t+N})).
+
+    :param returns: see `returns_to_go`, (T + 1,)
+    :param values: of the observations at `starts`, the control steps where windows begin, (n,)
+    """
+    begins = np.append(starts, len(returns) - 1)  # (n + 1,), with the episode's end
+    beyond = returns[begins] - np.append(values, 0.0)  # (n + 1,)
+    following = np.searchsorted(starts, starts + chunk_size)  # (n,), n for the end
+    discounts = gamma ** (begins[following] - starts)
+    return beyond[:-1] - discounts * beyond[following]
 
 
 # Sums of rewards that would be equal in exact arithmetic differ by less than this share of them.

@@ -75,6 +75,11 @@ def rollout_metrics(
     if windows is not None:
         metrics["rollout/positive_share"] = (windows.labels == POSITIVE).float().mean().item()
         metrics["rollout/null_share"] = (windows.labels == NULL).float().mean().item()
+        if windows.value_data is not None:
+            returns, values = windows.value_data["returns"], windows.value_data["values"]
+            metrics["rollout/value_error"] = (values - returns).square().mean().sqrt().item()
+            # The error of the mean return, which knows nothing of an observation.
+            metrics["rollout/return_spread"] = returns.std(correction=0).item()
     return metrics
 
 

@@ -39,6 +39,7 @@ class MlpPolicy(FlowPolicy):
     :raises ValueError: for image or dictionary observations
     """
 
+    has_value_features = True
     low: Tensor
     high: Tensor
     periods: Tensor
@@ -102,6 +103,10 @@ class MlpPolicy(FlowPolicy):
     def decode_actions(self, inputs: Inputs, model_actions: Tensor) -> Tensor:
         """Scale actions back from [-1, 1] to the Box, without clipping."""
         return self.low + (model_actions + 1) / 2 * (self.high - self.low)
+
+    def value_features(self, inputs: Inputs, prefix: Any) -> Tensor:
+        """Return the observations themselves, (batch, obs_dim)."""
+        return inputs["obs"]
 
     def velocity(
         self, inputs: Inputs, x_t: Tensor, t: Tensor, labels: Tensor, prefix: Any = None

@@ -78,6 +78,7 @@ class FlowPolicy(ActingWeights):
     """
 
     default_learning_rate = 3e-4  # of `CFGRL`, where none is given
+    has_value_features = False  # whether `value_features` is implemented
 
     def __init__(
         self,
@@ -158,6 +159,16 @@ class FlowPolicy(ActingWeights):
 
     def join_prefix(self, rows: Sequence[PrefixRow]) -> Any:
         """Join the samples that `split_prefix` made into one prefix."""
+        raise NotImplementedError
+
+    def value_features(self, inputs: Inputs, prefix: Any) -> Tensor:
+        """Compute what a value head sees of observations, (batch, width): `label_source="value"`.
+
+        Training must leave it unchanged. It is only called if `has_value_features` is true.
+
+        :param inputs: from `encode_observation(..., skip_prefix=True)`
+        :param prefix: of the same observations if `frozen_prefix` is true, else None
+        """
         raise NotImplementedError
 
     def velocities(

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import compress
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch import Tensor
 from cfgrl_gym.algorithms.collector import Chunk, Episode, Row, stack
 from cfgrl_gym.algorithms.labels import Labelling, group_advantages, label_advantages
 from cfgrl_gym.algorithms.policies import FlowPolicy
+from cfgrl_gym.algorithms.value import ValueData, ValueSource
 
 # (batched observations, environment actions (n, H, action_dim)) -> model space (n, H, width)
 Encode = Callable[[Any, Tensor], Tensor]
@@ -42,6 +44,7 @@ class WindowBatch:
     action_is_pad: Tensor  # bool (batch, horizon)
     labels: Tensor  # int64 (batch,)
     prefix_keys: Tensor  # int64 (batch,), see `PrefixCache`
+    value_data: ValueData | None = None  # what they were labelled by, if by values
 
     @property
     def samples(self) -> tuple[Any, Tensor, Tensor, Tensor]:
@@ -52,7 +55,7 @@ class WindowBatch:
         return len(self.labels)
 
     def __getitem__(self, indices: Tensor) -> "WindowBatch":
-        """Return the samples at these indices, int64 (n,)."""
+        """Return the samples at these indices, int64 (n,), without their value data."""
         rows = indices.numpy()
         return WindowBatch(
             {key: value[rows] for key, value in self.observations.items()}
@@ -65,7 +68,9 @@ class WindowBatch:
         )
 
 
-def batch_windows(windows: list[Window], labels: NDArray[np.int64]) -> WindowBatch:
+def batch_windows(
+    windows: list[Window], labels: NDArray[np.int64], value_data: ValueData | None = None
+) -> WindowBatch:
     """Stack windows and their labels into a batch, in their order."""
     return WindowBatch(
         stack([window.observation for window in windows]),
@@ -73,6 +78,7 @@ def batch_windows(windows: list[Window], labels: NDArray[np.int64]) -> WindowBat
         torch.from_numpy(np.stack([window.action_is_pad for window in windows])),
         torch.from_numpy(labels),
         torch.tensor([window.prefix_key for window in windows]),
+        value_data,
     )
 
 
@@ -81,6 +87,7 @@ def join_windows(batches: Sequence[WindowBatch]) -> WindowBatch:
     if len(batches) == 1:
         return batches[0]
     observations = [batch.observations for batch in batches]
+    data = [batch.value_data for batch in batches if batch.value_data is not None]
     return WindowBatch(
         {key: np.concatenate([o[key] for o in observations]) for key in observations[0]}
         if isinstance(observations[0], dict)
@@ -89,6 +96,9 @@ def join_windows(batches: Sequence[WindowBatch]) -> WindowBatch:
         torch.cat([batch.action_is_pad for batch in batches]),
         torch.cat([batch.labels for batch in batches]),
         torch.cat([batch.prefix_keys for batch in batches]),
+        {key: torch.cat([each[key] for each in data]) for key in data[0]}
+        if len(data) == len(batches)
+        else None,
     )
 
 
@@ -118,12 +128,14 @@ def label_windows(
     stride: int,
     labelling: Labelling,
     reach: int | None = None,
+    value_source: ValueSource | None = None,
 ) -> WindowBatch | None:
     """Cut and label the windows of these groups, group by group; None if there is no group.
 
     :param groups: the K finished episodes of each group
     :param stride: control steps between windows, see `cut_windows`
     :param reach: only the windows that begin before this control step. None: all
+    :param value_source: gives the advantages, if they are from values
     """
 
     @torch.no_grad()
@@ -138,28 +150,41 @@ def label_windows(
         stride=stride,
         encode=encode,
     )
-    windows: list[Window] = []
-    advantages: list[NDArray[np.float64]] = []
-    tasks: list[int] = []
-    for episodes in groups:
-        cut = [
-            [window for window in windows_of(episode) if reach is None or window.start < reach]
-            for episode in episodes
-        ]
-        of_group = group_advantages(
-            [episode.rewards for episode in episodes],
-            [np.array([window.start for window in of_episode]) for of_episode in cut],
-            [episode.succeeded for episode in episodes],
-            policy.horizon,
-            labelling,
-        )
-        advantages.append(of_group)
-        tasks += [episodes[0].start.task_id or 0] * len(of_group)
-        windows += [window for of_episode in cut for window in of_episode]
-    if not windows:
+    cut = [[windows_of(episode) for episode in episodes] for episodes in groups]
+    every = [window for of_group in cut for of_episode in of_group for window in of_episode]
+    if not every:
         return None
-    labels = label_advantages(np.concatenate(advantages), np.array(tasks), labelling)
-    return batch_windows(windows, labels)
+    reached = np.array([reach is None or window.start < reach for window in every])
+    sizes = [sum(map(len, of_group)) for of_group in cut]
+    tasks = np.repeat([episodes[0].start.task_id or 0 for episodes in groups], sizes)
+    value_data = None
+    if value_source is None:
+        of_groups = [
+            group_advantages(
+                [episode.rewards for episode in episodes],
+                [_starts(of_episode, reach) for of_episode in of_group],
+                [episode.succeeded for episode in episodes],
+                policy.horizon,
+                labelling,
+            )
+            for episodes, of_group in zip(groups, cut, strict=True)
+        ]
+        advantages = np.concatenate(of_groups)
+    else:
+        starts = [_starts(of_episode) for of_group in cut for of_episode in of_group]
+        features = value_source.features(
+            [window.observation for window in every], [window.prefix_key for window in every]
+        )
+        of_every, data = value_source.evaluate(groups, starts, features)
+        advantages = of_every[reached]
+        value_data = {name: tensor[torch.from_numpy(reached)] for name, tensor in data.items()}
+    labels = label_advantages(advantages, tasks[reached], labelling)
+    return batch_windows(list(compress(every, reached)), labels, value_data)
+
+
+def _starts(windows: Sequence[Window], reach: int | None = None) -> NDArray[np.int64]:
+    """Return the control steps at which these windows begin, those before `reach`."""
+    return np.array([w.start for w in windows if reach is None or w.start < reach])
 
 
 def cut_windows(

@@ -278,7 +278,7 @@ def test_shorter_strides_make_more_windows():
         make(vec(QueueEnv, 2, chunk=4), window_stride=2).learn(1)
 
 
-@pytest.mark.parametrize("label_source", ["episode_rloo", "window_rloo", "window_return"])
+@pytest.mark.parametrize("label_source", ["episode_rloo", "window_rloo", "window_return", "value"])
 def test_every_label_source_learns(label_source):
     algorithm = make(label_source=label_source).learn(1)
     assert algorithm.windows.labels.unique().tolist() == [-1, 1]

@@ -181,7 +181,7 @@ class Pi0Policy(FlowPolicy):
         self._branch_velocities = _compiled(velocities) if compile_denoising else velocities
         self.lora_rank = lora_rank
         set_trainable(self.model, self.config.trainable, lora_rank, seed)
-        self.frozen_prefix = self.config.trainable == "expert"
+        self.frozen_prefix = self.has_value_features = self.config.trainable == "expert"
         full_size = config.dit_config.hidden_size >= FULL_SIZE
         self.default_learning_rate = FULL_LEARNING_RATE if full_size else SMALL_LEARNING_RATE
         trained = [p for p in self.parameters() if p.requires_grad]
@@ -298,6 +298,17 @@ class Pi0Policy(FlowPolicy):
         if not self.config.use_prefix_dropout:
             return labelled, labelled
         return labelled, join([Prefix(row["null"], row["null_mask"]) for row in rows])
+
+    def value_features(self, inputs: Inputs, prefix: tuple[Prefix, Prefix]) -> Tensor:
+        """Return the last layer's values, averaged over the tokens, and the normalised state.
+
+        Keys are left out, because they are rotated by their position.
+        """
+        labelled, _ = prefix
+        there = labelled.attention_mask[:, None, :, None].float()  # (batch, 1, tokens, 1)
+        values = labelled.keys_values[:, -1, 1].float()  # (batch, kv_heads, tokens, head_dim)
+        pooled = (values * there).sum(2) / there.sum(2)  # (batch, kv_heads, head_dim)
+        return torch.cat([pooled.flatten(1), inputs["state"]], 1)
 
     def velocity(
         self, inputs: Inputs, x_t: Tensor, t: Tensor, labels: Tensor, prefix: Any = None
