@@ -353,7 +353,7 @@ class CFGRL(IterationLoop):
 
         def loss(batch: WindowBatch, t: Tensor, noise: Tensor) -> Tensor:
             """Return the mean square of v(x_t, t, o) - (noise - actions) of each window, (n,)."""
-            prefix = prefixes.recall(batch.observations, batch.prefix_keys)
+            prefix = prefixes.recall(batch.observations, batch.prefix_keys, batch.labels)
             return policy.flow_matching_loss(*batch.samples, t, noise, prefix)
 
         for _ in range(self.n_epochs):
@@ -374,8 +374,8 @@ class CFGRL(IterationLoop):
         self.skipped_in_a_row = metrics.skipped_in_a_row
         probe = windows[epoch[0][: self._micro_batches.size]]
         t, noise = policy.draw_flow(len(probe), generator)
-        prefix = prefixes.recall(probe.observations, probe.prefix_keys)
-        gap = policy.guidance_gap(probe.observations, probe.model_actions, t, noise, prefix)
+        known = prefixes.recall_branches(probe.observations, probe.prefix_keys)
+        gap = policy.guidance_gap(probe.observations, probe.model_actions, t, noise, known)
         self._record(metrics.summary() | {"train/guidance_gap": gap.mean().item()})
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
         self.logger.record("time/seconds_update", perf_counter() - began)
