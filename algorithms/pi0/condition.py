@@ -107,8 +107,8 @@ class OptimalityCondition(nn.Module):
     """Holds the condition's parameters: an embedding of o ∈ {0, 1}, and in "concat" mode the input
     columns that it adds to the action-time projection; in "text" mode none.
 
-    Every mode with parameters starts as a no-op: "token" and "bias" with a zero embedding, "concat" with zero
-    columns. All of these receive a gradient from the first step on.
+    Every mode with parameters starts as a no-op: "token" and "bias" with a zero embedding, "concat"
+    with zero columns. All of these receive a gradient from the first step on.
     """
 
     def __init__(self, mode: str, hidden_size: int) -> None:

@@ -62,9 +62,8 @@ class Pi0Policy(FlowPolicy):
         folder's; without a checkpoint, tiny takes mean 0 and standard deviation 1 (states
         and actions are not changed)
     :param condition_mode: how the optimality condition enters: "token", "bias" or "concat", each of
-        which starts as a no-op; or "text", words after the instruction, which a language model reads
-        from the start. None: the checkpoint's own, "bias" if it has none, and "token" without a
-        checkpoint
+        which starts as a no-op; or "text", words after the instruction: see `label_prompts.py`.
+        None: the checkpoint's own, "bias" if it has none, and "token" without a checkpoint
     :param use_prefix_dropout: hide the instruction from the ∅ branch too. The prefix then differs
         between the branches and is computed once for each
     :param delta_actions: whether the model's actions are the environment's minus the state in the
@@ -255,10 +254,10 @@ class Pi0Policy(FlowPolicy):
         """Convert a batched observation (NumPy arrays or tensors) to model inputs.
 
         :param skip_prefix: return only state and raw_state, if the prefix is known
-        :return: input_ids, attention_mask, instruction_mask int64 (batch, tokens), without a
-            condition; prompt uint8 (batch, N); pixel_values float32 (batch, cameras, 3, size, size) in [-1, 1]; pixel_attention_mask bool (batch,
-            cameras); state float32 (batch, max_state_dim), normalised and padded; raw_state
-            float32 (batch, 8)
+        :return: input_ids, attention_mask, instruction_mask int64 (batch, tokens), of ∅; prompt
+            uint8 (batch, N); pixel_values float32 (batch, cameras, 3, size, size) in [-1, 1];
+            pixel_attention_mask bool (batch, cameras); state float32 (batch, max_state_dim),
+            normalised and padded; raw_state float32 (batch, 8)
         :raises ValueError: a part is missing or has the wrong shape
         """
         needed = ("state",) if skip_prefix else (*self.cameras, "state", "prompt")
