@@ -369,16 +369,16 @@ def test_an_updates_memory_counts_both_prefixes() -> None:
 
 
 def test_a_saved_policy_acts_as_trained(tmp_path: Path) -> None:
-    policy = text_policy()
+    whole = algorithm(seed=5).learn(1)
+    policy = whole.policy
+    policy.set_training_mode(False)
     expected = policy.act(OBS, noise=noise(), cfg_scale=2.0).actions
     policy.save_pretrained(tmp_path / "folder")
     assert json.loads((tmp_path / "folder" / "config.json").read_text())["condition_mode"] == "text"
-    whole = algorithm()
-    whole.policy.load_state_dict(policy.state_dict())
     whole.save(tmp_path / "model.zip")
     folder = Pi0Policy(*make_spaces(), lambda _: 1e-3, checkpoint=tmp_path / "folder")
-    folder.set_training_mode(False)
     for again in (folder, CFGRL.load(tmp_path / "model.zip", device="cpu").policy):
+        again.set_training_mode(False)
         assert again.config.condition_mode == "text"
         assert torch.equal(again.act(OBS, noise=noise(), cfg_scale=2.0).actions, expected)
     plain = PI0ForConditionalGeneration.from_pretrained(tmp_path / "folder")
