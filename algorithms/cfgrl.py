@@ -244,7 +244,7 @@ class CFGRL(IterationLoop):
         check_parameters(vars(self))  # attributes may have been set since
         check_stride(self.stride, self.policy.chunk_size)
         check_label_source(self.label_source, self.policy)
-        if self.midway_groups:
+        if self.midway_groups and self.env is not None:
             check_gives_snapshots(self.env)
         self._micro_batches = plan_memory(
             self._prefixes, self.batch_size, self.device_memory, self.prefix_memory, self.verbose
@@ -338,7 +338,7 @@ class CFGRL(IterationLoop):
 
     def window_losses(self, batch: WindowBatch, t: Tensor, noise: Tensor) -> Tensor:
         """Return the mean square of v(x_t, t, o) - (noise - actions) of each window, (n,)."""
-        prefix = self._prefixes.recall(batch.observations, batch.prefix_keys)
+        prefix = self._prefixes.recall(batch.observations, batch.prefix_keys, batch.labels)
         return self.policy.flow_matching_loss(*batch.samples, t, noise, prefix)
 
     def train(self) -> None:
@@ -375,8 +375,8 @@ class CFGRL(IterationLoop):
         self.skipped_in_a_row = metrics.skipped_in_a_row
         probe = windows[epoch[0][: self._micro_batches.size]]
         t, noise = policy.draw_flow(len(probe), generator)
-        prefix = self._prefixes.recall(probe.observations, probe.prefix_keys)
-        gap = policy.guidance_gap(probe.observations, probe.model_actions, t, noise, prefix)
+        known = self._prefixes.recall_branches(probe.observations, probe.prefix_keys)
+        gap = policy.guidance_gap(probe.observations, probe.model_actions, t, noise, known)
         self._record(metrics.summary() | {"train/guidance_gap": gap.mean().item()})
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
         self.logger.record("time/seconds_update", perf_counter() - began)

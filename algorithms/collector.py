@@ -182,7 +182,7 @@ class Collector:
             self.model_actions = dict(zip(busy, sampled, strict=False))
             actions = acted.actions.cpu().numpy().reshape(len(rows), *space.shape)
             self.actions[busy] = actions[: len(busy)]
-            keys = self.prefixes.keep(acted.prefix, len(busy))
+            keys = self.prefixes.keep(acted.prefixes, len(busy))
             self.prefix_keys = dict(zip(busy, keys, strict=True))
         self.seconds_inference += perf_counter() - began
         return self.actions

@@ -7,6 +7,7 @@ from cfgrl_gym.algorithms.flow import NEGATIVE, NULL, POSITIVE
 
 Guidance = Literal["velocity", "action"]
 CfgReference = Literal["null", "start", "previous"]
+BRANCHES = (NULL, POSITIVE)  # that guidance combines
 CFG_SCALE_VARIABLE = "PI0_CFG_SCALE"
 
 
@@ -41,10 +42,11 @@ def forced_label() -> int | None:
     return labels[text.lower()]
 
 
-def single_branch(cfg_scale: float) -> int | None:
-    """Return the label of the only branch that is needed, or None if guidance needs both.
+def needed_branches(cfg_scale: float) -> tuple[int, ...]:
+    """Return the labels of the branches that guidance needs.
 
-    With w = 1 it is v_1, with w = 0 v_∅.
+    With w = 1 it is v_1 alone, with w = 0 v_∅, and otherwise both: (NULL, POSITIVE).
     """
     forced = forced_label()
-    return {1.0: POSITIVE, 0.0: NULL}.get(cfg_scale) if forced is None else forced
+    single = {1.0: POSITIVE, 0.0: NULL}.get(cfg_scale) if forced is None else forced
+    return BRANCHES if single is None else (single,)

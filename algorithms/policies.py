@@ -29,27 +29,29 @@ from cfgrl_gym.algorithms.flow import (
     sample_time,
 )
 from cfgrl_gym.algorithms.guidance import (
+    BRANCHES,
     CfgReference,
     Guidance,
     check_choice,
     default_cfg_scale,
-    single_branch,
+    needed_branches,
 )
 from cfgrl_gym.envs.arguments import LONGEST, check_int, is_finite
 
 Observation = np.ndarray | dict[str, np.ndarray] | Tensor | dict[str, Tensor]
 Inputs = dict[str, Tensor]
+Prefixes = dict[int, Any]  # by label: what `encode_prefix` gave where all rows have that label
 PrefixRow = dict[str, Tensor]  # what `encode_prefix` gave for one sample, batch size 1
 DETERMINISTIC_SEED = 0  # predict(deterministic=True) starts every chunk from this seed's noise
 
 
 class Acted(NamedTuple):
     """Holds what a policy sampled: model_actions (batch, horizon, action_width), actions (batch,
-    chunk, action_dim) within the action space, and the prefix they were sampled from."""
+    chunk, action_dim) within the action space, and the prefixes they were sampled from."""
 
     model_actions: Tensor
     actions: Tensor
-    prefix: Any
+    prefixes: Prefixes
 
 
 class UpdatePlan(NamedTuple):
@@ -138,7 +140,8 @@ class FlowPolicy(ActingWeights):
         """Compute the conditional velocity, (batch, horizon, action_width).
 
         :param labels: int64 (batch,): NULL (-1), 0 or 1
-        :param prefix: what `encode_prefix` returned for these inputs; None computes it here
+        :param prefix: what `encode_prefix` returned for these inputs and labels; None computes it
+            here
         """
 
     @abstractmethod
@@ -149,9 +152,26 @@ class FlowPolicy(ActingWeights):
     def decode_actions(self, inputs: Inputs, model_actions: Tensor) -> Tensor:
         """Invert `encode_actions`, giving (batch, H, action_dim) not clipped to the Box."""
 
-    def encode_prefix(self, inputs: Inputs) -> Any:
-        """Compute the prefix that both branches and all denoising steps share, or return None."""
+    def encode_prefix(self, inputs: Inputs, labels: Tensor) -> Any:
+        """Compute the prefix that all denoising steps share, or return None.
+
+        :param labels: int64 (batch,); each row's prefix is that of its label
+        """
         return None
+
+    def prefix_label(self, label: int) -> int:
+        """Return the label that stands for all labels with this label's prefix.
+
+        Where the condition is not in the prefix, all have the same.
+        """
+        return NULL
+
+    def encode_prefixes(self, inputs: Inputs, branches: tuple[int, ...]) -> Prefixes:
+        """Compute the prefix of all rows under each of these labels, each distinct one once."""
+        batch = next(iter(inputs.values())).shape[0]
+        distinct = dict.fromkeys(self.prefix_label(label) for label in branches)
+        prefixes = {own: self.encode_prefix(inputs, self._labels(batch, own)) for own in distinct}
+        return {label: prefixes[self.prefix_label(label)] for label in branches}
 
     def split_prefix(self, prefix: Any) -> list[PrefixRow]:
         """Split a prefix into its samples, to be kept; only called if `frozen_prefix` is true."""
@@ -172,11 +192,16 @@ class FlowPolicy(ActingWeights):
         raise NotImplementedError
 
     def velocities(
-        self, inputs: Inputs, x_t: Tensor, t: Tensor, branches: tuple[int, ...], prefix: Any
+        self,
+        inputs: Inputs,
+        x_t: Tensor,
+        t: Tensor,
+        branches: tuple[int, ...],
+        prefixes: Prefixes,
     ) -> tuple[Tensor, ...]:
         """Compute the velocity of all rows under each of these labels."""
         return tuple(
-            self.velocity(inputs, x_t, t, self._labels(x_t.shape[0], label), prefix)
+            self.velocity(inputs, x_t, t, self._labels(x_t.shape[0], label), prefixes[label])
             for label in branches
         )
 
@@ -205,20 +230,21 @@ class FlowPolicy(ActingWeights):
         inputs = self.encode_observation(obs)
         x_t, t = x_t.to(self.device), t.to(self.device)
         with self.acting(), self.autocast():
-            prefix = self.encode_prefix(inputs)
             if isinstance(is_positive, Tensor):
                 labels = self._labels(x_t.shape[0], is_positive)
+                prefix = self.encode_prefix(inputs, labels)
                 return self.velocity(inputs, x_t, t, labels, prefix).float()
-            label = NULL if is_positive is None else int(is_positive)
-            return self.velocities(inputs, x_t, t, (label,), prefix)[0].float()
+            branch = (NULL if is_positive is None else int(is_positive),)
+            prefixes = self.encode_prefixes(inputs, branch)
+            return self.velocities(inputs, x_t, t, branch, prefixes)[0].float()
 
-    def _null_prefix(self, inputs: Inputs, prefix: Any) -> Any:
+    def _null_prefixes(self, inputs: Inputs, prefixes: Prefixes) -> Prefixes:
         """Return the prefix of guidance's ∅ branch: the reference's own, where it differs."""
         if self.reference_shares_prefix():
-            return prefix
+            return prefixes
         assert self.reference is not None
         with self.reference.in_place():
-            return self.encode_prefix(inputs)
+            return self.encode_prefixes(inputs, (NULL,))
 
     def _guidance_velocities(
         self,
@@ -226,40 +252,43 @@ class FlowPolicy(ActingWeights):
         x_t: Tensor,
         t: Tensor,
         branches: tuple[int, ...],
-        prefix: Any,
-        null_prefix: Any,
+        prefixes: Prefixes,
+        null_prefixes: Prefixes,
     ) -> tuple[Tensor, ...]:
         """Compute the velocities of guidance's branches, of which ∅ is the reference's."""
         if NULL not in branches or self.reference is None or not self.reference.held:
-            return self.velocities(inputs, x_t, t, branches, prefix)
+            return self.velocities(inputs, x_t, t, branches, prefixes)
         with self.reference.in_place():
-            (v_null,) = self.velocities(inputs, x_t, t, (NULL,), null_prefix)
+            (v_null,) = self.velocities(inputs, x_t, t, (NULL,), null_prefixes)
         return tuple(
-            v_null if label == NULL else self.velocities(inputs, x_t, t, (label,), prefix)[0]
+            v_null if label == NULL else self.velocities(inputs, x_t, t, (label,), prefixes)[0]
             for label in branches
         )
 
-    def _sample(self, inputs: Inputs, prefix: Any, noise: Tensor, cfg_scale: float) -> Tensor:
-        """Integrate the guided flow from `noise` and return model-space actions."""
-        single = single_branch(cfg_scale)
-        null_prefix = None
-        if single in (None, NULL):
-            null_prefix = self._null_prefix(inputs, prefix)
+    def _sample(
+        self, inputs: Inputs, prefixes: Prefixes, noise: Tensor, cfg_scale: float
+    ) -> Tensor:
+        """Integrate the guided flow from `noise` and return model-space actions.
+
+        :param prefixes: of the branches that are needed for `cfg_scale`
+        """
+        null_prefixes = self._null_prefixes(inputs, prefixes) if NULL in prefixes else {}
 
         def integrate(branches: tuple[int, ...]) -> Tensor:
             def field(x: Tensor, t: Tensor) -> Tensor:
-                velocities = self._guidance_velocities(inputs, x, t, branches, prefix, null_prefix)
+                velocities = self._guidance_velocities(
+                    inputs, x, t, branches, prefixes, null_prefixes
+                )
                 if len(branches) == 1:
                     return velocities[0]
                 return guide(velocities[0], velocities[1], cfg_scale)
 
             return euler(field, noise, self.num_inference_steps)
 
-        if single is not None:
-            return integrate((single,))
-        if self.guidance == "action":
+        branches = tuple(prefixes)
+        if branches == BRANCHES and self.guidance == "action":
             return guide(integrate((NULL,)), integrate((POSITIVE,)), cfg_scale)
-        return integrate((NULL, POSITIVE))
+        return integrate(branches)
 
     @torch.no_grad()
     def act(
@@ -284,8 +313,8 @@ class FlowPolicy(ActingWeights):
             noise = sample_noise(shape, generator, self.device)
         w = self.cfg_scale if cfg_scale is None else float(cfg_scale)
         with self.acting(), self.autocast():
-            prefix = self.encode_prefix(inputs)
-            model_actions = self._sample(inputs, prefix, noise.to(self.device), w).float()
+            prefixes = self.encode_prefixes(inputs, needed_branches(w))
+            model_actions = self._sample(inputs, prefixes, noise.to(self.device), w).float()
         if not model_actions.isfinite().all():
             raise NonFiniteError(_why_not_finite(inputs))
         actions = self.decode_actions(inputs, model_actions)[:, : self.chunk_size]
@@ -294,7 +323,7 @@ class FlowPolicy(ActingWeights):
             torch.as_tensor(bound, device=self.device).reshape(self.chunk_size, self.action_dim)
             for bound in (space.low, space.high)
         )
-        return Acted(model_actions, actions.clamp(low, high), prefix)
+        return Acted(model_actions, actions.clamp(low, high), prefixes)
 
     def sample_actions(
         self, obs: Observation, noise: Tensor | None = None, cfg_scale: float | None = None
@@ -309,7 +338,7 @@ class FlowPolicy(ActingWeights):
         model_actions: Tensor,
         t: Tensor,
         noise: Tensor,
-        prefix: Any = None,
+        prefixes: Prefixes | None = None,
     ) -> Tensor:
         """Compute how far the branches differ: the root mean square of v_1 - v_∅ at x_t, (batch,).
 
@@ -317,16 +346,16 @@ class FlowPolicy(ActingWeights):
 
         :param model_actions: (batch, horizon, action_width)
         :param t: and `noise`: see `draw_flow`
-        :param prefix: the prefix of these observations, if it is known
+        :param prefixes: these observations' under each branch, if they are known
         """
-        known = prefix is not None and self.reference_shares_prefix()
+        known = prefixes is not None and self.reference_shares_prefix()
         inputs = self.encode_observation(obs, skip_prefix=known)
         with self.acting(), self.autocast():
-            if prefix is None:
-                prefix = self.encode_prefix(inputs)
+            if prefixes is None:
+                prefixes = self.encode_prefixes(inputs, BRANCHES)
             x_t, t = interpolate(model_actions, noise, t).to(self.device), t.to(self.device)
             v_null, v_positive = self._guidance_velocities(
-                inputs, x_t, t, (NULL, POSITIVE), prefix, self._null_prefix(inputs, prefix)
+                inputs, x_t, t, BRANCHES, prefixes, self._null_prefixes(inputs, prefixes)
             )
         difference = (v_positive - v_null)[..., : self.action_dim].float()
         return difference.square().mean((-1, -2)).sqrt()
@@ -355,7 +384,7 @@ class FlowPolicy(ActingWeights):
         :param is_pad: bool (batch, horizon)
         :param labels: int64 (batch,), after condition dropout
         :param t: and `noise`: see `draw_flow`
-        :param prefix: the prefix of these observations, if it is known
+        :param prefix: the prefix of these observations under these labels, if it is known
         """
         inputs = self.encode_observation(obs, skip_prefix=prefix is not None)
         actions, is_pad, labels, t, noise = (

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from cfgrl_gym.algorithms.collector import Episode, Row, stack
+from cfgrl_gym.algorithms.flow import NULL
 from cfgrl_gym.algorithms.labels import (
     FloatArray,
     IntArray,
@@ -79,7 +80,8 @@ class ValueSource:
         policy, parts = self.prefixes.policy, []
         for i in range(0, len(rows), self.batch_size):
             batch: Any = stack(list(rows[i : i + self.batch_size]))
-            prefix = self.prefixes.recall(batch, keys[i : i + self.batch_size])
+            of_batch = keys[i : i + self.batch_size]
+            prefix = self.prefixes.recall(batch, of_batch, torch.full((len(of_batch),), NULL))
             inputs = policy.encode_observation(batch, skip_prefix=True)
             parts.append(policy.value_features(inputs, prefix).float().cpu())
         return torch.cat(parts)

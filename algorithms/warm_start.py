@@ -128,7 +128,7 @@ def warm_start(
     micro_batches = MicroBatches(config.batch_size)
 
     def loss_of(batch: WindowBatch, t: Tensor, noise: Tensor) -> Tensor:
-        prefix = prefixes.recall(batch.observations, batch.prefix_keys)
+        prefix = prefixes.recall(batch.observations, batch.prefix_keys, batch.labels)
         return policy.flow_matching_loss(*batch.samples, t, noise, prefix)
 
     policy.set_training_mode(True)

@@ -15,6 +15,7 @@ from test_resume import all_state, assert_equal_states, go_on
 from torch import Tensor
 
 from cfgrl_gym.algorithms import CFGRL, Pi0Policy
+from cfgrl_gym.algorithms.guidance import BRANCHES
 from cfgrl_gym.algorithms.policies import FlowPolicy
 from cfgrl_gym.cli.configs import EvalConfig
 from cfgrl_gym.cli.policies import load_policy
@@ -343,12 +344,12 @@ def test_pi0_is_guided_against_the_reference_with_its_own_prefix(
         assert not torch.allclose(act(policy, 2.0, obs), wrong, atol=1e-2)
     assert torch.equal(act(policy, 0.0, obs), act(start, 0.0, obs))
     inputs = policy.encode_observation(obs)
-    own, first = (each.encode_prefix(inputs)[0].keys_values for each in (policy, start))
+    own, first = (each.encode_prefixes(inputs, (1,))[1].keys_values for each in (policy, start))
     assert torch.equal(own, first) == (trainable == "expert")
     noise, t = noise_of(policy, 3), torch.full((3,), 0.5)
     gaps = [
-        policy.guidance_gap(obs, torch.zeros_like(noise), t, noise, prefix)
-        for prefix in (None, policy.encode_prefix(inputs))
+        policy.guidance_gap(obs, torch.zeros_like(noise), t, noise, prefixes)
+        for prefixes in (None, policy.encode_prefixes(inputs, BRANCHES))
     ]
     by_definition = (
         policy.predict_velocity(obs, 0.5 * noise, t, 1)

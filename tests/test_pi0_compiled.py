@@ -34,7 +34,8 @@ def test_a_denoising_step_is_one_graph() -> None:
     policy = make_policy()
     inputs = policy.encode_observation(make_observation())
     x_t, t = torch.randn(3, HORIZON, 32), torch.rand(3)
-    arguments = (policy.encode_prefix(inputs)[0], inputs["state"], x_t, t, (NULL, POSITIVE))
+    prefix = policy.encode_prefixes(inputs, (NULL,))[NULL]
+    arguments = (prefix, inputs["state"], x_t, t, (NULL, POSITIVE))
     whole = TORCH_COMPILE(policy.model.branch_velocities, fullgraph=True, backend="eager")
     with torch.no_grad():
         actual, expected = whole(*arguments), policy.model.branch_velocities(*arguments)

@@ -21,7 +21,6 @@ from transformers import PI0ForConditionalGeneration
 from cfgrl_gym.algorithms.flow import NEGATIVE, NULL, POSITIVE, euler
 from cfgrl_gym.algorithms.pi0 import Pi0ForCFGRL
 from cfgrl_gym.algorithms.pi0.condition import as_labels
-from cfgrl_gym.algorithms.pi0.prefix import select_rows
 from cfgrl_gym.algorithms.pi0.presets import TinySizes
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -230,17 +229,6 @@ def test_missing_camera_may_be_dropped_or_masked(model: Pi0ForCFGRL) -> None:
         attention_mask=torch.cat([mask[:, :gap], mask[:, :gap] * 0, mask[:, gap:]], 1),
     )
     close(model(**tokens_masked, is_positive=MIXED).logits, expected)
-
-
-@torch.no_grad()
-def test_select_rows_takes_each_row_from_its_prefix(model: Pi0ForCFGRL) -> None:
-    names = ("input_ids", "pixel_values", "pixel_attention_mask", "attention_mask")
-    first, second = make_inputs(seed=1), make_inputs(seed=8)
-    pick = torch.tensor([True, False, False, True])
-    a, b = (model.encode_prefix(*(x[name] for name in names)) for x in (first, second))
-    merged = select_rows(pick, a, b)
-    assert torch.equal(merged.keys_values[pick], a.keys_values[pick])
-    assert torch.equal(merged.keys_values[~pick], b.keys_values[~pick])
 
 
 @torch.no_grad()

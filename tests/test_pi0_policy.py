@@ -123,7 +123,7 @@ def test_prefix_dropout_gives_null_an_empty_instruction() -> None:
     torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0)
     with torch.no_grad():
         inputs = policy.encode_observation(obs)
-        cached = policy.velocity(inputs, noise, t, labels, policy.encode_prefix(inputs))
+        cached = policy.velocity(inputs, noise, t, labels, policy.encode_prefix(inputs, labels))
     torch.testing.assert_close(cached, expected, atol=1e-5, rtol=0)
 
 

@@ -47,9 +47,9 @@ def gradients(policy: Pi0Policy, prefix: Any) -> list[torch.Tensor]:
 def test_loss_and_gradients_from_a_kept_prefix_are_those_of_a_new_one(prefix_dropout: bool) -> None:
     policy = make_policy(trainable="expert", use_prefix_dropout=prefix_dropout)
     memory = PrefixCache(policy, 0, PLENTY)
-    keys = memory.keep(policy.act(make_observation()).prefix, 3)
+    keys = memory.keep(policy.act(make_observation(), cfg_scale=2.0).prefixes, 3)
     passes = count_vlm_passes(policy)
-    kept = memory.recall(make_observation(), keys)
+    kept = memory.recall(make_observation(), keys, LABELS)
     assert passes == []
     first, again, fresh = (gradients(policy, prefix) for prefix in (kept, kept, None))
     for a, b, c in zip(first, again, fresh, strict=True):
@@ -62,28 +62,29 @@ def test_loss_and_gradients_from_a_kept_prefix_are_those_of_a_new_one(prefix_dro
 
 def test_what_finds_no_room_is_computed_and_the_rest_is_not() -> None:
     policy = make_policy(trainable="expert")
-    prefix = policy.act(make_observation()).prefix
+    prefixes = policy.act(make_observation()).prefixes
+    (prefix,) = prefixes.values()
     row = policy.split_prefix(prefix)[0]
     size = sum(tensor.nbytes for tensor in row.values())
     memory = PrefixCache(policy, PLENTY, 2 * size + 1)  # no GPU: the host's budget counts
-    keys = memory.keep(prefix, 3)
+    keys = memory.keep(prefixes, 3)
     assert [key in memory for key in keys] == [True, True, False]
     passes = count_vlm_passes(policy)
-    recalled = memory.recall(make_observation(), keys)
+    recalled = memory.recall(make_observation(), keys, LABELS)
     assert passes == [1]
-    mask = prefix[0].attention_mask
-    assert torch.equal(recalled[0].attention_mask, mask)
+    mask = prefix.attention_mask
+    assert torch.equal(recalled.attention_mask, mask)
     real = mask[:, None, None, None, :, None]
     torch.testing.assert_close(
-        recalled[0].keys_values * real, prefix[0].keys_values * real, atol=1e-6, rtol=0
+        recalled.keys_values * real, prefix.keys_values * real, atol=1e-6, rtol=0
     )
     memory.keep_only(keys[1:])
-    memory.recall(make_observation(), keys)  # the first is computed again and finds room again
+    memory.recall(make_observation(), keys, LABELS)  # the first is computed again and finds room
     assert passes == [1, 2]
     assert [key in memory for key in keys] == [True, True, False]
     memory.keep_only([keys[0], keys[2]])
     assert memory.free["host"] == size + 1
-    memory.recall(make_observation(), [keys[1]] * 3)  # one sample, however often in the batch
+    memory.recall(make_observation(), [keys[1]] * 3, LABELS)  # one sample, three times in the batch
     assert memory.free["host"] == 1
 
 
@@ -93,11 +94,11 @@ def test_prompts_of_different_lengths_share_a_batch() -> None:
     obs, keys, room = make_observation(), [], [PLENTY]
     for i in range(3):
         one = {key: value[i : i + 1] for key, value in obs.items()}
-        keys += memory.keep(policy.act(one).prefix, 1)
+        keys += memory.keep(policy.act(one).prefixes, 1)
         room.append(memory.free["host"])
     assert len({before - after for before, after in pairwise(room)}) > 1
     for a, b in zip(
-        gradients(policy, memory.recall(obs, keys)), gradients(policy, None), strict=True
+        gradients(policy, memory.recall(obs, keys, LABELS)), gradients(policy, None), strict=True
     ):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
 
@@ -105,9 +106,9 @@ def test_prompts_of_different_lengths_share_a_batch() -> None:
 def test_nothing_is_kept_of_a_vlm_that_trains() -> None:
     policy = make_policy(trainable="all")
     memory = PrefixCache(policy, 0, PLENTY)
-    keys = memory.keep(policy.act(make_observation()).prefix, 3)
+    keys = memory.keep(policy.act(make_observation()).prefixes, 3)
     assert memory.free["host"] == PLENTY
-    assert memory.recall(make_observation(), keys) is None
+    assert memory.recall(make_observation(), keys, LABELS) is None
 
 
 SMALL: dict[str, Any] = {

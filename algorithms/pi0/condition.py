@@ -1,8 +1,9 @@
-"""Implements PI0's optimality condition: its configuration, parameters and three modes.
+"""Implements PI0's optimality condition: its configuration, parameters and modes.
 
 ∅ (label -1) injects nothing. Rows labelled ∅ get exact zeros in place of an embedding, chosen
 with `torch.where`, so that their output doesn't depend on a condition parameter, and no gradient
-of theirs reaches one.
+of theirs reaches one. In "text" mode nothing is injected for any label: the condition is in the
+prompt (`label_prompts.py`).
 """
 
 from collections.abc import Iterable
@@ -15,7 +16,7 @@ from transformers import initialization as init
 
 from cfgrl_gym.algorithms.flow import NULL, POSITIVE
 
-ConditionMode = Literal["token", "bias", "concat"]
+ConditionMode = Literal["token", "bias", "concat", "text"]
 CONDITION_MODES = get_args(ConditionMode)
 # The mode for a checkpoint that has no condition. A new "token" changes only the rounding, which is
 # visible in bfloat16; a new "bias" changes not a single bit.
@@ -58,7 +59,8 @@ class Pi0CFGRLConfig(PI0Config):
     condition), and transformers' conversion of LeRobot's key names applies here too.
 
     :param condition_mode: "token" (one extra suffix token), "bias" (added to every action
-        token) or "concat" (concatenated into the action-time projection)
+        token), "concat" (concatenated into the action-time projection) or "text" (words in the
+        prompt, without parameters)
     :param condition_version: version of what the condition's parameters mean
     """
 
@@ -103,15 +105,17 @@ class Pi0CFGRLConfig(PI0Config):
 
 class OptimalityCondition(nn.Module):
     """Holds the condition's parameters: an embedding of o ∈ {0, 1}, and in "concat" mode the input
-    columns that it adds to the action-time projection.
+    columns that it adds to the action-time projection; in "text" mode none.
 
-    Every mode starts as a no-op: "token" and "bias" with a zero embedding, "concat" with zero
-    columns. All of these receive a gradient from the first step on.
+    Every mode with parameters starts as a no-op: "token" and "bias" with a zero embedding, "concat"
+    with zero columns. All of these receive a gradient from the first step on.
     """
 
     def __init__(self, mode: str, hidden_size: int) -> None:
         super().__init__()
         self.mode = mode
+        if mode == "text":
+            return
         self.embedding = nn.Parameter(torch.empty(NUM_LABELS, hidden_size))
         if mode == "concat":
             self.columns = nn.Parameter(torch.empty(hidden_size, hidden_size))
@@ -123,11 +127,12 @@ class OptimalityCondition(nn.Module):
         if self.mode == "concat":  # if both factors were zero, neither would get a gradient
             init.normal_(self.embedding, mean=0.0, std=INIT_STD)
             init.zeros_(self.columns)
-        else:
+        elif self.mode != "text":
             init.zeros_(self.embedding)
 
     def forward(self, labels: Tensor) -> Tensor:
-        """Return the vector to inject for each row, (batch, hidden); exact zeros for ∅.
+        """Return the vector to inject for each row, (batch, hidden); exact zeros for ∅. Not to be
+        called in "text" mode.
 
         "concat" returns columns · embedding: W·[a, t, c] = W_at·[a, t] + columns·c, so this is
         added to the projection's output instead of widening transformers' weight.

@@ -94,15 +94,17 @@ def encode_text(
     tokenizer: PromptTokenizer,
     image_token_id: int,
     image_tokens: int,
+    words: Sequence[str] | None = None,
 ) -> dict[str, Tensor]:
     """Build the prefix's token ids and masks, int64 (batch, image tokens + prompt tokens).
 
     :param prompts: UTF-8 bytes, uint8 (batch, N), zero-padded
     :param image_tokens: number of tokens of all cameras together; they come first
+    :param words: text after each instruction; None: nothing
     """
     rows = prompts.cpu().numpy().astype(np.uint8)
     texts = [row.tobytes().rstrip(b"\0").decode("utf-8", errors="replace") for row in rows]
-    ids, mask, instruction = tokenize(texts, tokenizer, prompts.device)
+    ids, mask, instruction = tokenize(texts, tokenizer, prompts.device, words)
     images = torch.full(
         (ids.shape[0], image_tokens), image_token_id, dtype=torch.int64, device=ids.device
     )

@@ -92,7 +92,7 @@ def estimate_update(
     :param device_type: "cuda" (bfloat16 autocast) or "cpu" (the model's own dtypes)
     :param average: whether a moving average of the trained parameters is kept on the device
     :param reference: bytes of the weights of guidance's reference, which are kept there too
-    :param two_prefixes: the policy's `use_prefix_dropout`
+    :param two_prefixes: whether guidance's two branches have prefixes of their own
     :param accumulate: whether gradients of earlier micro-batches exist already
     """
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -111,8 +111,8 @@ def estimate_update(
         if not any(p.requires_grad for p in fake.model.vlm.parameters()):
             with torch.no_grad(), autocast, LiveBytes() as live:
                 prefix = encode_example(fake, inputs)
-            # The prefixes of both branches, and the rows chosen from the two.
-            prefix_size = live.now * (3 if two_prefixes else 1)
+            # An update needs one prefix for each row; acting and the guidance gap both branches'.
+            prefix_size = live.now * (2 if two_prefixes else 1)
             vlm = live.peak - live.now
         with LiveBytes(cuda) as live:
             with autocast:

@@ -35,6 +35,8 @@ class Pi0ForCFGRL(PI0ForConditionalGeneration):
       a ∅ row the condition token is masked out, and the state token has its full weight.
     - "bias": the embedding is added to every action token.
     - "concat": the embedding is concatenated into the input of `action_time_mlp_in`.
+    - "text": the condition is words in the prompt, that is in `input_ids`, so every label has a
+      prefix of its own, and the expert does the same for all. `forward` takes no label but ∅ then.
 
     Training and acting use `velocity` and `branch_velocities`: an expert pass over a prefix that
     was computed before, with no control flow that depends on data.
@@ -124,6 +126,22 @@ class Pi0ForCFGRL(PI0ForConditionalGeneration):
             self.checkpointing and torch.is_grad_enabled(),
         )
 
+    def embed_images(
+        self, input_ids: Tensor, pixel_values: Tensor, pixel_attention_mask: Tensor
+    ) -> Tensor:
+        """Embed the images, to be used with several texts: see `embed_after`.
+
+        :param input_ids: the prefix's first tokens, which are all images', int64 (batch, tokens)
+        :return: (batch, tokens, hidden)
+        """
+        embeds: Tensor = self.model.embed_prefix(input_ids, pixel_values, pixel_attention_mask)
+        return embeds
+
+    def embed_after(self, image_embeds: Tensor, text_ids: Tensor) -> Tensor:
+        """Return the embedded prefix of these images and a text, as one pass over both gives it."""
+        embed: Any = self.model.vlm.get_input_embeddings()
+        return torch.cat([image_embeds, embed(text_ids)], dim=1)
+
     # The velocity -----------------------------------------------------------------------------
 
     def forward(  # type: ignore[override]
@@ -154,7 +172,8 @@ class Pi0ForCFGRL(PI0ForConditionalGeneration):
         :param is_positive: None (∅), 0, 1, or int (batch,) with -1 for ∅
         The other arguments are transformers'; those that aren't named here are only passed to its
         own forward, which runs if all labels are ∅.
-        :raises ValueError: a label is not ∅, and attention_mask is missing or position_ids is given
+        :raises ValueError: a label is not ∅, and attention_mask is missing, position_ids is given,
+            or the condition is in the text
         """
         earlier = kwargs.pop("past_key_values", None)  # as an earlier transformers' sampler does
         cache = earlier if cache is None else cache
@@ -175,6 +194,11 @@ class Pi0ForCFGRL(PI0ForConditionalGeneration):
                 **kwargs,
             )
             return output
+        if self.condition.mode == "text":
+            raise ValueError(
+                "with condition_mode='text' is_positive must be None: the condition is words in "
+                "the prompt, so put them into input_ids, or let Pi0Policy do that"
+            )
         if attention_mask is None or position_ids is not None:
             raise ValueError(
                 "with is_positive, pass attention_mask (int64 (batch, tokens), 1 for real tokens) "
@@ -240,6 +264,9 @@ class Pi0ForCFGRL(PI0ForConditionalGeneration):
     ) -> tuple[Tensor, Tensor]:
         """Return the state token (batch, 1, hidden) and the tokens after it (batch, n, hidden): the
         actions, in "token" mode preceded by the condition."""
+        if self.condition.mode == "text":  # the prefix has it
+            embeds = self.embed_action_time(state, x_t, timestep)
+            return embeds[:, :1], embeds[:, 1:]
         injected = self.condition(labels)[:, None]  # (batch, 1, hidden)
         if self.condition.mode == "concat":
             embeds = self._embed_action_time_concat(state, x_t, timestep, injected)

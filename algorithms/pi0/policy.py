@@ -13,7 +13,7 @@ from gymnasium import spaces
 from stable_baselines3.common.type_aliases import Schedule
 from torch import Tensor
 
-from cfgrl_gym.algorithms.flow import NULL
+from cfgrl_gym.algorithms.guidance import BRANCHES
 from cfgrl_gym.algorithms.pi0.checkpoints.build import POLICY_FILE, Trainable, VlmDtype, build
 from cfgrl_gym.algorithms.pi0.checkpoints.reference import (
     read_reference,
@@ -21,13 +21,21 @@ from cfgrl_gym.algorithms.pi0.checkpoints.reference import (
 )
 from cfgrl_gym.algorithms.pi0.checkpoints.stats import STATS_FILE
 from cfgrl_gym.algorithms.pi0.condition import ConditionMode
-from cfgrl_gym.algorithms.pi0.inputs import check_spaces, encode_cameras, encode_text, to_tensors
+from cfgrl_gym.algorithms.pi0.inputs import check_spaces, encode_cameras, to_tensors
+from cfgrl_gym.algorithms.pi0.label_prompts import LabelPrompts
 from cfgrl_gym.algorithms.pi0.lora import LORA_RANK, check_lora, merged_state_dict, set_trainable
 from cfgrl_gym.algorithms.pi0.memory import plan_update
-from cfgrl_gym.algorithms.pi0.prefix import Prefix, join, select_rows
+from cfgrl_gym.algorithms.pi0.prefix import Prefix, join
 from cfgrl_gym.algorithms.pi0.presets import Preset, TinySizes
 from cfgrl_gym.algorithms.pi0.tokenizer import PaliGemmaTokenizer
-from cfgrl_gym.algorithms.policies import FlowPolicy, Inputs, Observation, PrefixRow, UpdatePlan
+from cfgrl_gym.algorithms.policies import (
+    FlowPolicy,
+    Inputs,
+    Observation,
+    Prefixes,
+    PrefixRow,
+    UpdatePlan,
+)
 from cfgrl_gym.wrappers.norm_stats import Moments, NormStats
 from cfgrl_gym.wrappers.transforms import ActionsFromModel, ActionsToModel, Normalize, pad_last
 
@@ -54,8 +62,8 @@ class Pi0Policy(FlowPolicy):
         folder's; without a checkpoint, tiny takes mean 0 and standard deviation 1 (states
         and actions are not changed)
     :param condition_mode: how the optimality condition enters: "token", "bias" or "concat", each of
-        which starts as a no-op. None: the checkpoint's own, "bias" if it has none, and "token"
-        without a checkpoint
+        which starts as a no-op; or "text", words after the instruction: see `label_prompts.py`.
+        None: the checkpoint's own, "bias" if it has none, and "token" without a checkpoint
     :param use_prefix_dropout: hide the instruction from the ∅ branch too. The prefix then differs
         between the branches and is computed once for each
     :param delta_actions: whether the model's actions are the environment's minus the state in the
@@ -170,8 +178,14 @@ class Pi0Policy(FlowPolicy):
         self.model = parts.model
         vision = config.vlm_config.vision_config
         self.image_size: int = vision.image_size
-        self.image_token_id: int = config.vlm_config.image_token_id
         self.image_tokens = len(self.cameras) * (vision.image_size // vision.patch_size) ** 2
+        self.prompts = LabelPrompts(
+            parts.tokenizer,
+            config.vlm_config.image_token_id,
+            self.image_tokens,
+            in_words=parts.config.condition_mode == "text",
+            hides_null=parts.config.use_prefix_dropout,
+        )
         self.set_norm_stats(parts.norm_stats)
         self.gradient_checkpointing = gradient_checkpointing
         if gradient_checkpointing:
@@ -240,10 +254,10 @@ class Pi0Policy(FlowPolicy):
         """Convert a batched observation (NumPy arrays or tensors) to model inputs.
 
         :param skip_prefix: return only state and raw_state, if the prefix is known
-        :return: input_ids, attention_mask, instruction_mask int64 (batch, tokens); pixel_values
-            float32 (batch, cameras, 3, size, size) in [-1, 1]; pixel_attention_mask bool (batch,
-            cameras); state float32 (batch, max_state_dim), normalised and padded; raw_state
-            float32 (batch, 8)
+        :return: input_ids, attention_mask, instruction_mask int64 (batch, tokens), of ∅; prompt
+            uint8 (batch, N); pixel_values float32 (batch, cameras, 3, size, size) in [-1, 1];
+            pixel_attention_mask bool (batch, cameras); state float32 (batch, max_state_dim),
+            normalised and padded; raw_state float32 (batch, 8)
         :raises ValueError: a part is missing or has the wrong shape
         """
         needed = ("state",) if skip_prefix else (*self.cameras, "state", "prompt")
@@ -254,10 +268,11 @@ class Pi0Policy(FlowPolicy):
         inputs = {"state": padded, "raw_state": raw_state}
         if skip_prefix:
             return inputs
-        text = encode_text(parts["prompt"], self.tokenizer, self.image_token_id, self.image_tokens)
+        text = self.prompts.encode(parts["prompt"])
         pixels = encode_cameras(parts, self.cameras, self.image_size)
         # A missing camera's slot is left out, which is equivalent to masking it.
         there = torch.ones(pixels.shape[:2], dtype=torch.bool, device=pixels.device)
+        text["prompt"] = parts["prompt"]
         return {**inputs, **text, "pixel_values": pixels, "pixel_attention_mask": there}
 
     def autocast(self) -> AbstractContextManager[Any]:
@@ -265,79 +280,77 @@ class Pi0Policy(FlowPolicy):
         use = self.device.type == "cuda" and torch.cuda.is_bf16_supported()
         return torch.autocast(self.device.type, torch.bfloat16, enabled=use)
 
-    def _prefix(self, inputs: Inputs, attention_mask: Tensor) -> Prefix:
+    def encode_prefix(self, inputs: Inputs, labels: Tensor) -> Prefix:
+        """Compute the keys and values of the VLM for the prompt that each row's label has.
+
+        :param inputs: from `encode_observation`, with image_embeds (batch, tokens, hidden) if the
+            images are embedded already
+        """
+        worded = self.prompts.with_condition(inputs, labels)
+        ids, images = worded["input_ids"], worded.get("image_embeds")
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen_prefix):
+            embeds = None
+            if images is not None:
+                embeds = self.model.embed_after(images, ids[:, self.image_tokens :])
             return self.model.encode_prefix(
-                inputs["input_ids"],
-                inputs["pixel_values"],
-                inputs["pixel_attention_mask"],
-                attention_mask,
+                ids,
+                worded["pixel_values"],
+                worded["pixel_attention_mask"],
+                worded["attention_mask"],
+                embeds,
             )
 
-    def encode_prefix(self, inputs: Inputs) -> tuple[Prefix, Prefix]:
-        """Compute the prefixes (keys and values of the VLM) for labelled rows and for ∅ rows.
+    def prefix_label(self, label: int) -> int:
+        return self.prompts.representative(label)
 
-        Both are the same object unless `use_prefix_dropout` hides the instruction from ∅.
-        """
-        prefix = self._prefix(inputs, inputs["attention_mask"])
-        if not self.config.use_prefix_dropout:
-            return prefix, prefix
-        return prefix, self._prefix(inputs, _without_instruction(inputs))
+    def encode_prefixes(self, inputs: Inputs, branches: tuple[int, ...]) -> Prefixes:
+        """Compute the prefix under each label; images are embedded once for all prompts."""
+        if len({self.prefix_label(label) for label in branches}) > 1:
+            ids = inputs["input_ids"][:, : self.image_tokens]
+            pixels, there = inputs["pixel_values"], inputs["pixel_attention_mask"]
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen_prefix):
+                inputs = {**inputs, "image_embeds": self.model.embed_images(ids, pixels, there)}
+        return super().encode_prefixes(inputs, branches)
 
-    def split_prefix(self, prefix: tuple[Prefix, Prefix]) -> list[PrefixRow]:
-        names = ("labelled", "null") if self.config.use_prefix_dropout else ("labelled",)
-        rows: list[PrefixRow] = [{} for _ in range(len(prefix[0].attention_mask))]
-        for name, branch in zip(names, prefix, strict=False):
-            for row, one in zip(rows, branch.rows(), strict=True):
-                row[name] = one.keys_values
-                row[f"{name}_mask"] = one.attention_mask
-        return rows
+    def split_prefix(self, prefix: Prefix) -> list[PrefixRow]:
+        return [vars(row) for row in prefix.rows()]
 
-    def join_prefix(self, rows: Sequence[PrefixRow]) -> tuple[Prefix, Prefix]:
-        labelled = join([Prefix(row["labelled"], row["labelled_mask"]) for row in rows])
-        if not self.config.use_prefix_dropout:
-            return labelled, labelled
-        return labelled, join([Prefix(row["null"], row["null_mask"]) for row in rows])
+    def join_prefix(self, rows: Sequence[PrefixRow]) -> Prefix:
+        return join([Prefix(**row) for row in rows])
 
-    def value_features(self, inputs: Inputs, prefix: tuple[Prefix, Prefix]) -> Tensor:
+    def value_features(self, inputs: Inputs, prefix: Prefix) -> Tensor:
         """Return the last layer's values, averaged over the tokens, and the normalised state.
 
         Keys are left out, because they are rotated by their position.
         """
-        labelled, _ = prefix
-        there = labelled.attention_mask[:, None, :, None].float()  # (batch, 1, tokens, 1)
-        values = labelled.keys_values[:, -1, 1].float()  # (batch, kv_heads, tokens, head_dim)
+        there = prefix.attention_mask[:, None, :, None].float()  # (batch, 1, tokens, 1)
+        values = prefix.keys_values[:, -1, 1].float()  # (batch, kv_heads, tokens, head_dim)
         pooled = (values * there).sum(2) / there.sum(2)  # (batch, kv_heads, head_dim)
         return torch.cat([pooled.flatten(1), inputs["state"]], 1)
 
     def velocity(
-        self, inputs: Inputs, x_t: Tensor, t: Tensor, labels: Tensor, prefix: Any = None
+        self, inputs: Inputs, x_t: Tensor, t: Tensor, labels: Tensor, prefix: Prefix | None = None
     ) -> Tensor:
-        if prefix is None:
-            mask = inputs["attention_mask"]
-            if self.config.use_prefix_dropout:
-                mask = torch.where((labels == NULL)[:, None], _without_instruction(inputs), mask)
-            chosen = self._prefix(inputs, mask)
-        else:
-            labelled, null = prefix
-            chosen = labelled if labelled is null else select_rows(labels == NULL, null, labelled)
-        return self.model.velocity(chosen, inputs["state"], x_t, t, labels)
+        known = self.encode_prefix(inputs, labels) if prefix is None else prefix
+        return self.model.velocity(known, inputs["state"], x_t, t, labels)
 
     def velocities(
-        self, inputs: Inputs, x_t: Tensor, t: Tensor, branches: tuple[int, ...], prefix: Any
+        self,
+        inputs: Inputs,
+        x_t: Tensor,
+        t: Tensor,
+        branches: tuple[int, ...],
+        prefixes: Prefixes,
     ) -> tuple[Tensor, ...]:
-        """Compute all branches that share a prefix in one pass of the expert."""
-        labelled, null = prefix
+        """Compute all branches in one pass of the expert, if they have the same prefix."""
         state = inputs["state"]
         run = self._branch_velocities
         if self.reference is not None and self.reference.in_use:
             run = self.model.branch_velocities  # a CUDA graph knows the policy's own weights only
-        if labelled is null:
-            return run(labelled, state, x_t, t, branches)
-        return tuple(
-            run(null if label == NULL else labelled, state, x_t, t, (label,))[0]
-            for label in branches
-        )
+        first = prefixes[branches[0]]
+        if all(prefixes[label] is first for label in branches):
+            return run(first, state, x_t, t, branches)
+        return tuple(run(prefixes[label], state, x_t, t, (label,))[0] for label in branches)
 
     def plan_update(self, batch_size: int, free: int) -> UpdatePlan:
         """Plan an update (see `FlowPolicy`) from an estimate that allocates nothing."""
@@ -351,7 +364,7 @@ class Pi0Policy(FlowPolicy):
             prompt_tokens=self.tokenizer.pad_to or self.tokenizer.max_tokens,
             average=self.average is not None,
             reference=0 if self.reference is None else self.reference.size,
-            two_prefixes=self.config.use_prefix_dropout,
+            two_prefixes=len({self.prefix_label(label) for label in BRANCHES}) > 1,
         )
 
     # Saving -----------------------------------------------------------------------------------
@@ -443,11 +456,6 @@ class Pi0Policy(FlowPolicy):
         ):
             self.base = None
         return super().load_state_dict(state_dict, strict, assign)
-
-
-def _without_instruction(inputs: Inputs) -> Tensor:
-    """Return the attention mask without the instruction's tokens, as for an empty prompt."""
-    return inputs["attention_mask"] * (1 - inputs["instruction_mask"])
 
 
 def _compiled(branch_velocities: Callable[..., tuple[Tensor, ...]]) -> Callable[..., Any]:

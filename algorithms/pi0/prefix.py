@@ -73,14 +73,6 @@ def _pad(prefix: Prefix, length: int) -> Prefix:
     )
 
 
-def select_rows(rows: Tensor, yes: Prefix, no: Prefix) -> Prefix:
-    """Choose each row i from `yes` where rows[i] is true, else from `no`; rows bool (batch,)."""
-    return Prefix(
-        torch.where(rows[:, None, None, None, None, None], yes.keys_values, no.keys_values),
-        torch.where(rows[:, None], yes.attention_mask, no.attention_mask),
-    )
-
-
 class Recorder:
     """Stands in for a KV cache in a pass of a Gemma attention layer, and keeps keys and values."""
 

@@ -1,9 +1,13 @@
 """Converts prompts to token ids: `<bos>` + instruction + newline, right-padded.
 
+Words about the instruction, such as a condition, stand before the newline, which ends every prompt
+of PI0 (openpi, `models/tokenizer.py`).
+
 Two tokenizers share one interface: bytes for the tiny preset, PaliGemma's for the full one.
 """
 
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -44,7 +48,11 @@ class ByteTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Return `<bos>` + text + newline as token ids, not padded."""
-        return [BOS_ID, *(FIRST_BYTE_ID + byte for byte in f"{text}\n".encode())]
+        return [BOS_ID, *self.encode_words(f"{text}\n")]
+
+    def encode_words(self, text: str) -> list[int]:
+        """Return the token ids of a text inside a prompt."""
+        return [FIRST_BYTE_ID + byte for byte in text.encode()]
 
 
 class PaliGemmaTokenizer:
@@ -85,6 +93,11 @@ class PaliGemmaTokenizer:
         newline = self._tokenizer.encode("\n", add_special_tokens=False)
         return [self._tokenizer.bos_token_id, *ids, *newline]
 
+    def encode_words(self, text: str) -> list[int]:
+        """Return the token ids of a text inside a prompt."""
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False)
+        return ids
+
 
 PromptTokenizer = ByteTokenizer | PaliGemmaTokenizer
 
@@ -121,29 +134,34 @@ def _tokenizer_folder(source: str, places: Places) -> Path:
 
 
 def tokenize(
-    prompts: list[str], tokenizer: PromptTokenizer, device: torch.device
+    prompts: list[str],
+    tokenizer: PromptTokenizer,
+    device: torch.device,
+    words: Sequence[str] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Turn prompts into right-padded token ids.
+    """Turn prompts into right-padded token ids. An instruction that is too long is cut.
 
+    :param words: text to put between each instruction and its newline, which is never cut
     :return: ids int64 (batch, tokens); mask int64, 1 for real tokens; instruction int64, 1 for the
         tokens between `<bos>` and the newline (what prefix dropout hides)
     """
     rows = []
-    for prompt in prompts:
-        row = tokenizer.encode(prompt)
-        if len(row) > tokenizer.max_tokens:
+    for prompt, added in zip(prompts, words or [""] * len(prompts), strict=True):
+        *instruction, newline = tokenizer.encode(prompt)
+        end = [*(tokenizer.encode_words(added) if added else []), newline]
+        length, room = len(instruction) + len(end), tokenizer.max_tokens - len(end)
+        if len(instruction) > room:
             warnings.warn(
-                f"prompt of {len(row)} tokens cut to {tokenizer.max_tokens}: {prompt!r}",
+                f"prompt of {length} tokens cut to {tokenizer.max_tokens}: {prompt!r}",
                 stacklevel=2,
             )
-            row = [*row[: tokenizer.max_tokens - 1], row[-1]]
-        rows.append(row)
+        rows.append([*instruction[:room], *end])
     length = tokenizer.pad_to or max(len(row) for row in rows)
     ids = torch.full((len(rows), length), PAD_ID, dtype=torch.int64)
     mask = torch.zeros_like(ids)
-    instruction = torch.zeros_like(ids)
+    between = torch.zeros_like(ids)
     for i, row in enumerate(rows):
         ids[i, : len(row)] = torch.tensor(row)
         mask[i, : len(row)] = 1
-        instruction[i, 1 : len(row) - 1] = 1
-    return ids.to(device), mask.to(device), instruction.to(device)
+        between[i, 1 : len(row) - 1] = 1
+    return ids.to(device), mask.to(device), between.to(device)

@@ -37,20 +37,21 @@ VARIANTS = (UNGUIDED, GUIDED, TWO_PASSES, NOTHING_SHARED)
 def time_chunk(policy: Pi0Policy, obs: Any, noise: Tensor, variant: str) -> dict[str, float]:
     """Return the seconds that each part of a chunk takes."""
     spent_inputs, inputs = seconds(lambda: policy.encode_observation(obs))
-    spent_prefix, prefix = seconds(lambda: policy.encode_prefix(inputs))
-    other = prefix
+    branches = (NULL, POSITIVE)
+    spent_prefix, prefixes = seconds(lambda: policy.encode_prefixes(inputs, branches))
+    others = prefixes
     if variant == NOTHING_SHARED:
-        again, other = seconds(lambda: policy.encode_prefix(inputs))
+        again, others = seconds(lambda: policy.encode_prefixes(inputs, branches))
         spent_prefix += again
 
     def velocities(x: Tensor, t: Tensor) -> Tensor:
         of = partial(policy.velocities, inputs, x, t)
         if variant == UNGUIDED:
-            return of((POSITIVE,), prefix)[0]
+            return of((POSITIVE,), prefixes)[0]
         if variant == GUIDED:
-            v_null, v_positive = of((NULL, POSITIVE), prefix)
+            v_null, v_positive = of(branches, prefixes)
         else:
-            v_null, v_positive = of((NULL,), prefix)[0], of((POSITIVE,), other)[0]
+            v_null, v_positive = of((NULL,), prefixes)[0], of((POSITIVE,), others)[0]
         return guide(v_null, v_positive, W)
 
     spent, _ = seconds(lambda: euler(velocities, noise, policy.num_inference_steps))

@@ -56,7 +56,7 @@ class Update:
         for part in torch.arange(self.args.windows).split(self.args.micro_batch):
             batch = self.windows[part]
             with precision(self.policy, self.args.size):
-                self.memory.recall(batch.observations, batch.prefix_keys)
+                self.memory.recall(batch.observations, batch.prefix_keys, batch.labels)
 
     def gradients(self, batch: WindowBatch) -> Tensor:
         """Leave a step's gradients in the parameters; returns its losses."""
@@ -66,7 +66,7 @@ class Update:
 
     def losses(self, batch: WindowBatch, t: Tensor, noise: Tensor) -> Tensor:
         """Compute the losses of windows as `CFGRL.train` does."""
-        prefix = self.memory.recall(batch.observations, batch.prefix_keys)
+        prefix = self.memory.recall(batch.observations, batch.prefix_keys, batch.labels)
         return self.policy.flow_matching_loss(*batch.samples, t, noise, prefix)
 
     def epoch(self, name: str) -> list[float]:

@@ -126,7 +126,7 @@ class DiffusionNFT(CFGRL):
     def window_losses(self, batch: WindowBatch, t: Tensor, noise: Tensor) -> Tensor:
         assert isinstance(batch, NftWindows)
         policy = self.policy
-        prefix = self._prefixes.recall(batch.observations, batch.prefix_keys)
+        prefix = self._prefixes.recall(batch.observations, batch.prefix_keys, batch.labels)
         inputs = policy.encode_observation(batch.observations, skip_prefix=prefix is not None)
         _, *tensors = batch.samples
         actions, is_pad, labels, r, t, noise = (

@@ -222,7 +222,8 @@ def _checkpoint_config(
 ) -> Pi0CFGRLConfig:
     config = source.config
     if condition_mode is not None:
-        if is_conditional(source.shapes) and config.condition_mode != condition_mode:
+        trained = is_conditional(source.shapes) or config.condition_mode == "text"
+        if trained and config.condition_mode != condition_mode:
             raise ValueError(
                 f"checkpoint '{source.name}' was trained with "
                 f"condition_mode='{config.condition_mode}', not '{condition_mode}'; leave "
