@@ -335,6 +335,10 @@ def test_values_of_groups_from_midway_know_the_iterations_other_windows(
 # PI0 ----------------------------------------------------------------------------------------------
 
 
+def no_labels(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    return torch.full((len(inputs["state"]),), -1)
+
+
 def test_the_prefixes_kept_from_acting_give_pi0_its_values() -> None:
     model, passes = learn_pi0(label_source="value")
     assert set(passes) == {2}  # a row for each environment while acting, and nothing else
@@ -344,7 +348,9 @@ def test_the_prefixes_kept_from_acting_give_pi0_its_values() -> None:
     policy = model.policy
     with torch.no_grad():
         inputs = policy.encode_observation(windows.observations)
-        again = policy.value_features(inputs, policy.encode_prefix(inputs))  # after the update
+        again = policy.value_features(
+            inputs, policy.encode_prefix(inputs, no_labels(inputs))
+        )  # after the update
     torch.testing.assert_close(windows.value_data["features"], again, atol=1e-4, rtol=1e-4)
     assert again.std(0).max() > 0.01
 
@@ -355,7 +361,7 @@ def test_pi0_features_are_a_samples_own_whatever_the_batch_pads() -> None:
     def features(obs: dict[str, np.ndarray]) -> torch.Tensor:
         with torch.no_grad():
             inputs = policy.encode_observation(obs)
-            return policy.value_features(inputs, policy.encode_prefix(inputs))
+            return policy.value_features(inputs, policy.encode_prefix(inputs, no_labels(inputs)))
 
     obs = make_observation()
     together = features(obs)

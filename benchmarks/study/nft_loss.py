@@ -1,6 +1,6 @@
 """The loss of DiffusionNFT (Zheng et al. 2025, arXiv 2509.16117) and what it needs of windows."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -18,12 +18,12 @@ LEAST_ERROR = 1e-5  # scripts/train_nft_sd3.py
 class NftWindows(WindowBatch):
     """Holds windows with the probability that each is optimal."""
 
-    optimality: Tensor  # float32 (batch,), in [0, 1]
+    optimality: Tensor = field(kw_only=True)  # float32 (batch,), in [0, 1]
 
     @classmethod
     def of(cls, windows: WindowBatch, optimality: Tensor) -> "NftWindows":
         """Add the probabilities, (batch,), to windows."""
-        return cls(*windows.samples, windows.prefix_keys, optimality)
+        return cls(*windows.samples, windows.prefix_keys, optimality=optimality)
 
     def __getitem__(self, indices: Tensor) -> "NftWindows":
         return self.of(super().__getitem__(indices), self.optimality[indices])
