@@ -116,8 +116,19 @@ def has_llvm():  # llvmlite's own LLVM is linked into it and has no file of that
 """
 
 
+FIRST_CONTEXT = {
+    "ours": "from cfgrl_gym.envs.libero import LiberoEnv\nLiberoEnv(image_size=16).reset()",
+    "LIBERO's": (
+        "from cfgrl_gym.envs.plain_simulator import PlainSimulator\n"
+        "from cfgrl_gym.envs.suites import select_tasks\n"
+        "PlainSimulator(select_tasks('libero_object', 0)[0], 16)"
+    ),
+}
+
+
+@pytest.mark.parametrize("whose", FIRST_CONTEXT)
 def test_tritons_library_is_loaded_before_mesas(
-    tmp_path: Path, run_python: Callable[..., Finished]
+    whose: str, tmp_path: Path, run_python: Callable[..., Finished]
 ) -> None:
     """A package in triton's place says when it is loaded: not all builds of torch bring one."""
     package = tmp_path / "triton" / "_C"
@@ -126,8 +137,8 @@ def test_tritons_library_is_loaded_before_mesas(
     (package / "__init__.py").touch()
     note = "print('triton, LLVM loaded:', has_llvm())"
     (package / "libtriton.py").write_text(f"{LIBRARIES}\n{note}\n")
-    script = f"{LIBRARIES}\nfrom cfgrl_gym.envs.render_backend import GlContext\n"
-    done = run_python(script + "GlContext(16)\nprint('context, LLVM loaded:', has_llvm())")
+    script = f"{LIBRARIES}\n{FIRST_CONTEXT[whose]}\n"
+    done = run_python(script + "print('context, LLVM loaded:', has_llvm())")
     assert done.code == 0, done.stderr
     triton, context = done.stdout.splitlines()
     assert triton == "triton, LLVM loaded: False"

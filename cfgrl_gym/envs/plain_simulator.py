@@ -7,7 +7,7 @@ robosuite is unknown.
 import numpy as np
 
 from cfgrl_gym.envs.installation import import_libero
-from cfgrl_gym.envs.render_backend import keep_display
+from cfgrl_gym.envs.render_backend import keep_display, load_triton
 from cfgrl_gym.envs.simulator import (
     CAMERAS,
     FRAME_SIZE,
@@ -31,6 +31,7 @@ class PlainSimulator(Simulator):
 
     def __init__(self, task: Task, image_size: int, cameras: tuple[str, ...] = CAMERAS) -> None:
         super().__init__(task, image_size, cameras)
+        load_triton()
         wrapper = import_libero("envs.env_wrapper")
         with quiet_and_seeded(LIBERO_SEED):
             self._control = wrapper.OffScreenRenderEnv(

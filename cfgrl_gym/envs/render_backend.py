@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 APT_PACKAGES = "libegl1 libgl1 libgl1-mesa-dri libosmesa6"
@@ -78,9 +79,12 @@ def load_triton() -> None:
     """Load triton's library, where torch comes with it, before Mesa's llvmpipe loads its own LLVM.
 
     In the other order, as when torch imports triton after a first image, the process ends in a
-    segmentation fault (seen with the CUDA build of torch 2.14 on Python 3.13).
+    segmentation fault (seen with the CUDA build of torch 2.14 on Python 3.13). To be called before
+    a context is made; where somebody else has made one already, it is too late, and nothing is done.
     """
-    if importlib.util.find_spec("triton") is not None:
+    maps = Path("/proc/self/maps")
+    too_late = maps.exists() and "libLLVM" in maps.read_text(encoding="utf-8", errors="replace")
+    if not too_late and importlib.util.find_spec("triton") is not None:
         with contextlib.suppress(ImportError):
             importlib.import_module("triton._C.libtriton")
 
