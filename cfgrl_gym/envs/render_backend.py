@@ -80,7 +80,7 @@ def load_triton() -> None:
 
     In the other order, as when torch imports triton after a first image, the process ends in a
     segmentation fault (seen with the CUDA build of torch 2.14 on Python 3.13). To be called before
-    a context is made; where somebody else has made one already, it is too late, and nothing is done.
+    a context is made; where somebody else has made one, it is too late, and nothing is done.
     """
     maps = Path("/proc/self/maps")
     too_late = maps.exists() and "libLLVM" in maps.read_text(encoding="utf-8", errors="replace")
