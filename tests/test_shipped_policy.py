@@ -1,4 +1,4 @@
-"""The policy that comes with the package: whole, found by name, and able to act and to train."""
+"""The policies that come with the package: whole, found by name, able to act and to train."""
 
 import hashlib
 from pathlib import Path
@@ -16,7 +16,7 @@ from cfgrl_gym.cli.environments import libero_spaces
 from cfgrl_gym.cli.policies import find_checkpoint
 from cfgrl_gym.wrappers.prompt import encode_prompt
 
-FOLDER = Path(cfgrl_gym.algorithms.pi0.__file__).parent / "libero_tiny"
+PI0 = Path(cfgrl_gym.algorithms.pi0.__file__).parent
 WRIST = ("left_wrist_0_rgb",)
 PROMPT = "pick up the butter and place it in the basket"
 
@@ -28,13 +28,14 @@ def observation(batch: int = 2, slots: tuple[str, ...] = WRIST) -> dict[str, np.
     return {**images, "state": state, "prompt": np.tile(encode_prompt(PROMPT), (batch, 1))}
 
 
-def shipped(slots: tuple[str, ...] = WRIST, **kwargs: object) -> Pi0Policy:
-    spaces_ = libero_spaces(112, 16, slots)
-    return Pi0Policy(*spaces_, lambda _: 1e-3, checkpoint="libero_tiny", **kwargs)  # type: ignore[arg-type]
+def shipped(slots: tuple[str, ...] = WRIST, name: str = "libero_tiny") -> Pi0Policy:
+    return Pi0Policy(*libero_spaces(112, 16, slots), lambda _: 1e-3, checkpoint=name)
 
 
-def test_its_files_are_those_of_the_checksums() -> None:
-    lines = (FOLDER / "SHA256SUMS").read_text().splitlines()
+@pytest.mark.parametrize("name", SHIPPED)
+def test_its_files_are_those_of_the_checksums(name: str) -> None:
+    folder = PI0 / name
+    lines = (folder / "SHA256SUMS").read_text().splitlines()
     wanted = {name: digest for digest, name in (line.split("  ") for line in lines)}
     assert set(wanted) == {
         "config.json",
@@ -42,23 +43,27 @@ def test_its_files_are_those_of_the_checksums() -> None:
         "norm_stats.json",
         "pi0_policy.json",
     }
-    for name, digest in wanted.items():
-        assert hashlib.sha256((FOLDER / name).read_bytes()).hexdigest() == digest, name
-    assert sum(file.stat().st_size for file in FOLDER.iterdir()) < 10e6
+    for file, digest in wanted.items():
+        assert hashlib.sha256((folder / file).read_bytes()).hexdigest() == digest, file
+    assert sum(file.stat().st_size for file in folder.iterdir()) < 10e6
 
 
+def test_which_policies_come_with_the_package() -> None:
+    assert SHIPPED == ("libero_tiny", "libero_modes")
+
+
+@pytest.mark.parametrize("name", SHIPPED)
 def test_it_is_found_by_name_unless_a_folder_is_called_so(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert SHIPPED == ("libero_tiny",)
-    assert Path(find_shipped("libero_tiny")) == FOLDER
+    assert Path(find_shipped(name)) == PI0 / name
     assert find_shipped("libero_huge") == "libero_huge"
-    checkpoint = find_checkpoint("libero_tiny", None)
+    checkpoint = find_checkpoint(name, None)
     assert (checkpoint.preset, checkpoint.horizon, checkpoint.image_size) == ("tiny", 16, 112)
     assert checkpoint.cameras == WRIST
-    Path("libero_tiny").mkdir()
-    assert find_shipped("libero_tiny") == "libero_tiny"
+    Path(name).mkdir()
+    assert find_shipped(name) == name
     with pytest.raises(FileNotFoundError, match="libero_tiny"):
         find_checkpoint("libero_huge", None)
 
@@ -75,8 +80,10 @@ def test_it_acts_as_its_instruction_says() -> None:
     assert (other - actions).abs().max() > 0.02  # 1 mm a control step
 
 
-def test_its_condition_is_fresh_so_guidance_begins_with_nothing() -> None:
-    policy, noise = shipped(), torch.randn(2, 16, 7, generator=torch.Generator().manual_seed(0))
+@pytest.mark.parametrize("name", SHIPPED)
+def test_its_condition_is_fresh_so_guidance_begins_with_nothing(name: str) -> None:
+    policy = shipped(name=name)
+    noise = torch.randn(2, 16, 7, generator=torch.Generator().manual_seed(0))
     assert policy.config.condition_mode == "bias"
     at = {w: policy.sample_actions(observation(), noise=noise, cfg_scale=w) for w in (0, 1, 5)}
     assert torch.equal(at[0], at[1])

@@ -43,8 +43,9 @@ class Pi0Policy(FlowPolicy):
     :param action_space: Box (chunk, 7) or (7,)
     :param lr_schedule: learning rate as a function of the remaining progress
     :param preset: "tiny" (random weights, byte-level tokenizer, for a CPU) or "pi0" (full size)
-    :param checkpoint: folder that `save_pretrained` wrote, or "libero_tiny", which comes with the
-        package; with preset "pi0", any PI0 checkpoint folder or hub name. None: random weights
+    :param checkpoint: folder that `save_pretrained` wrote, or "libero_tiny" or "libero_modes",
+        which come with the package; with preset "pi0", any PI0 checkpoint folder or hub name. None:
+        random weights
     :param norm_stats: a `NormStats` or the path of openpi's norm_stats.json. None: the checkpoint
         folder's; without a checkpoint, tiny takes mean 0 and standard deviation 1 (states
         and actions are not changed)

@@ -37,7 +37,7 @@ class Recipe:
     :param demos: demonstrations of each task
     :param image_stride: control steps between two images
     :param cameras: that are recorded; None: both
-    :param sft: options of `cfgrl sft` where the starts differ
+    :param sft: options of `cfgrl sft` besides those that both starts have
     """
 
     tasks: dict[str, dict[int, list[str] | None]]
@@ -52,7 +52,13 @@ TINY = Recipe(
     demos=40,
     image_stride=4,
     cameras=None,
-    sft={"steps": 1600},
+    sft={
+        "horizon": 16,
+        "cameras": ["robot0_eye_in_hand"],
+        "image_size": IMAGE_SIZE,
+        "patch_size": 28,
+        "steps": 1600,
+    },
 )
 
 
@@ -75,10 +81,6 @@ def make(recipe: Recipe, out: Path) -> Path:
     sft.run(
         SftConfig(
             demos=str(out / "demos"),
-            horizon=16,
-            cameras=["robot0_eye_in_hand"],
-            image_size=IMAGE_SIZE,
-            patch_size=28,
             dropout_prob=0.5,
             ema_decay=0.99,
             out=str(out / "sft"),

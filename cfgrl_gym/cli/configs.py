@@ -193,9 +193,9 @@ class SftConfig(Options):
 class PolicyOptions(Options):
     """Holds options for a policy and its environments; sizes that are null are the policy's.
 
-    :param policy: libero_tiny (comes with the package), a policy folder (what save_pretrained
-        wrote), the run folder of `cfgrl sft` or `cfgrl train`, or a PI0 checkpoint (with preset
-        pi0, also a name on the Hugging Face hub)
+    :param policy: libero_tiny or libero_modes (which come with the package), a policy folder (what
+        save_pretrained wrote), the run folder of `cfgrl sft` or `cfgrl train`, or a PI0 checkpoint
+        (with preset pi0, also a name on the Hugging Face hub)
     :param preset: tiny or pi0. null: the folder's
     :param norm_stats: openpi's norm_stats.json. null: the policy folder's own
     :param chunk_size: actions executed open loop in one step. null: all that the policy predicts

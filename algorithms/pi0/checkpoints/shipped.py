@@ -4,8 +4,9 @@ from pathlib import Path
 
 from cfgrl_gym.whole_files import sha256
 
-# libero_tiny: a tiny PI0 that succeeds sometimes. A file in its folder says how it was made.
-SHIPPED = ("libero_tiny",)
+# Tiny PI0s. libero_tiny succeeds sometimes, because it is imprecise; libero_modes often brings
+# another object than the instruction's. A file in the folder of each says how it was made.
+SHIPPED = ("libero_tiny", "libero_modes")
 
 
 def find_shipped(checkpoint: str | Path) -> str:
