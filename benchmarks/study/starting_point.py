@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from jobs import evaluation, run_jobs
 from results import describe, result_json, results_of, write_result
@@ -22,10 +23,13 @@ from settings import new_parser
 
 from cfgrl_gym.cli import demos, sft
 from cfgrl_gym.cli.configs import DemosConfig, SftConfig
+from cfgrl_gym.demos.files import read_demonstrations
+from cfgrl_gym.demos.recording import RecordingConfig, demonstration_path, save
 from cfgrl_gym.whole_files import sha256
 
 IMAGE_SIZE = 112
 CHECKSUMS = "SHA256SUMS"
+HAND_START = np.array([-0.148, 0, 0.26])  # in libero_object, metres
 
 
 @dataclass(frozen=True)
@@ -37,14 +41,18 @@ class Recipe:
     :param demos: demonstrations of each task
     :param image_stride: control steps between two images
     :param cameras: that are recorded; None: both
-    :param sft: options of `cfgrl sft` besides those that both starts have
+    :param sft: options of `cfgrl sft` besides those that both starts have, of one or more fits;
+        each goes on from the policy of the one before
+    :param repeats: how often more often the last fit sees the demonstrations that begin where
+        LIBERO puts the hand; the expert begins most of them elsewhere
     """
 
     tasks: dict[str, dict[int, list[str] | None]]
     demos: int
     image_stride: int
     cameras: list[str] | None
-    sft: dict[str, Any]
+    sft: tuple[dict[str, Any], ...]
+    repeats: int = 0
 
 
 TINY = Recipe(
@@ -52,13 +60,15 @@ TINY = Recipe(
     demos=40,
     image_stride=4,
     cameras=None,
-    sft={
-        "horizon": 16,
-        "cameras": ["robot0_eye_in_hand"],
-        "image_size": IMAGE_SIZE,
-        "patch_size": 28,
-        "steps": 1600,
-    },
+    sft=(
+        {
+            "horizon": 16,
+            "cameras": ["robot0_eye_in_hand"],
+            "image_size": IMAGE_SIZE,
+            "patch_size": 28,
+            "steps": 1600,
+        },
+    ),
 )
 
 
@@ -78,19 +88,38 @@ def make(recipe: Recipe, out: Path) -> Path:
                     out=str(out / "demos"),
                 )
             )
-    sft.run(
-        SftConfig(
-            demos=str(out / "demos"),
-            dropout_prob=0.5,
-            ema_decay=0.99,
-            out=str(out / "sft"),
-            **recipe.sft,
+    folders = [str(out / "demos")]
+    for number, options in enumerate(recipe.sft, start=1):
+        fit = out / ("sft" if number == len(recipe.sft) else f"sft_{number}")
+        if number == len(recipe.sft):
+            folders += repeat_undisturbed(recipe, out)
+        sft.run(
+            SftConfig(
+                **{"demos": folders, "dropout_prob": 0.5, "ema_decay": 0.99, "out": str(fit)}
+                | ({"policy": str(out / f"sft_{number - 1}")} if number > 1 else {})
+                | options
+            )
         )
-    )
     policy = out / "sft" / "policy"
     forget_condition(policy)
     write_checksums(policy)
     return policy
+
+
+def repeat_undisturbed(recipe: Recipe, out: Path) -> list[str]:
+    """Write `recipe.repeats` copies of the demonstrations that were not disturbed; return their
+    folders."""
+    folders = [out / f"again_{number}" for number in range(recipe.repeats)]
+    for suite, tasks in recipe.tasks.items() if folders else ():
+        for task in tasks:
+            given = read_demonstrations(demonstration_path(out / "demos", suite, task))
+            undisturbed = [
+                demo for demo in given if np.abs(demo.ee_pos[0] - HAND_START).max() < 0.02
+            ]
+            for folder in folders:
+                path = demonstration_path(folder, suite, task)
+                save(path, undisturbed, RecordingConfig(suite, task))
+    return [*map(str, folders)]
 
 
 def forget_condition(folder: Path) -> None:

@@ -42,7 +42,11 @@ MODES = Recipe(
     demos=90,
     image_stride=8,
     cameras=["robot0_eye_in_hand"],
-    sft={"policy": "libero_tiny", "trainable": "expert", "steps": 2500},
+    sft=(
+        {"policy": "libero_tiny", "trainable": "expert", "steps": 2500},
+        {"trainable": "expert", "steps": 1500},
+    ),
+    repeats=3,
 )
 
 
