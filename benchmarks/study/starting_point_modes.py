@@ -1,8 +1,8 @@
 """The shipped policy `libero_modes`: how it was made, and which objects it brings.
 
 It is made as libero_tiny is (starting_point.py), and begins as it, but the expert of PI0 is fitted
-to demonstrations that pick one of three objects of the scene, whatever the instruction says: so
-most of its failures are wrong objects. It is evaluated on all 50 benchmark states of each task,
+to demonstrations that pick one of three objects of the scene, whatever the instruction says, so
+that its failures may be wrong objects. It is evaluated on all 50 benchmark states of each task,
 where every object is looked up that is in the basket at the end, by LIBERO's own predicate.
 Writes <out>/sft/policy and <results>/starting_point_modes.json; with --policy, that policy is only
 evaluated.

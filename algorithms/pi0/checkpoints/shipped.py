@@ -4,8 +4,8 @@ from pathlib import Path
 
 from cfgrl_gym.whole_files import sha256
 
-# Tiny PI0s. libero_tiny succeeds sometimes, because it is imprecise; libero_modes often brings
-# another object than the instruction's. A file in the folder of each says how it was made.
+# Tiny PI0s. libero_tiny succeeds sometimes; libero_modes was fitted to demonstrations of several
+# objects for each instruction. A file in the folder of each says how it was made.
 SHIPPED = ("libero_tiny", "libero_modes")
 
 
