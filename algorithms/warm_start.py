@@ -22,6 +22,9 @@ from cfgrl_gym.wrappers.norm_stats import NormStats
 from cfgrl_gym.wrappers.prompt import encode_prompt
 from cfgrl_gym.wrappers.transforms import resize_with_pad, to_delta
 
+# PI0's names of the cameras, and a demonstration's images.
+_IMAGES = {"base_0_rgb": "agentview_rgb", "left_wrist_0_rgb": "eye_in_hand_rgb"}
+
 
 @dataclass(frozen=True)
 class WarmStartConfig:
@@ -73,8 +76,18 @@ def demonstration_stats(
 def demonstration_windows(
     policy: Pi0Policy, demonstrations: Sequence[Demonstration], stride: int
 ) -> WindowBatch:
-    """Cut windows of `policy.horizon` steps, labelled o = 1, with images in the model's size."""
+    """Cut windows of `policy.horizon` steps, labelled o = 1, with images in the model's size.
+
+    :raises ValueError: a camera that the policy looks at was not recorded
+    """
     size = policy.image_size
+    for slot, images in _IMAGES.items():
+        black = [not getattr(demo, images).any() for demo in demonstrations]
+        if slot in policy.cameras and any(black):
+            raise ValueError(
+                f"the images {images} of a demonstration are black, and the policy looks at them; "
+                "record them (`cfgrl demos --cameras`), or leave them out (`cfgrl sft --cameras`)"
+            )
     parts: dict[str, list[np.ndarray]] = {}
     actions, pads = [], []
     for demo in demonstrations:
@@ -84,11 +97,8 @@ def demonstration_windows(
         pads.append(steps >= len(demo.actions))
         actions.append(demo.actions[np.minimum(steps, len(demo.actions) - 1)])
         prompt = encode_prompt(demo.prompt)
-        for slot, images in (
-            ("base_0_rgb", demo.agentview_rgb),
-            ("left_wrist_0_rgb", demo.eye_in_hand_rgb),
-        ):
-            drawn = np.stack([rotate_image(image) for image in images[starts]])
+        for slot, images in _IMAGES.items():
+            drawn = np.stack([rotate_image(image) for image in getattr(demo, images)[starts]])
             if drawn.shape[1:3] != (size, size):
                 drawn = resize_with_pad(drawn, size, size)
             parts.setdefault(slot, []).append(drawn)
@@ -117,7 +127,7 @@ def warm_start(
     """Fit the policy to demonstrations and return the loss of every step.
 
     :param on_step: called with (steps done, loss)
-    :raises ValueError: no demonstrations
+    :raises ValueError: no demonstrations, or none with images of a camera that the policy looks at
     """
     if not demonstrations:
         raise ValueError("no demonstrations were given; `cfgrl demos` makes some")

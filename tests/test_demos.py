@@ -24,6 +24,7 @@ CONFIG = RecordingConfig(
     "libero_object", 0, demos=2, image_size=32, image_stride=10, seed=0, workers=1
 )
 PROMPT = "pick up the alphabet soup and place it in the basket"
+OTHERS = ["cream_cheese_1", "milk_1"]  # in the same scene
 BDDL_WORDS = "pick the alphabet soup and place it in the basket"  # in the BDDL file
 
 
@@ -84,13 +85,57 @@ def test_equal_seeds_give_equal_demonstrations(demos: list[Demonstration]) -> No
         np.testing.assert_array_equal(ours, theirs, field.name)
 
 
+@pytest.fixture(scope="module")
+def of_others() -> list[Demonstration]:
+    """The expert picks a flat and a tall object which the task doesn't name."""
+    return list(record(dataclasses.replace(CONFIG, objects=OTHERS, cameras=["agentview"])))
+
+
+def test_the_expert_brings_the_chosen_objects_and_not_the_tasks(
+    of_others: list[Demonstration],
+) -> None:
+    assert len(of_others) == len(OTHERS)
+    assert (of_others[0].actions[:60] != of_others[1].actions[:60]).any()
+    with libero_reference("libero_object", 0, images=False) as libero:
+        in_basket = {
+            name: ["in", name, "basket_1_contain_region"] for name in ("alphabet_soup_1", *OTHERS)
+        }
+        for demo, chosen in zip(of_others, OTHERS, strict=True):
+            assert demo.prompt == PROMPT
+            libero.start(init_state=demo.states[0])
+            for action in demo.actions:
+                placed = {n: libero.env.env._eval_predicate(goal) for n, goal in in_basket.items()}
+                assert not any(placed.values())
+                _, _, done, _ = libero.env.step(action)
+                assert not done
+            placed = {n: libero.env.env._eval_predicate(goal) for n, goal in in_basket.items()}
+            assert placed == {name: name == chosen for name in in_basket}
+
+
+def test_only_the_cameras_that_were_asked_for_are_rendered(of_others: list[Demonstration]) -> None:
+    for demo in of_others:
+        assert demo.agentview_rgb.any()
+        assert not demo.eye_in_hand_rgb.any()
+        assert demo.eye_in_hand_rgb.shape == demo.agentview_rgb.shape
+
+
+def test_an_object_that_is_not_in_the_scene_is_refused_with_those_that_are() -> None:
+    config = dataclasses.replace(CONFIG, objects=["butter_1", "ketchup_1"])
+    with pytest.raises(ExpertUnavailableError, match=r"'ketchup_1'.*alphabet_soup_1, .*milk_1"):
+        next(record(config))
+    with pytest.raises(ExpertUnavailableError, match=r"'basket_1'.*can pick alphabet_soup_1, "):
+        next(record(dataclasses.replace(CONFIG, objects="basket_1")))
+
+
 def test_a_task_that_is_no_pick_and_place_is_refused() -> None:
     config = RecordingConfig("libero_goal", 7, demos=1, image_size=16, workers=1)
     with pytest.raises(ExpertUnavailableError, match=r"turn_?on.*libero_object"):
         next(record(config))
 
 
-@pytest.mark.parametrize("wrong", [{"demos": 0}, {"image_stride": 0}, {"perturbed": 1.5}])
+@pytest.mark.parametrize(
+    "wrong", [{"demos": 0}, {"image_stride": 0}, {"perturbed": 1.5}, {"cameras": ["wrist"]}]
+)
 def test_wrong_recording_settings_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
         next(record(dataclasses.replace(CONFIG, **wrong)))

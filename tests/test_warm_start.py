@@ -169,3 +169,10 @@ def test_condition_dropout_decides_which_branch_is_trained(demos: list[Demonstra
 def test_no_demonstrations_are_refused() -> None:
     with pytest.raises(ValueError, match="no demonstrations"):
         warm_start(make_policy(), [], WarmStartConfig(steps=1))
+
+
+def test_a_camera_that_was_not_recorded_is_refused(demos: list[Demonstration]) -> None:
+    black = np.zeros_like(demos[1].agentview_rgb)
+    demos[1] = dataclasses.replace(demos[1], agentview_rgb=black)
+    with pytest.raises(ValueError, match=r"agentview_rgb .*black.*--cameras"):
+        warm_start(make_policy(), demos, WarmStartConfig(steps=1))

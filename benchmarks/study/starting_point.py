@@ -10,6 +10,7 @@ is the cheaper one to draw without a GPU. Writes <out>/sft/policy and
 """
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -22,24 +23,58 @@ from cfgrl_gym.cli import demos, sft
 from cfgrl_gym.cli.configs import DemosConfig, SftConfig
 from cfgrl_gym.whole_files import sha256
 
-TASKS = {"libero_object": [0, 5, 6, 8], "libero_goal": [6]}
 IMAGE_SIZE = 112
 CHECKSUMS = "SHA256SUMS"
 
 
-def make(out: Path) -> Path:
+@dataclass(frozen=True)
+class Recipe:
+    """How a start of the study is made.
+
+    :param tasks: the tasks of each suite, each with the objects that its demonstrations pick; None:
+        the task's own
+    :param demos: demonstrations of each task
+    :param image_stride: control steps between two images
+    :param cameras: that are recorded; None: both
+    :param perturbed: share of the demonstrations that begin elsewhere than LIBERO puts the hand
+    :param steps: of the fit
+    """
+
+    tasks: dict[str, dict[int, list[str] | None]]
+    demos: int
+    image_stride: int
+    cameras: list[str] | None
+    perturbed: float
+    steps: int
+
+
+TINY = Recipe(
+    tasks={"libero_object": dict.fromkeys((0, 5, 6, 8)), "libero_goal": {6: None}},
+    demos=40,
+    image_stride=4,
+    cameras=None,
+    perturbed=0.8,
+    steps=1600,
+)
+
+
+def make(recipe: Recipe, out: Path) -> Path:
     """Record demonstrations and fit the policy; returns its folder."""
-    for suite, tasks in TASKS.items():
-        demos.run(
-            DemosConfig(
-                suite=suite,
-                task_id=tasks,
-                demos=40,
-                image_size=IMAGE_SIZE,
-                image_stride=4,
-                out=str(out / "demos"),
+    for suite, tasks in recipe.tasks.items():
+        for task, objects in tasks.items():
+            demos.run(
+                DemosConfig(
+                    suite=suite,
+                    task_id=task,
+                    objects=objects,
+                    demos=recipe.demos,
+                    image_size=IMAGE_SIZE,
+                    image_stride=recipe.image_stride,
+                    cameras=recipe.cameras,
+                    perturbed=recipe.perturbed,
+                    out=str(out / "demos"),
+                )
             )
-        )
     sft.run(
         SftConfig(
             demos=str(out / "demos"),
@@ -47,7 +82,7 @@ def make(out: Path) -> Path:
             cameras=["robot0_eye_in_hand"],
             image_size=IMAGE_SIZE,
             patch_size=28,
-            steps=1600,
+            steps=recipe.steps,
             dropout_prob=0.5,
             ema_decay=0.99,
             out=str(out / "sft"),
@@ -92,12 +127,12 @@ def main() -> None:
     add("--results", type=Path, default=Path("benchmarks/results"))
     add("--jobs", type=int, default=2, help="evaluations at the same time (default: %(default)s)")
     args = parser.parse_args()
-    policy = args.policy or str(make(args.out))
+    policy = args.policy or str(make(TINY, args.out))
     jobs = {
         (suite, task): evaluation(
             policy, args.out / f"{suite}-{task}", task, [1.0], suite=suite, video=True
         )
-        for suite, tasks in TASKS.items()
+        for suite, tasks in TINY.tasks.items()
         for task in tasks
     }
     run_jobs(list(jobs.values()), args.jobs)
