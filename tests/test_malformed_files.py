@@ -81,12 +81,18 @@ LEAST |= dict.fromkeys(
 )
 LEAST |= dict.fromkeys(("replay_iterations", "device_memory", "prefix_memory", "dropout_prob"), 0)
 LEAST |= {"keep_checkpoints": 1, "rloo_batch_size": 2, "early_stop_percentage": 1e-300}
-LEAST |= {"positive_share": 1e-300}
+LEAST |= dict.fromkeys(
+    ("positive_share", "optimal_share", "null_rate", "gamma", "rollout_noise"), 1e-300
+)
+LEAST |= {"midway_groups": 0}
 MOST = {
     "seed": 2**32 - 1,
     "dropout_prob": 1,
     "early_stop_percentage": 1,
     "positive_share": 1 - 1e-9,
+    "null_rate": 1 - 1e-9,
+    "optimal_share": 1,
+    "gamma": 1,
 }
 
 

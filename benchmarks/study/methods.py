@@ -35,7 +35,10 @@ MARGINAL, SPEED = {"null_rate": 0.3}, {"gamma": 0.99}
 METHODS = {
     "CFGRL": Method(),
     "marginal": Method(options=MARGINAL),
-    "reference": Method(policy_options={"cfg_reference": "start"}),
+    # Its w = 0 is the start itself, so that more of w is needed.
+    "reference": Method(
+        policy_options={"cfg_reference": "start"}, scales=(0.0, 1.0, 2.0, 3.0, 5.0, 8.0)
+    ),
     "speed": Method(options=SPEED),
     "marginal, speed": Method(options=MARGINAL | SPEED | {"optimal_share": 0.4}),
     # Fewer whole episodes, so that the control steps are about as many.
