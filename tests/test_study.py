@@ -6,6 +6,8 @@ from pathlib import Path
 import gymnasium as gym
 import numpy as np
 import pytest
+import torch
+from against_start import give_reference
 from cfgrl_envs import QueueEnv, vec
 from controls import AdvantageWeighted, FilteredBC
 from guidance_sweep import against_unguided
@@ -21,8 +23,9 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 from cfgrl_gym.algorithms import CFGRL, Pi0Policy
 from cfgrl_gym.algorithms.flow import NULL
 from cfgrl_gym.algorithms.groups import groups_needed
-from cfgrl_gym.cli.configs import TrainConfig
+from cfgrl_gym.cli.configs import EvalConfig, TrainConfig
 from cfgrl_gym.cli.environments import libero_spaces
+from cfgrl_gym.cli.policies import load_policy
 from cfgrl_gym.cli.reporting.runs import read_training
 
 SMALL = {
@@ -217,6 +220,33 @@ def test_who_gives_nothing_but_a_checkpoint_gets_the_study_s_recipe() -> None:
         assert getattr(command, name) == study[name], name
     needed = groups_needed(algorithm.groups_per_iteration, True, algorithm.early_stop_percentage)
     assert needed < algorithm.groups_per_iteration  # so that early stopping has an effect
+
+
+def test_a_trained_policy_is_given_the_start_as_its_reference(tmp_path: Path) -> None:
+    """At w = 0 it is then the start, at w = 1 itself, and at w = 0.5 about half way."""
+    start = load_policy(EvalConfig(policy="libero_tiny", device="cpu"))
+    trained = load_policy(EvalConfig(policy="libero_tiny", device="cpu"))
+    with torch.no_grad():
+        for parameter in trained.parameters():
+            if parameter.requires_grad:
+                parameter.add_(1e-4)
+    trained.save_pretrained(tmp_path / "trained")
+    folder = give_reference(tmp_path / "trained", "libero_tiny", tmp_path / "given")
+    guided = load_policy(EvalConfig(policy=str(folder), cfg_reference="start", device="cpu"))
+    space = start.observation_space
+    space.seed(0)
+    sample = {key: value[None] for key, value in space.sample().items()}
+    noise = torch.randn(1, start.horizon, start.action_width)
+
+    def acts(policy: Pi0Policy, w: float) -> torch.Tensor:
+        return policy.act(sample, noise=noise, cfg_scale=w).model_actions
+
+    assert torch.equal(acts(guided, 0.0), acts(start, 0.0))
+    assert torch.equal(acts(guided, 1.0), acts(trained, 1.0))
+    difference = acts(trained, 1.0) - acts(start, 0.0)
+    assert difference.abs().max() > 1e-4
+    half = acts(guided, 0.5) - acts(start, 0.0)
+    torch.testing.assert_close(half, difference / 2, atol=0.1 * difference.abs().max(), rtol=0.1)
 
 
 class Spaces(gym.Env):
