@@ -96,7 +96,10 @@ class LiberosEpisodes:
 
 
 def expert_in(libero: Reference) -> PickPlaceExpert:
-    simulator = SimpleNamespace(robosuite_env=libero.env.env, task=SimpleNamespace(name=""))
+    env = libero.env.env
+    model, data = env.sim.model._model, env.sim.data._data
+    task = SimpleNamespace(name="")
+    simulator = SimpleNamespace(robosuite_env=env, model=model, data=data, task=task)
     return PickPlaceExpert(cast(Any, simulator))
 
 
