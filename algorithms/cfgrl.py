@@ -240,12 +240,12 @@ class CFGRL(IterationLoop):
         self._micro_batches = MicroBatches(self.batch_size)
 
     def _setup_learn(self, *arguments: Any, **kwargs: Any) -> tuple[int, BaseCallback]:
-        check_env(self.env)
+        env = check_env(self.env)
         check_parameters(vars(self))  # attributes may have been set since
         check_stride(self.stride, self.policy.chunk_size)
         check_label_source(self.label_source, self.policy)
-        if self.midway_groups and self.env is not None:
-            check_gives_snapshots(self.env)
+        if self.midway_groups:
+            check_gives_snapshots(env)
         self._micro_batches = plan_memory(
             self._prefixes, self.batch_size, self.device_memory, self.prefix_memory, self.verbose
         )

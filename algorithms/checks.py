@@ -167,8 +167,8 @@ def check_label_source(label_source: LabelSource, policy: FlowPolicy) -> None:
         )
 
 
-def check_env(env: VecEnv | None) -> None:
-    """Check that there is an environment to learn in.
+def check_env(env: VecEnv | None) -> VecEnv:
+    """Return the environment to learn in.
 
     :raises ValueError: there is none
     """
@@ -177,6 +177,7 @@ def check_env(env: VecEnv | None) -> None:
             "there is no environment to learn in: CFGRL(policy, env), or for a model that was "
             "loaded, load(path, env=env) or set_env(env). env=None is for loading only"
         )
+    return env
 
 
 def check_gives_snapshots(env: VecEnv) -> None:

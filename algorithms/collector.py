@@ -62,6 +62,10 @@ class Episode:
         """Return the sum of the episode's rewards, undiscounted."""
         return float(self.rewards.sum())
 
+    def discounted_return(self, gamma: float) -> float:
+        """Return Σ_t γ^t·r_t over its control steps, by which the episodes of a group compare."""
+        return float(discounted(self.rewards, gamma).sum())
+
     @property
     def succeeded(self) -> bool:
         """Return the environment's success flag, or else whether the return is positive."""
@@ -223,7 +227,7 @@ class Collector:
                 episode.success = None if success is None else bool(success)
                 episode.unstable = bool(infos[i].get("unstable", False))
                 self.finished.append(episode)
-                returned = float(discounted(episode.rewards, self.plan.gamma).sum())
+                returned = episode.discounted_return(self.plan.gamma)
                 self.returns.setdefault(episode.group, []).append(returned)
                 self.selection = self.plan.select(self.returns)
                 self._begin_episode(i, self.rows[i])

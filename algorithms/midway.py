@@ -4,7 +4,7 @@ import numpy as np
 
 from cfgrl_gym.algorithms.collector import Episode
 from cfgrl_gym.algorithms.groups import Group, GroupPlan, Start
-from cfgrl_gym.algorithms.labels import discounted, is_uniform
+from cfgrl_gym.algorithms.labels import is_uniform
 
 # Moments are taken after one of the first chunks of an episode: later, most have been decided.
 FIRST_CHUNKS = 3
@@ -26,7 +26,7 @@ def midway_plan(
     mixed = [
         episode
         for group in kept
-        if not is_uniform(np.array([discounted(e.rewards, plan.gamma).sum() for e in group]))
+        if not is_uniform(np.array([e.discounted_return(plan.gamma) for e in group]))
         for episode in group
     ]
     moments = [

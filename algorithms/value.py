@@ -18,7 +18,6 @@ from cfgrl_gym.algorithms.flow import NULL
 from cfgrl_gym.algorithms.labels import (
     FloatArray,
     IntArray,
-    discounted,
     is_uniform,
     returns_to_go,
     value_advantages,
@@ -111,7 +110,7 @@ class ValueSource:
         advantages = np.concatenate([value_advantages(*p, chunk_size, self.gamma) for p in parts])
         doubtful = []
         for group in groups:
-            own = [discounted(episode.rewards, self.gamma).sum() for episode in group]
+            own = [episode.discounted_return(self.gamma) for episode in group]
             uniform = is_uniform(np.array(own))
             doubtful += [uniform and not episode.succeeded for episode in group]
         advantages[np.repeat(doubtful, lengths) & (advantages <= error)] = -np.inf

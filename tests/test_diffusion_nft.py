@@ -10,6 +10,7 @@ from nft_loss import nft_loss, optimality_probabilities
 from pi0_support import SIZES, PromptEnv
 from scipy.special import comb
 from stable_baselines3.common.vec_env import DummyVecEnv
+from test_study import SMALL
 from torch import nn
 
 from cfgrl_gym.algorithms import CFGRL, Pi0Policy
@@ -118,17 +119,8 @@ class Recorded(DiffusionNFT):
 
 
 def queue_model(**kwargs):
-    options = {
-        "rloo_batch_size": 4,
-        "groups_per_iteration": 6,
-        "enable_dynamic_sampling": False,
-        "cfg_scale": 0.0,
-        "policy_kwargs": {"net_arch": [16]},
-        "seed": 3,
-        "device": "cpu",
-        "n_epochs": 2,
-    }
-    model = Recorded("MlpPolicy", vec(QueueEnv, 2, chunk=3), **{**options, **kwargs})
+    options = {**SMALL, "n_epochs": 2, **kwargs}
+    model = Recorded("MlpPolicy", vec(QueueEnv, 2, chunk=3), **options)
     model.losses, model.seen = [], []
     return model
 

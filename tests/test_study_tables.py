@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from comparison import TUNED_ON, Cell, cells, read_rows, write
+from comparison import TUNED_ON, Cell, cells, write
+from results import read_rows
 from scipy.stats import false_discovery_control
 from tables import against, effort_to, holm, method_table, paired, successes
 
@@ -92,9 +93,9 @@ def test_methods_are_pooled_and_compared_with_the_best_control(tmp_path: Path) -
     assert all(p["p_value_corrected"] >= p["p_value"] for p in pairs)
     file = tmp_path / "comparison.json"
     write(file, rows)
-    assert read_rows(file) == rows
+    assert read_rows(file, "trainings") == rows
     assert '"against_best_control"' in file.read_text()
-    assert read_rows(tmp_path / "none.json") == []
+    assert read_rows(tmp_path / "none.json", "trainings") == []
 
 
 def test_the_tasks_that_are_compared_are_not_the_one_that_is_tuned_on() -> None:

@@ -9,15 +9,12 @@ are there.
     python benchmarks/study/against_start.py runs/comparison/tuning/CFGRL-...
 """
 
-import json
 from pathlib import Path
 
-import torch
 from jobs import evaluation, run_jobs
-from results import describe, result_json, results_of, write_result
+from results import describe, read_rows, result_json, results_of, write_result
 from settings import EVALUATION_SEED, MAIN_TASK, START, new_parser
 
-from cfgrl_gym.algorithms.pi0 import Pi0Policy
 from cfgrl_gym.cli.configs import EvalConfig
 from cfgrl_gym.cli.policies import load_policy
 
@@ -26,14 +23,10 @@ SCALES = (1.0, 1.5, 2.0, 3.0, 5.0)
 
 def give_reference(trained: Path, start: str, out: Path) -> Path:
     """Write a policy that has the weights of `trained` and `start` as its reference."""
-    policy = load_policy(EvalConfig(policy=start, cfg_reference="start", device="cpu"))
-    own = load_policy(EvalConfig(policy=str(trained), device="cpu"))
-    assert isinstance(policy, Pi0Policy)
-    policy.before_update()  # takes the weights that it has as the reference
-    weights = dict(own.named_parameters())
-    with torch.no_grad():
-        for name, parameter in policy.named_parameters():
-            parameter.copy_(weights[name])
+    policy = load_policy(EvalConfig(policy=str(trained), cfg_reference="start", device="cpu"))
+    before = load_policy(EvalConfig(policy=start, device="cpu"))
+    assert policy.reference is not None
+    policy.reference.put(dict(before.named_parameters()))
     policy.save_pretrained(out)
     return out
 
@@ -64,8 +57,7 @@ def main() -> None:
             seed=EVALUATION_SEED,
         )
     run_jobs(list(jobs.values()), args.jobs)
-    rows = json.loads(file.read_text(encoding="utf-8"))["policies"] if file.exists() else []
-    rows = [row for row in rows if row["run"] not in jobs]
+    rows = [row for row in read_rows(file, "policies") if row["run"] not in jobs]
     for name, job in jobs.items():
         results = [result_json(result) for result in results_of([job])]
         rows.append({"run": name, "task_id": args.task_id, "start": args.start, "results": results})

@@ -13,14 +13,13 @@ can be made in pieces. The whole of it is 12 trainings of each method.
 """
 
 import argparse
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from jobs import Job, evaluation, run_jobs
 from methods import CONTROLS, METHODS, SETTINGS
-from results import result_json, results_of, write_result
+from results import read_rows, result_json, results_of, write_result
 from settings import GROUPS, new_parser, training_options
 from tables import against, method_table
 
@@ -106,11 +105,6 @@ def write(file: Path, rows: list[dict[str, Any]]) -> None:
     write_result(file, methods=table, against_best_control=pairs, trainings=rows)
 
 
-def read_rows(file: Path) -> list[dict[str, Any]]:
-    """Read the rows of trainings that are done; none if there is no such file."""
-    return json.loads(file.read_text(encoding="utf-8"))["trainings"] if file.exists() else []
-
-
 def cells(args: argparse.Namespace) -> list[Cell]:
     """List what is wanted, the first seeds first."""
     methods = args.methods or list(METHODS)
@@ -140,7 +134,7 @@ def main() -> None:
     args = parser.parse_args()
     file = args.results / ("tuning.json" if args.tune else "comparison.json")
     iterations = args.iterations or (ITERATIONS_TUNING if args.tune else ITERATIONS)
-    rows = read_rows(file)
+    rows = read_rows(file, "trainings")
     there = [{key: r[key] for key in Cell.__dataclass_fields__} for r in rows]
     jobs = {
         cell.job(args.study / file.stem, iterations, args.groups): cell

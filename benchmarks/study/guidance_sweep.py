@@ -12,8 +12,8 @@ from typing import Any
 import learning_curve
 from jobs import evaluation, run_jobs
 from results import describe, result_json, results_of, write_result
-from scipy.stats import binomtest
 from settings import EVALUATION_SEED, NOISE_SEEDS, parse_study
+from tables import mcnemar
 
 from cfgrl_gym.algorithms import CFGRL
 from cfgrl_gym.cli.reporting.comparison import Sweep
@@ -36,8 +36,7 @@ def against_unguided(guided: Result, unguided: Result) -> dict[str, Any]:
         (a.success, b.success) for a, b in zip(guided.episodes, unguided.episodes, strict=True)
     ]
     better, worse = pairs.count((True, False)), pairs.count((False, True))
-    p = binomtest(better, better + worse).pvalue if better + worse else 1.0
-    return {"only_here": better, "only_at_w_0": worse, "p_value": float(p)}
+    return {"only_here": better, "only_at_w_0": worse, "p_value": mcnemar(better, worse)}
 
 
 def main() -> None:

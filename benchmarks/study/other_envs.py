@@ -11,7 +11,6 @@ the same options, isn't run again, so that a stopped run goes on and more seeds 
 """
 
 import argparse
-import json
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -21,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from methods import METHODS, Method
-from results import write_result
+from results import read_rows, write_result
 from settings import new_parser
 from small_tasks import NET_ARCH, TASKS, make_envs, starting_policy
 from tqdm import tqdm
@@ -167,7 +166,7 @@ def main() -> None:
     study = parse()
     torch.set_num_threads(1)
     path = study.results / f"{PART}.json"
-    runs = json.loads(path.read_text(encoding="utf-8"))["runs"] if path.is_file() else []
+    runs = read_rows(path, "runs")
     cells = [
         {
             "task": task,

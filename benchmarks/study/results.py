@@ -66,6 +66,11 @@ def describe(content: dict[str, Any]) -> str:
     return str(Rate(content["successes"], content["n_episodes"]))
 
 
+def read_rows(path: Path, key: str) -> list[dict[str, Any]]:
+    """Read the rows that earlier calls wrote under this key; none if there is no such file."""
+    return json.loads(path.read_text(encoding="utf-8"))[key] if path.is_file() else []
+
+
 def write_result(path: Path, **content: Any) -> None:
     """Write a result file: command, versions, machine, and the content."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -143,6 +143,13 @@ def demonstrations(name: str) -> tuple[list[np.ndarray], list[np.ndarray]]:
     return observations, actions
 
 
+@cache
+def statistics(name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return mean and standard deviation of the demonstrations' observations, (obs_dim,)."""
+    seen = np.concatenate(demonstrations(name)[0])
+    return seen.mean(0), seen.std(0) + 1e-3
+
+
 def make_envs(name: str, first_number: int = 0) -> VecEnv:
     """Make a task's environments, in chunks and with observations normalised by demonstrations.
 
@@ -154,8 +161,7 @@ def make_envs(name: str, first_number: int = 0) -> VecEnv:
         env = task.make(number)
         if task.controller is None:
             return env
-        seen = np.concatenate(demonstrations(name)[0])
-        mean, std = seen.mean(0), seen.std(0) + 1e-3
+        mean, std = statistics(name)
         space = spaces.Box(-np.inf, np.inf, mean.shape, np.float32)
         normalised = TransformObservation(
             env, lambda obs: ((obs - mean) / std).astype(np.float32), space
@@ -177,10 +183,10 @@ def starting_policy(name: str, seed: int) -> dict[str, torch.Tensor]:
         nn.init.zeros_(policy.output.bias)
         return policy.state_dict()
     observations, actions = demonstrations(name)
-    seen = np.concatenate(observations)
+    mean, std = statistics(name)
     obs = torch.from_numpy(
-        np.concatenate([episode[: 1 - CHUNK] for episode in observations]) - seen.mean(0)
-    ) / (seen.std(0) + 1e-3)
+        (np.concatenate([episode[: 1 - CHUNK] for episode in observations]) - mean) / std
+    )
     windows = torch.from_numpy(
         np.concatenate(
             [

@@ -63,6 +63,11 @@ class Difference:
     trainings: int
 
 
+def mcnemar(better: int, worse: int) -> float:
+    """Return the p-value of McNemar's exact test: as many episodes should differ either way."""
+    return float(binomtest(better, better + worse).pvalue) if better + worse else 1.0
+
+
 def paired(first: Sequence[Row], w: float, second: Sequence[Row], other_w: float) -> Difference:
     """Compare the rows of two methods, each evaluated at its w, over the trainings both have.
 
@@ -81,9 +86,8 @@ def paired(first: Sequence[Row], w: float, second: Sequence[Row], other_w: float
     resampled = rng.choice(means, (RESAMPLES, len(means))).mean(1)
     low, high = np.quantile(resampled, (0.025, 0.975))
     better, worse = (sum(each.count(sign) for each in by_training) for sign in (1, -1))
-    p = binomtest(better, better + worse).pvalue if better + worse else 1.0
-    interval = (float(low), float(high))
-    return Difference(float(means.mean()), interval, better, worse, float(p), len(means))
+    interval, p = (float(low), float(high)), mcnemar(better, worse)
+    return Difference(float(means.mean()), interval, better, worse, p, len(means))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

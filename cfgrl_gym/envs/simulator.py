@@ -170,15 +170,11 @@ class Simulator(ABC):
         self.reset(seed, init_state)
         step = snapshot.last_step
         if step is not None:
-            env = self.robosuite_env
             self._set_integration_state(step.before)
-            # LIBERO shows a flame by the state after each control step; see `_set_state`.
-            env.sim.forward()
-            env._check_success()
-            env._post_process()
+            self._show_state()  # LIBERO shows a flame by the state after each control step
             self._set_integration_state(step.before)  # before MuJoCo 3.3.6, `forward` changes it
             if step.goal_ori is not None:
-                controller = env.robots[0].controller
+                controller = self.robosuite_env.robots[0].controller
                 controller.goal_ori, controller.new_update = step.goal_ori.copy(), True
             self._set_gripper_and_clock(step.gripper, step.clock, step.sampled)
             self.advance(step.action)
@@ -253,8 +249,12 @@ class Simulator(ABC):
                 f"{self.task.name!r} needs {self.state().size}: the installed LIBERO's "
                 "initial states belong to another version of its assets"
             )
+        self.robosuite_env.sim.set_state_from_flattened(init_state)
+        self._show_state()
+
+    def _show_state(self) -> None:
+        """Compute what follows from a state that was set, and have LIBERO look at it."""
         env = self.robosuite_env
-        env.sim.set_state_from_flattened(init_state)
         env.sim.forward()
         env._check_success()
         env._post_process()
