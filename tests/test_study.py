@@ -1,6 +1,7 @@
 """The study behind the README's figures: its controls, its pooling, and that it takes up again."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import gymnasium as gym
@@ -189,7 +190,7 @@ def test_a_study_that_was_stopped_runs_only_what_is_not_done(
 ) -> None:
     done, broken = (Job(tmp_path / name, {"policy": "none"}) for name in ("a", "b"))
     done.folder.mkdir()
-    (done.folder / DONE_FILE).touch()
+    (done.folder / DONE_FILE).write_text(done.identity)
     (done.folder / "eval.json").write_text(json.dumps({}))
     broken.folder.mkdir()
     (broken.folder / "half").touch()
@@ -199,6 +200,19 @@ def test_a_study_that_was_stopped_runs_only_what_is_not_done(
     assert not (broken.folder / "half").exists()
     assert "policy folder 'none' does not exist" in (tmp_path / "b.log").read_text()
     run_jobs([done], processes=1)
+
+
+def test_a_run_made_with_other_options_is_not_taken_for_done(tmp_path: Path) -> None:
+    training = Job(tmp_path / "run", {"max_iterations": 2}, CFGRL)
+    evaluation = Job(tmp_path / "run" / "eval", {"cfg_scale": [1.0]}, after=training)
+    for job in (training, evaluation):
+        job.folder.mkdir()
+        (job.folder / DONE_FILE).write_text(job.identity)
+    assert evaluation.done
+    longer = replace(training, options={"max_iterations": 3})
+    assert not longer.done
+    assert not replace(evaluation, after=longer).done
+    assert not replace(training, algorithm=None).done
 
 
 def test_who_gives_nothing_but_a_checkpoint_gets_the_study_s_recipe() -> None:

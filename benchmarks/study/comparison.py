@@ -19,7 +19,7 @@ from typing import Any
 
 from jobs import Job, evaluation, run_jobs
 from methods import CONTROLS, METHODS, SETTINGS
-from results import read_rows, result_json, results_of, write_result
+from results import is_there, read_rows, result_json, results_of, write_result
 from settings import GROUPS, new_parser, training_options
 from tables import against, method_table
 
@@ -54,11 +54,6 @@ class Cell:
     task: int
     seed: int
 
-    @property
-    def key(self) -> dict[str, Any]:
-        """Return what identifies its row."""
-        return vars(self).copy()
-
     def job(self, folder: Path, iterations: int, groups: int) -> Job:
         """Return its evaluation, which comes after its training."""
         method = METHODS[self.method]
@@ -80,6 +75,13 @@ class Cell:
         )
 
 
+def wanted(cell: Cell, job: Job) -> dict[str, Any]:
+    """Return what identifies a training's row: the cell, and the options that it is made with."""
+    assert job.after is not None
+    options = {k: v for k, v in job.after.options.items() if k != "init_states"}
+    return vars(cell) | {"options": options}
+
+
 def row(cell: Cell, job: Job) -> dict[str, Any]:
     """Return what the result file keeps of a finished training."""
     assert job.after is not None
@@ -88,9 +90,8 @@ def row(cell: Cell, job: Job) -> dict[str, Any]:
         {name: line[column] for column, name in KEPT.items() if column in line}
         for line in training.rows
     ]
-    options = {k: v for k, v in job.after.options.items() if k != "init_states"}
     final = [result_json(result) for result in results_of([job])]
-    return cell.key | {"options": options, "iterations": iterations, "final": final}
+    return wanted(cell, job) | {"iterations": iterations, "final": final}
 
 
 def write(file: Path, rows: list[dict[str, Any]]) -> None:
@@ -135,12 +136,8 @@ def main() -> None:
     file = args.results / ("tuning.json" if args.tune else "comparison.json")
     iterations = args.iterations or (ITERATIONS_TUNING if args.tune else ITERATIONS)
     rows = read_rows(file, "trainings")
-    there = [{key: r[key] for key in Cell.__dataclass_fields__} for r in rows]
-    jobs = {
-        cell.job(args.study / file.stem, iterations, args.groups): cell
-        for cell in cells(args)
-        if cell.key not in there
-    }
+    jobs = {cell.job(args.study / file.stem, iterations, args.groups): cell for cell in cells(args)}
+    jobs = {job: cell for job, cell in jobs.items() if not is_there(wanted(cell, job), rows)}
 
     def keep(job: Job) -> None:
         rows.append(row(jobs[job], job))

@@ -1,10 +1,11 @@
 """The runs of the study, each in a process of its own, and only those that aren't done yet.
 
-Each is a run folder as `cfgrl train` or `cfgrl eval` leaves it; a folder with a `done` file is
-complete and isn't run again, another is begun anew.
+Each is a run folder as `cfgrl train` or `cfgrl eval` leaves it. A folder with a `done` file that
+names the same options is complete and isn't run again, another is begun anew.
 """
 
 import contextlib
+import json
 import multiprocessing
 import os
 import shutil
@@ -45,8 +46,16 @@ class Job:
     after: "Job | None" = None
 
     @property
+    def identity(self) -> str:
+        """What a finished run's `done` file has: how it was made."""
+        name = None if self.algorithm is None else self.algorithm.__name__
+        return json.dumps({"algorithm": name} | self.options, sort_keys=True)
+
+    @property
     def done(self) -> bool:
-        return (self.folder / DONE_FILE).is_file()
+        file = self.folder / DONE_FILE
+        mine = file.is_file() and file.read_text(encoding="utf-8") == self.identity
+        return mine and (self.after is None or self.after.done)
 
 
 def evaluation(
@@ -150,4 +159,4 @@ def _run(job: Job, slot: int) -> None:
         except Exception:
             traceback.print_exc()
             sys.exit(1)
-    (job.folder / DONE_FILE).touch()
+    (job.folder / DONE_FILE).write_text(job.identity, encoding="utf-8")

@@ -35,9 +35,11 @@ MARGINAL, SPEED = {"null_rate": 0.3}, {"gamma": 0.99}
 METHODS = {
     "CFGRL": Method(),
     "marginal": Method(options=MARGINAL),
-    # Its w = 0 is the start itself, so that more of w is needed.
+    # At w = 1 it would collect and learn as CFGRL does: guidance against the start has to collect.
     "reference": Method(
-        policy_options={"cfg_reference": "start"}, scales=(0.0, 1.0, 2.0, 3.0, 5.0, 8.0)
+        options={"cfg_scale": 1.5},
+        policy_options={"cfg_reference": "start"},
+        scales=(1.0, 1.5, 2.0, 3.0),
     ),
     "speed": Method(options=SPEED),
     "marginal, speed": Method(options=MARGINAL | SPEED | {"optimal_share": 0.4}),

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from methods import METHODS, Method
-from results import read_rows, write_result
+from results import is_there, read_rows, write_result
 from settings import new_parser
 from small_tasks import NET_ARCH, TASKS, make_envs, starting_policy
 from tqdm import tqdm
@@ -181,7 +181,7 @@ def main() -> None:
         for task in study.tasks
         for method in study.methods
     ]
-    waiting = [cell for cell in cells if not any(cell.items() <= row.items() for row in runs)]
+    waiting = [cell for cell in cells if not is_there(cell, runs)]
     with tqdm(waiting, desc="trainings") as bar:
         for cell in bar:
             bar.set_postfix_str(f"{cell['task']}, {cell['method']}, seed {cell['seed']}")

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +69,11 @@ def describe(content: dict[str, Any]) -> str:
 def read_rows(path: Path, key: str) -> list[dict[str, Any]]:
     """Read the rows that earlier calls wrote under this key; none if there is no such file."""
     return json.loads(path.read_text(encoding="utf-8"))[key] if path.is_file() else []
+
+
+def is_there(wanted: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> bool:
+    """Tell whether one of these rows has all that is wanted, such as a method and its options."""
+    return any(wanted.items() <= row.items() for row in rows)
 
 
 def write_result(path: Path, **content: Any) -> None:
