@@ -32,14 +32,14 @@ def control(algorithm: type[CFGRL]) -> Method:
 
 
 MARGINAL, SPEED = {"null_rate": 0.3}, {"gamma": 0.99}
+START = {"cfg_reference": "start"}
 METHODS = {
     "CFGRL": Method(),
     "marginal": Method(options=MARGINAL),
-    # At w = 1 it would collect and learn as CFGRL does: guidance against the start has to collect.
-    "reference": Method(
-        options={"cfg_scale": 1.5},
-        policy_options={"cfg_reference": "start"},
-        scales=(1.0, 1.5, 2.0, 3.0),
+    # Collecting at w = 1, it learns what CFGRL learns; its w = 0 is the start, so more of w is needed.
+    "reference": Method(policy_options=START, scales=(0.0, 1.0, 2.0, 3.0, 5.0, 8.0)),
+    "reference, guided": Method(
+        options={"cfg_scale": 1.5}, policy_options=START, scales=(1.0, 1.5, 2.0, 3.0)
     ),
     "speed": Method(options=SPEED),
     "marginal, speed": Method(options=MARGINAL | SPEED | {"optimal_share": 0.4}),
