@@ -36,7 +36,7 @@ START = {"cfg_reference": "start"}
 METHODS = {
     "CFGRL": Method(),
     "marginal": Method(options=MARGINAL),
-    # Collecting at w = 1, it learns what CFGRL learns; its w = 0 is the start, so more of w is needed.
+    # Collecting at w = 1, it learns what CFGRL learns. At w = 0 it is the start.
     "reference": Method(policy_options=START, scales=(0.0, 1.0, 2.0, 3.0, 5.0, 8.0)),
     "reference, guided": Method(
         options={"cfg_scale": 1.5}, policy_options=START, scales=(1.0, 1.5, 2.0, 3.0)
