@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs import Job, evaluation, run_jobs
-from methods import CONTROLS, METHODS, SETTINGS
+from methods import CONTROLS, METHODS, SETTINGS, TRAINED_ALIKE
 from results import is_there, read_rows, result_json, results_of, write_result
 from settings import GROUPS, new_parser, training_options
 from tables import against, method_table
@@ -97,18 +97,20 @@ def row(cell: Cell, job: Job) -> dict[str, Any]:
 def write(file: Path, rows: list[dict[str, Any]]) -> None:
     """Write the rows, and what they say: each method's table, and paired with the best control."""
     table = method_table(rows)
-    best = max(
-        (line for line in table if line["method"] in CONTROLS),
-        key=lambda line: line["final"]["0"][0] / line["final"]["0"][1],
-        default=None,
-    )
-    pairs = [] if best is None or "tuning" in file.name else against(rows, (best["method"], 0.0))
+    rates = {
+        (line["method"], float(w)): successes / episodes
+        for line in table
+        if line["method"] in CONTROLS
+        for w, (successes, episodes) in line["final"].items()
+    }
+    compared = rates and "tuning" not in file.name
+    pairs = against(rows, max(rates, key=rates.__getitem__)) if compared else []
     write_result(file, methods=table, against_best_control=pairs, trainings=rows)
 
 
 def cells(args: argparse.Namespace) -> list[Cell]:
     """List what is wanted, the first seeds first."""
-    methods = args.methods or list(METHODS)
+    methods = args.methods or [name for name in METHODS if name not in TRAINED_ALIKE]
     if args.tune:
         return [Cell(m, s, *TUNED_ON, 0) for s in args.settings or SETTINGS for m in methods]
     setting = next(iter(SETTINGS))
@@ -124,7 +126,7 @@ def main() -> None:
     parser = new_parser(__doc__)
     add = parser.add_argument
     add("--tune", action="store_true", help="try each method's settings on the task for it")
-    add("--methods", nargs="+", choices=list(METHODS), help="only these (default: all)")
+    add("--methods", nargs="+", choices=list(METHODS), help="only these")
     add("--settings", nargs="+", choices=list(SETTINGS), help="with --tune, only these")
     add("--seeds", type=int, default=SEEDS, help="default: %(default)s")
     add("--iterations", type=int, help=f"default: {ITERATIONS}; with --tune {ITERATIONS_TUNING}")

@@ -1,7 +1,8 @@
 """What CFGRL is compared with: the same collection, windows, optimizer and budget, another lesson.
 
 All controls train and act unconditionally: every window is ∅, and they collect and are evaluated at
-cfg_scale 0, where the policy is v_∅ alone.
+cfg_scale 0, where the policy is v_∅ alone. Two of them are here a second time, with every window as
+o = 1: they learn the same with the branch v_1, so that they can be guided against the start.
 """
 
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from torch.func import functional_call
 
 from cfgrl_gym.algorithms import CFGRL, rloo_advantages
 from cfgrl_gym.algorithms.collector import Episode
-from cfgrl_gym.algorithms.flow import NULL, interpolate
+from cfgrl_gym.algorithms.flow import NULL, POSITIVE, interpolate
 from cfgrl_gym.algorithms.windows import WindowBatch
 
 RESAMPLE = 1_000_003  # purpose of random numbers, beside those of `CFGRL`
@@ -37,12 +38,14 @@ class FilteredBC(CFGRL):
     so that the control makes as many optimizer steps as CFGRL and draws as many samples.
     """
 
+    LABEL = NULL
+
     def label(self, groups: list[list[Episode]]) -> WindowBatch | None:
         successes = [[e for e in episodes if e.succeeded] for episodes in groups]
         windows = super().label([episodes for episodes in successes if episodes])
         if windows is None:
             return None
-        windows.labels.fill_(NULL)
+        windows.labels.fill_(self.LABEL)
         # One to a chunk, as in the other controls.
         of_all = sum(len(episode.chunks) for episodes in groups for episode in episodes)
         return windows[torch.arange(of_all) % len(windows)]
@@ -58,6 +61,7 @@ class AdvantageWeighted(CFGRL):
 
     BETA = 0.3
     MAX_WEIGHT = 20.0  # Peng et al. 2019, appendix
+    LABEL = NULL
 
     def label(self, groups: list[list[Episode]]) -> WindowBatch | None:
         windows = super().label(groups)
@@ -69,7 +73,7 @@ class AdvantageWeighted(CFGRL):
         rng = self.randomness.rng(RESAMPLE, self.iteration)
         drawn = rng.choice(len(windows), len(windows) * self.n_epochs, p=weights / weights.sum())
         chosen = windows[torch.from_numpy(drawn)]
-        chosen.labels.fill_(NULL)
+        chosen.labels.fill_(self.LABEL)
         return chosen
 
     def train(self) -> None:
@@ -77,6 +81,18 @@ class AdvantageWeighted(CFGRL):
         epochs, self.n_epochs = self.n_epochs, 1
         super().train()
         self.n_epochs = epochs
+
+
+class FilteredBCAsCondition(FilteredBC):
+    """Filtered behaviour cloning of v_1."""
+
+    LABEL = POSITIVE
+
+
+class AdvantageWeightedAsCondition(AdvantageWeighted):
+    """Advantage-weighted regression of v_1."""
+
+    LABEL = POSITIVE
 
 
 class DiffusionNFT(CFGRL):

@@ -3,7 +3,13 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from controls import AdvantageWeighted, DiffusionNFT, FilteredBC
+from controls import (
+    AdvantageWeighted,
+    AdvantageWeightedAsCondition,
+    DiffusionNFT,
+    FilteredBC,
+    FilteredBCAsCondition,
+)
 
 from cfgrl_gym.algorithms import CFGRL
 
@@ -31,15 +37,22 @@ def control(algorithm: type[CFGRL]) -> Method:
     return Method(algorithm, {"cfg_scale": 0.0, "positive_share": None}, scales=(0.0,))
 
 
+def guided_control(algorithm: type[CFGRL]) -> Method:
+    """Make a control that acts and collects as v_1, and is guided against the start at its end."""
+    options = {"cfg_scale": 1.0, "positive_share": None, "dropout_prob": 0.0}
+    return Method(algorithm, options, AGAINST_START, AGAINST_START_SCALES)
+
+
+AGAINST_START = {"cfg_reference": "start"}
+AGAINST_START_SCALES = (1.0, 2.0, 3.0, 5.0, 8.0)
 MARGINAL, SPEED = {"null_rate": 0.3}, {"gamma": 0.99}
-START = {"cfg_reference": "start"}
 METHODS = {
     "CFGRL": Method(),
     "marginal": Method(options=MARGINAL),
     # Collecting at w = 1, it learns what CFGRL learns. At w = 0 it is the start.
-    "reference": Method(policy_options=START, scales=(0.0, 1.0, 2.0, 3.0, 5.0, 8.0)),
-    "reference, guided": Method(
-        options={"cfg_scale": 1.5}, policy_options=START, scales=(1.0, 1.5, 2.0, 3.0)
+    "reference": Method(policy_options=AGAINST_START, scales=(0.0, *AGAINST_START_SCALES)),
+    "reference, w = 1.5": Method(
+        options={"cfg_scale": 1.5}, policy_options=AGAINST_START, scales=(1.0, 1.5, 2.0, 3.0)
     ),
     "speed": Method(options=SPEED),
     "marginal, speed": Method(options=MARGINAL | SPEED | {"optimal_share": 0.4}),
@@ -48,7 +61,11 @@ METHODS = {
     "FilteredBC": control(FilteredBC),
     "AdvantageWeighted": control(AdvantageWeighted),
     "DiffusionNFT": control(DiffusionNFT),
+    "FilteredBC, reference": guided_control(FilteredBCAsCondition),
+    "AdvantageWeighted, reference": guided_control(AdvantageWeightedAsCondition),
 }
+# Where a training is dear, these are had without: against_start.py guides a finished policy.
+TRAINED_ALIKE = ("reference", "FilteredBC, reference", "AdvantageWeighted, reference")
 CONTROLS = [name for name, method in METHODS.items() if method.algorithm is not CFGRL]
 # What is tried of every method, one at a time, before the comparison and on another task.
 SETTINGS: dict[str, dict[str, Any]] = {

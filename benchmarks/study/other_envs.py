@@ -190,7 +190,7 @@ def main() -> None:
     for row in summary(runs):
         low, high = row["interval"]
         print(
-            f"{row['task']:<9}{row['method']:<19}w = {row['cfg_scale']:g}  "
+            f"{row['task']:<9}{row['method']:<29}w = {row['cfg_scale']:g}  "
             f"success {row['success_rate']:.0%} ({low:.0%} to {high:.0%}), "
             f"return {row['mean_return']:.2f}, {len(row['seeds'])} seeds"
         )
