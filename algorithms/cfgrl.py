@@ -21,10 +21,14 @@ from cfgrl_gym.algorithms.checks import (
     check_label_source,
     check_parameters,
     check_policy_kwargs,
+    check_ranks,
     check_starts,
     check_stride,
 )
-from cfgrl_gym.algorithms.collector import Collector, Episode
+from cfgrl_gym.algorithms.collector import Collector, Episode, Outcome
+from cfgrl_gym.algorithms.distributed.agreement import check_agreement
+from cfgrl_gym.algorithms.distributed.layout import Layout
+from cfgrl_gym.algorithms.distributed.ranks import Ranks
 from cfgrl_gym.algorithms.groups import (
     MIDWAY,
     PLAN,
@@ -53,7 +57,13 @@ from cfgrl_gym.algorithms.mlp_policy import MlpPolicy
 from cfgrl_gym.algorithms.policies import FlowPolicy
 from cfgrl_gym.algorithms.value import ValueSource
 from cfgrl_gym.algorithms.vec_envs.supported import init_states
-from cfgrl_gym.algorithms.windows import Replay, WindowBatch, join_windows, label_windows
+from cfgrl_gym.algorithms.windows import (
+    Replay,
+    WindowBatch,
+    join_windows,
+    label_windows,
+    no_windows,
+)
 
 # What SB3 would need for a value function, an entropy bonus and exploration noise.
 _UNUSED: dict[str, Any] = dict(
@@ -209,7 +219,8 @@ class CFGRL(IterationLoop):
             _init_setup_model=False,
             **_UNUSED,
         )
-        self.randomness = Randomness.of(seed)
+        self.ranks = Ranks.current()
+        self.randomness = self.ranks.gather(Randomness.of(seed))[0]
         self.iteration = 0  # iterations that are finished
         self.statistics = EpisodeStatistics(stats_window_size)
         self.skipped_in_a_row = 0  # optimizer steps that weren't finite
@@ -246,6 +257,8 @@ class CFGRL(IterationLoop):
         check_label_source(self.label_source, self.policy)
         if self.midway_groups:
             check_gives_snapshots(env)
+        check_ranks(self.ranks, vars(self))
+        check_agreement(self.ranks, self, iteration=self.iteration, tasks=init_states(env))
         self._micro_batches = plan_memory(
             self._prefixes, self.batch_size, self.device_memory, self.prefix_memory, self.verbose
         )
@@ -301,10 +314,16 @@ class CFGRL(IterationLoop):
         # The prefixes of replayed windows are computed again, as they are after a resumption: a
         # prefix is rounded differently in another batch.
         self._prefixes.keep_only(())
-        callback.on_rollout_start()
+        with self.ranks.together():
+            callback.on_rollout_start()
         collector = self._collector(env, self.plan(env), snapshots=self.midway_groups > 0)
         if not self.run_plan(collector, env, callback):
             return False
+        with self.ranks.together():
+            return self._take(collector, env, callback)
+
+    def _take(self, collector: Collector, env: VecEnv, callback: BaseCallback) -> bool:
+        """Label the windows of the groups that were kept, and count the episodes."""
         check_starts(collector.kept)
         parts = [self.label(collector.kept)]
         midway = None
@@ -315,15 +334,19 @@ class CFGRL(IterationLoop):
             if plan.groups and not self.run_plan(midway, env, callback):
                 return False
             parts.append(self.label(midway.kept, self.policy.chunk_size, parts))
-            self.statistics.add(midway.decided)
+            self.statistics.add(self._outcomes(midway))
 
         labelled = [part for part in parts if part is not None]
         windows = join_windows(labelled) if labelled else None
+        if any(self.ranks.gather(windows is not None)) and windows is None:
+            windows = no_windows(self.policy)  # other ranks have some
         self.windows = None if windows is None else self.replay.add(windows)
         self._prefixes.keep_only([] if windows is None else windows.prefix_keys.tolist())
-        self.statistics.add(collector.decided)
-        self._record(self.statistics.metrics() | rollout_metrics(collector, midway, windows))
-        infos = [episode.info for episode in collector.decided]
+        episodes = self._outcomes(collector)
+        self.statistics.add(episodes)
+        metrics = rollout_metrics(self.ranks, episodes, collector, midway, windows)
+        self._record(self.statistics.metrics() | metrics)
+        infos = [episode.info for episode in episodes]
         self._update_info_buffer(infos, np.ones(len(infos), bool))
         callback.update_locals(locals())
         callback.on_rollout_end()
@@ -333,8 +356,13 @@ class CFGRL(IterationLoop):
         shape = (self.policy.horizon, self.policy.action_width)
         noise = self.randomness.noise(self.iteration, shape, self.rollout_noise)
         return Collector(
-            env, self.policy, plan, noise, self.cfg_scale, self._prefixes, snapshots=snapshots
+            env, self.policy, plan, noise, self.cfg_scale, self._prefixes, snapshots, self.ranks
         )
+
+    def _outcomes(self, collector: Collector) -> list[Outcome]:
+        """Return the outcomes of all ranks' episodes, in the order of the plan."""
+        own = [episode.outcome for episode in collector.decided]
+        return sorted(self.ranks.joined(own), key=lambda outcome: outcome.place)
 
     def window_losses(self, batch: WindowBatch, t: Tensor, noise: Tensor) -> Tensor:
         """Return the mean square of v(x_t, t, o) - (noise - actions) of each window, (n,)."""
@@ -354,17 +382,20 @@ class CFGRL(IterationLoop):
         dropout = self.dropout_prob if self.null_rate is None else 0.0
         size = self.batch_size * self.gradient_accumulation_steps
         metrics = UpdateMetrics(self.skipped_in_a_row)
+        layout = Layout.of(self.ranks, windows.labels, self.replay.places)
 
         for _ in range(self.n_epochs):
-            epoch = draw_epoch(windows.labels, self.positive_share, self.null_rate, generator)
+            epoch = draw_epoch(layout.labels, self.positive_share, self.null_rate, generator)
             for indices, drawn in zip(*(part.split(size) for part in epoch), strict=True):
-                batch = windows[indices]
                 labels = drop_condition(drawn, dropout, generator)
-                t, noise = policy.draw_flow(len(batch), generator)
-                dropped = replace(batch, labels=labels)
+                t, noise = policy.draw_flow(len(indices), generator)
+                here, rows = layout.find(indices)
+                batch = replace(windows[rows], labels=labels[here])
+                samples = batch, t[here], noise[here]
                 losses = self._micro_batches.backward(
-                    policy.optimizer, self.window_losses, dropped, t, noise
+                    policy.optimizer, self.window_losses, *samples, batch_size=len(indices)
                 )
+                losses = self.ranks.sum_gradients(policy, losses, here)
                 norm = clip_grad_norm_(policy.parameters(), self.max_grad_norm)
                 if metrics.is_sound(losses, norm):
                     policy.optimizer.step()
@@ -373,11 +404,15 @@ class CFGRL(IterationLoop):
                     self._n_updates += 1
 
         self.skipped_in_a_row = metrics.skipped_in_a_row
-        probe = windows[epoch[0][: self._micro_batches.size]]
-        t, noise = policy.draw_flow(len(probe), generator)
+        here, rows = layout.find(epoch[0][: min(self.ranks.gather(self._micro_batches.size))])
+        t, noise = policy.draw_flow(len(here), generator)
+        probe = windows[rows]
         known = self._prefixes.recall_branches(probe.observations, probe.prefix_keys)
-        gap = policy.guidance_gap(probe.observations, probe.model_actions, t, noise, known)
-        self._record(metrics.summary() | {"train/guidance_gap": gap.mean().item()})
+        gaps = policy.guidance_gap(
+            probe.observations, probe.model_actions, t[here], noise[here], known
+        )
+        gap = torch.cat(self.ranks.gather(gaps)).mean().item()
+        self._record(metrics.summary() | {"train/guidance_gap": gap})
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
         self.logger.record("time/seconds_update", perf_counter() - began)
 

@@ -11,6 +11,7 @@ from stable_baselines3.common.policies import BaseModel, BasePolicy
 from stable_baselines3.common.vec_env import VecEnv
 
 from cfgrl_gym.algorithms.collector import Episode, Row
+from cfgrl_gym.algorithms.distributed.ranks import Ranks
 from cfgrl_gym.algorithms.groups import groups_needed
 from cfgrl_gym.algorithms.labels import LabelSource, Negatives
 from cfgrl_gym.algorithms.policies import FlowPolicy
@@ -151,6 +152,32 @@ def check_stride(stride: int, chunk_size: int) -> None:
             f"window_stride must be between 1 and the chunk size {chunk_size}, or a multiple of "
             f"it; got {stride}"
         )
+
+
+def check_ranks(ranks: Ranks, given: Mapping[str, Any]) -> None:
+    """Check that several ranks can share the work.
+
+    :param given: the parameters of CFGRL
+    :raises ValueError: there are too few groups, or an option needs all episodes in one place
+    """
+    if ranks.size == 1:
+        return
+    groups = given["groups_per_iteration"]
+    if groups < ranks.size:
+        raise ValueError(
+            f"groups_per_iteration={groups} gives {ranks.size} ranks less than a group each; ask "
+            "for at least as many groups, or start fewer ranks"
+        )
+    for name, needs_all in (
+        ("label_source", given["label_source"] == "value"),
+        ("optimal_share", given["optimal_share"] is not None),
+        ("midway_groups", given["midway_groups"] > 0),
+    ):
+        if needs_all:
+            raise ValueError(
+                f"{name}={given[name]!r} compares the episodes of all groups, which only a single "
+                "rank has; start one, or leave it out"
+            )
 
 
 def check_label_source(label_source: LabelSource, policy: FlowPolicy) -> None:

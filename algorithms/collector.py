@@ -12,6 +12,8 @@ from gymnasium import spaces
 from numpy.typing import NDArray
 from stable_baselines3.common.vec_env import VecEnv
 
+from cfgrl_gym.algorithms.distributed.ranks import ALONE, Ranks
+from cfgrl_gym.algorithms.distributed.shared_returns import SharedReturns
 from cfgrl_gym.algorithms.flow import NonFiniteError
 from cfgrl_gym.algorithms.groups import GroupPlan, Selection, Start
 from cfgrl_gym.algorithms.labels import discounted
@@ -69,12 +71,46 @@ class Episode:
     @property
     def succeeded(self) -> bool:
         """Return the environment's success flag, or else whether the return is positive."""
+        return self.outcome.succeeded
+
+    @property
+    def outcome(self) -> "Outcome":
+        """Return what the statistics need of it."""
+        midway = self.start.snapshot is not None
+        return Outcome(
+            (self.group, self.member),
+            self.start.task_id,
+            midway,
+            self.success,
+            self.total_reward,
+            len(self.chunks),
+            len(self.rewards),
+            self.unstable,
+        )
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Holds the outcome of an episode, without what was seen and done in it."""
+
+    place: tuple[int, int]  # group and member, by which episodes are ordered
+    task_id: int | None
+    midway: bool  # it went on from a moment of another episode
+    success: bool | None  # None: the environment doesn't say
+    total_reward: float
+    num_chunks: int
+    control_steps: int
+    unstable: bool
+
+    @property
+    def succeeded(self) -> bool:
+        """Return the environment's success flag, or else whether the return is positive."""
         return self.total_reward > 0 if self.success is None else self.success
 
     @property
     def info(self) -> dict[str, Any]:
         """Return what SB3's `Monitor` would report at its end, with each chunk as one step."""
-        episode = {"r": self.total_reward, "l": len(self.chunks)}
+        episode = {"r": self.total_reward, "l": self.num_chunks}
         return {"episode": episode, "is_success": self.success}
 
 
@@ -114,6 +150,7 @@ class Collector:
     :param cfg_scale: guidance scale while collecting; None: the policy's own
     :param prefixes: keeps the prefix of each observation for the update. None: nothing is kept
     :param snapshots: whether the environments give the moments from which an episode can go on
+    :param ranks: the processes that share the plan; this one runs its part of the groups
     """
 
     def __init__(
@@ -125,6 +162,7 @@ class Collector:
         cfg_scale: float | None = None,
         prefixes: PrefixCache | None = None,
         snapshots: bool = False,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.snapshots = snapshots
         self.prefixes = PrefixCache(policy) if prefixes is None else prefixes
@@ -140,8 +178,11 @@ class Collector:
         self.pending = [
             Episode(group.index, member, group.start)
             for group in plan.groups
+            if ranks.has(group.index)
             for member in range(plan.group_size)
         ]
+        self.ranks = ranks
+        self.shared = SharedReturns(ranks, plan)
         self.running: list[Episode | None] = [None] * env.num_envs
         self.rows: list[Row | None] = [None] * env.num_envs
         self.actions = np.empty(0)
@@ -150,7 +191,7 @@ class Collector:
         self.finished: list[Episode] = []
         self.episodes_lost = 0
         self.returns: dict[int, list[float]] = {}  # of the finished episodes of each group
-        self.selection = Selection([], [], complete=False)  # from the episodes finished so far
+        self.selection = Selection([], [], complete=False)  # from the returns known so far
         self.control_steps = 0
         self.seconds_simulation = 0.0
         self.seconds_inference = 0.0
@@ -229,9 +270,10 @@ class Collector:
                 self.finished.append(episode)
                 returned = episode.discounted_return(self.plan.gamma)
                 self.returns.setdefault(episode.group, []).append(returned)
-                self.selection = self.plan.select(self.returns)
+                self.select()
                 self._begin_episode(i, self.rows[i])
         self.seconds_simulation += perf_counter() - began
+        self.select()
         if self.selection.discarded != discarded:  # rare, and it goes through every chunk
             episodes = [e for e in (*self.finished, *self.running) if e is not None]
             gone = [e for e in episodes if e.group in self.selection.discarded]
@@ -239,14 +281,28 @@ class Collector:
             self.prefixes.drop(key for chunk in chunks for key in chunk.prefix_keys.values())
         return observations, rewards, dones, infos
 
+    def select(self) -> None:
+        """Decide about the groups, by the returns that all ranks know."""
+        self.selection = self.plan.select(self.shared.update(self.returns))
+
+    @property
+    def idle(self) -> bool:
+        """Return whether this rank has run its groups, while the others haven't run theirs."""
+        return all(episode is None for episode in self.running)
+
+    def wait(self) -> None:
+        """Wait until more is known of the other ranks' groups."""
+        self.shared.wait()
+        self.select()
+
     @property
     def kept(self) -> list[list[Episode]]:
-        """Return the K episodes of each group that is kept, in the order of the plan."""
-        return [self.episodes(group) for group in self.selection.kept]
+        """Return the K episodes of this rank's groups that are kept, in the order of the plan."""
+        return [self.episodes(group) for group in self.selection.kept if self.ranks.has(group)]
 
     @property
     def decided(self) -> list[Episode]:
-        """Return the episodes of all groups that are kept or discarded, in the order of the plan.
+        """Return the episodes of its groups that are kept or discarded, in the order of the plan.
 
         They are the same whichever environments ran them, and however often one was lost.
         """

@@ -2,9 +2,10 @@
 
 import time
 from collections import deque
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList, ProgressBarCallback
+from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import MaybeCallback
@@ -12,6 +13,7 @@ from stable_baselines3.common.utils import configure_logger
 from stable_baselines3.common.vec_env import VecEnv
 
 from cfgrl_gym.algorithms.collector import Collector
+from cfgrl_gym.algorithms.distributed.ranks import RankError, Ranks, RanksStopped
 from cfgrl_gym.algorithms.policies import FlowPolicy
 from cfgrl_gym.algorithms.saving.model_zip import PickleFreeSaving
 from cfgrl_gym.algorithms.vec_envs.left_alone import left_alone
@@ -19,6 +21,12 @@ from cfgrl_gym.algorithms.vec_envs.supported import as_vec_env
 from cfgrl_gym.algorithms.windows import WindowBatch
 
 SelfLoop = TypeVar("SelfLoop", bound="IterationLoop")
+
+
+def _as_list(callback: MaybeCallback) -> list[Any]:
+    if callback is None:
+        return []
+    return callback if isinstance(callback, list) else [callback]
 
 
 class TimestepsBar(ProgressBarCallback):
@@ -47,6 +55,7 @@ class IterationLoop(PickleFreeSaving, OnPolicyAlgorithm):
     policy: FlowPolicy  # type: ignore[assignment]
     iteration: int  # iterations that are finished
     windows: WindowBatch | None
+    ranks: Ranks  # the processes that share the work
 
     _wrap_env = staticmethod(as_vec_env)
 
@@ -81,6 +90,10 @@ class IterationLoop(PickleFreeSaving, OnPolicyAlgorithm):
             self.statistics.num_episodes = self.statistics.num_control_steps = 0
         self._total_timesteps = total_timesteps + self.num_timesteps
         self._num_timesteps_at_start = self.num_timesteps
+        if not self.ranks.first:
+            callback = [each for each in _as_list(callback) if getattr(each, "on_every_rank", 0)]
+            progress_bar = False
+            self.set_logger(Logger(None, []))
         if not self._custom_logger:
             self._logger = configure_logger(
                 self.verbose, self.tensorboard_log, tb_log_name, reset_num_timesteps
@@ -103,6 +116,9 @@ class IterationLoop(PickleFreeSaving, OnPolicyAlgorithm):
         try:
             collector.reset()
             while not collector.selection.complete:
+                if collector.idle:
+                    collector.wait()
+                    continue
                 new_obs, rewards, dones, infos = collector.step()
                 actions = collector.actions
                 # The number falls for a moment when an episode is lost and has to be run again.
@@ -110,9 +126,19 @@ class IterationLoop(PickleFreeSaving, OnPolicyAlgorithm):
                 callback.update_locals(locals())
                 with left_alone(env):
                     if not callback.on_step():
+                        collector.shared.leave(stopped=True)
                         return False
+        except RanksStopped:
+            return False
+        except RankError:
+            raise
+        except BaseException:
+            collector.shared.leave()
+            raise
         finally:
             collector.close()
+        # Those of the other ranks' groups as well.
+        self.num_timesteps = begun_at + sum(self.ranks.gather(collector.num_chunks))
         return True
 
     def collect_rollouts(self, env: VecEnv, callback: BaseCallback) -> bool:  # type: ignore[override]

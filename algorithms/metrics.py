@@ -7,7 +7,8 @@ import torch
 from stable_baselines3.common.utils import safe_mean
 from torch import Tensor
 
-from cfgrl_gym.algorithms.collector import Collector, Episode
+from cfgrl_gym.algorithms.collector import Collector, Outcome
+from cfgrl_gym.algorithms.distributed.ranks import Ranks
 from cfgrl_gym.algorithms.flow import NULL, POSITIVE, NonFiniteError
 from cfgrl_gym.algorithms.windows import WindowBatch
 
@@ -25,15 +26,14 @@ class EpisodeStatistics:
         self.num_control_steps = 0
         self.recent = {int(t): deque(done, window) for t, done in (recent or {}).items()}
 
-    def add(self, episodes: Sequence[Episode]) -> None:
+    def add(self, episodes: Sequence[Outcome]) -> None:
         """Count the episodes, and record the success of those that have a task and report it, but
         not of those that began midway."""
         self.num_episodes += len(episodes)
-        self.num_control_steps += sum(len(episode.rewards) for episode in episodes)
+        self.num_control_steps += sum(episode.control_steps for episode in episodes)
         for episode in episodes:
-            task = episode.start.task_id
-            midway = episode.start.snapshot is not None
-            if task is not None and episode.success is not None and not midway:
+            task = episode.task_id
+            if task is not None and episode.success is not None and not episode.midway:
                 self.recent.setdefault(task, deque(maxlen=self.window)).append(episode.success)
 
     def metrics(self) -> dict[str, float]:
@@ -48,24 +48,31 @@ class EpisodeStatistics:
 
 
 def rollout_metrics(
-    collector: Collector, midway: Collector | None, windows: WindowBatch | None
+    ranks: Ranks,
+    episodes: Sequence[Outcome],
+    collector: Collector,
+    midway: Collector | None,
+    windows: WindowBatch | None,
 ) -> dict[str, float]:
     """Return the groups, labels (before condition dropout) and speed of one collection.
 
+    :param ranks: that collected; times are averages over them, which work side by side
+    :param episodes: those of all ranks
     :param midway: the collection of the groups that continued from the middle of episodes
     """
-    episodes, selection = collector.decided, collector.selection
+    selection = collector.selection
     both = [collector] if midway is None else [collector, midway]
-    simulation = sum(each.seconds_simulation for each in both)
-    inference = sum(each.seconds_inference for each in both)
+    lost = sum(ranks.gather(sum(each.episodes_lost for each in both)))
+    control_steps = sum(ranks.gather(sum(each.control_steps for each in both)))
+    simulation = sum(ranks.gather(sum(each.seconds_simulation for each in both))) / ranks.size
+    inference = sum(ranks.gather(sum(each.seconds_inference for each in both))) / ranks.size
     metrics: dict[str, float] = {
         "rollout/groups_kept": len(selection.kept),
         "rollout/groups_discarded": len(selection.discarded),
         "rollout/iteration_success_rate": sum(e.succeeded for e in episodes) / len(episodes),
         "rollout/unstable_episodes": sum(e.unstable for e in episodes),
-        "rollout/episodes_lost": sum(each.episodes_lost for each in both),
-        "time/control_steps_per_second": sum(each.control_steps for each in both)
-        / (simulation + inference),
+        "rollout/episodes_lost": lost,
+        "time/control_steps_per_second": control_steps / (simulation + inference),
         "time/seconds_simulation": simulation,
         "time/seconds_inference": inference,
     }
@@ -73,8 +80,9 @@ def rollout_metrics(
         metrics["rollout/midway_groups"] = len(midway.plan.groups)
         metrics["rollout/midway_groups_kept"] = len(midway.selection.kept)
     if windows is not None:
-        metrics["rollout/positive_share"] = (windows.labels == POSITIVE).float().mean().item()
-        metrics["rollout/null_share"] = (windows.labels == NULL).float().mean().item()
+        labels = torch.cat(ranks.gather(windows.labels))
+        metrics["rollout/positive_share"] = (labels == POSITIVE).float().mean().item()
+        metrics["rollout/null_share"] = (labels == NULL).float().mean().item()
         if windows.value_data is not None:
             returns, values = windows.value_data["returns"], windows.value_data["values"]
             metrics["rollout/value_error"] = (values - returns).square().mean().sqrt().item()

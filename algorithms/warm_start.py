@@ -115,6 +115,7 @@ def demonstration_windows(
         torch.from_numpy(np.concatenate(pads)),
         torch.full((count,), POSITIVE, dtype=torch.int64),
         torch.arange(count),
+        torch.zeros(count, dtype=torch.int64),
     )
 
 
@@ -154,7 +155,9 @@ def warm_start(
         labels = drop_condition(batch.labels, config.dropout_prob, generator)
         dropped = replace(batch, labels=labels)
         t, noise = policy.draw_flow(len(batch), generator)
-        loss = micro_batches.backward(optimizer, loss_of, dropped, t, noise).mean()
+        loss = micro_batches.backward(
+            optimizer, loss_of, dropped, t, noise, batch_size=len(dropped)
+        ).mean()
         clip_grad_norm_(policy.parameters(), config.max_grad_norm)
         optimizer.step()
         policy.after_optimizer_step()

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from gymnasium import spaces
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -44,6 +45,7 @@ class WindowBatch:
     action_is_pad: Tensor  # bool (batch, horizon)
     labels: Tensor  # int64 (batch,)
     prefix_keys: Tensor  # int64 (batch,), see `PrefixCache`
+    groups: Tensor  # int64 (batch,), the index of each window's group in its iteration
     value_data: ValueData | None = None  # what they were labelled by, if by values
 
     @property
@@ -65,19 +67,24 @@ class WindowBatch:
             self.action_is_pad[indices],
             self.labels[indices],
             self.prefix_keys[indices],
+            self.groups[indices],
         )
 
 
 def batch_windows(
-    windows: list[Window], labels: NDArray[np.int64], value_data: ValueData | None = None
+    windows: list[Window],
+    labels: NDArray[np.int64],
+    groups: NDArray[np.int64],
+    value_data: ValueData | None = None,
 ) -> WindowBatch:
-    """Stack windows and their labels into a batch, in their order."""
+    """Stack windows, their labels and group indices into a batch, in their order."""
     return WindowBatch(
         stack([window.observation for window in windows]),
         torch.from_numpy(np.stack([window.model_actions for window in windows])),
         torch.from_numpy(np.stack([window.action_is_pad for window in windows])),
         torch.from_numpy(labels),
         torch.tensor([window.prefix_key for window in windows]),
+        torch.from_numpy(groups),
         value_data,
     )
 
@@ -96,10 +103,25 @@ def join_windows(batches: Sequence[WindowBatch]) -> WindowBatch:
         torch.cat([batch.action_is_pad for batch in batches]),
         torch.cat([batch.labels for batch in batches]),
         torch.cat([batch.prefix_keys for batch in batches]),
+        torch.cat([batch.groups for batch in batches]),
         {key: torch.cat([each[key] for each in data]) for key in data[0]}
         if len(data) == len(batches)
         else None,
     )
+
+
+def no_windows(policy: FlowPolicy) -> WindowBatch:
+    """Make a batch without windows, for a rank of several that has none."""
+
+    def empty(space: spaces.Space) -> Any:
+        if isinstance(space, spaces.Dict):
+            return {key: empty(sub) for key, sub in space.items()}
+        return np.empty((0, *(space.shape or ())), space.dtype)
+
+    none = torch.empty(0, dtype=torch.int64)
+    actions = torch.empty(0, policy.horizon, policy.action_width)
+    is_pad = torch.empty(0, policy.horizon, dtype=torch.bool)
+    return WindowBatch(empty(policy.observation_space), actions, is_pad, none, none, none)
 
 
 class Replay:
@@ -120,6 +142,11 @@ class Replay:
         """Add an iteration's windows and return all that are kept."""
         self.batches.append(windows)
         return join_windows(self.batches)
+
+    @property
+    def places(self) -> Tensor:
+        """Return a number for each window that orders iterations and groups, int64 (n,)."""
+        return torch.cat([(i << 32) + batch.groups for i, batch in enumerate(self.batches)])
 
 
 def label_windows(
@@ -157,6 +184,7 @@ def label_windows(
     reached = np.array([reach is None or window.start < reach for window in every])
     sizes = [sum(map(len, of_group)) for of_group in cut]
     tasks = np.repeat([episodes[0].start.task_id or 0 for episodes in groups], sizes)
+    indices = np.repeat([episodes[0].group for episodes in groups], sizes)
     value_data = None
     if value_source is None:
         of_groups = [
@@ -179,7 +207,7 @@ def label_windows(
         advantages = of_every[reached]
         value_data = {name: tensor[torch.from_numpy(reached)] for name, tensor in data.items()}
     labels = label_advantages(advantages, tasks[reached], labelling)
-    return batch_windows(list(compress(every, reached)), labels, value_data)
+    return batch_windows(list(compress(every, reached)), labels, indices[reached], value_data)
 
 
 def _starts(windows: Sequence[Window], reach: int | None = None) -> NDArray[np.int64]:

@@ -40,21 +40,27 @@ class MicroBatches:
         self.size = size
 
     def backward(
-        self, optimizer: torch.optim.Optimizer, loss: Callable[..., Tensor], *samples: Any
+        self,
+        optimizer: torch.optim.Optimizer,
+        loss: Callable[..., Tensor],
+        *samples: Any,
+        batch_size: int,
     ) -> Tensor:
-        """Set the parameters' gradients to those of the mean loss.
+        """Set the parameters' gradients to those of the sum of losses divided by `batch_size`.
 
         :param loss: some of the samples -> the loss of each, (n,)
         :param samples: arguments of `loss`, each indexed by rows, int64 (n,)
-        :return: every sample's loss, (batch,), detached
+        :param batch_size: samples of the optimizer step, on all ranks
+        :return: every sample's loss, (n,), detached
         :raises RuntimeError: the device has no memory for a single sample
         """
         count = len(samples[0])
         while True:
             optimizer.zero_grad()
-            losses = []
-            for rows in torch.arange(count).split(self.size):
-                computed = self._attempt(loss, [sample[rows] for sample in samples], count)
+            losses = [torch.empty(0)] if count == 0 else []
+            for rows in torch.arange(count).split(self.size) if count else ():
+                of_rows = [sample[rows] for sample in samples]
+                computed = self._attempt(loss, of_rows, batch_size)
                 if computed is None:
                     break
                 losses.append(computed)
@@ -72,11 +78,11 @@ class MicroBatches:
                 torch.cuda.empty_cache()
 
     def _attempt(
-        self, loss: Callable[..., Tensor], samples: list[Any], count: int
+        self, loss: Callable[..., Tensor], samples: list[Any], batch_size: int
     ) -> Tensor | None:
         try:
             losses = loss(*samples)
-            (losses.sum() / count).backward()
+            (losses.sum() / batch_size).backward()
         except (RuntimeError, MemoryError) as error:
             if len(samples[0]) == 1 or not is_out_of_memory(error):
                 raise

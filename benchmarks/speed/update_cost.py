@@ -62,7 +62,9 @@ class Update:
         """Leave a step's gradients in the parameters; returns its losses."""
         t, noise = self.policy.draw_flow(len(batch), self.generator)
         with precision(self.policy, self.args.size):
-            return self.micro_batches.backward(self.policy.optimizer, self.losses, batch, t, noise)
+            return self.micro_batches.backward(
+                self.policy.optimizer, self.losses, batch, t, noise, batch_size=len(batch)
+            )
 
     def losses(self, batch: WindowBatch, t: Tensor, noise: Tensor) -> Tensor:
         """Compute the losses of windows as `CFGRL.train` does."""
@@ -88,6 +90,7 @@ def make_windows(policy: Pi0Policy, args: Any) -> WindowBatch:
         torch.zeros(shape[:2], dtype=torch.bool),
         torch.where(torch.arange(args.windows) % 2 == 0, POSITIVE, NULL),
         torch.arange(args.windows),
+        torch.zeros(args.windows, dtype=torch.int64),
     )
 
 

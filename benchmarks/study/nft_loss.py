@@ -23,7 +23,7 @@ class NftWindows(WindowBatch):
     @classmethod
     def of(cls, windows: WindowBatch, optimality: Tensor) -> "NftWindows":
         """Add the probabilities, (batch,), to windows."""
-        return cls(*windows.samples, windows.prefix_keys, optimality=optimality)
+        return cls(*windows.samples, windows.prefix_keys, windows.groups, optimality=optimality)
 
     def __getitem__(self, indices: Tensor) -> "NftWindows":
         return self.of(super().__getitem__(indices), self.optimality[indices])

@@ -1,0 +1,172 @@
+"""The processes of torch.distributed that train one policy together."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+T = TypeVar("T")
+
+
+class RankError(RuntimeError):
+    """Another rank failed or is gone, so that this one can't go on."""
+
+    def __init__(self, rank: int | None = None) -> None:
+        which = "another rank" if rank is None else f"rank {rank}"
+        super().__init__(f"{which} has ended, and its own output says why; all ranks have to end")
+
+
+class RanksStopped(Exception):
+    """The callback of another rank asked to stop."""
+
+
+@dataclass(frozen=True)
+class _Leaving:
+    """Sent in place of a value: the rank ends."""
+
+    stopped: bool  # because its callback asked to; False: it failed
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The processes that share the work, one by default.
+
+    Every rank has its environments and a copy of the policy. All call the same methods in the same
+    order. What they tell each other is on the host, but for gradients.
+
+    :param rank: number of this process
+    :param size: number of processes
+    :param host: process group for what is on the host. None: there is a single rank
+    """
+
+    rank: int = 0
+    size: int = 1
+    host: Any = None
+
+    @classmethod
+    def current(cls) -> "Ranks":
+        """Return those of torch.distributed's default group, if it is initialised."""
+        if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+            return cls()
+        gloo = dist.get_backend() == "gloo"
+        return cls(
+            dist.get_rank(),
+            dist.get_world_size(),
+            dist.group.WORLD if gloo else dist.new_group(backend="gloo"),
+        )
+
+    @property
+    def first(self) -> bool:
+        """Return whether this is the rank that logs, saves and prints."""
+        return self.rank == 0
+
+    def has(self, index: int) -> bool:
+        """Return whether this rank has the piece of work with this index: they take turns."""
+        return index % self.size == self.rank
+
+    def gather(self, value: T) -> list[T]:
+        """Return every rank's value, in their order.
+
+        :raises RankError: another rank failed or is gone
+        :raises RanksStopped: the callback of another rank asked to stop
+        """
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        with reaching_others():
+            dist.all_gather_object(values, value, group=self.host)
+        for rank, other in enumerate(values):
+            if isinstance(other, _Leaving) and rank != self.rank:
+                raise RanksStopped if other.stopped else RankError(rank)
+        return values
+
+    def joined(self, items: Sequence[T]) -> list[T]:
+        """Return the items of all ranks."""
+        return [item for part in self.gather(list(items)) for item in part]
+
+    def leave(self, stopped: bool = False) -> None:
+        """Let the others' next `gather` raise."""
+        if self.size > 1:
+            self.gather(_Leaving(stopped))
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Wait for the others at the end of the block, and let them know if it raises.
+
+        :raises RankError: another rank failed in it or is gone
+        """
+        try:
+            yield
+        except (RankError, RanksStopped):
+            raise
+        except BaseException:
+            with suppress(RankError, RanksStopped):
+                self.leave()
+            raise
+        self.gather(None)
+
+    def check_equal(self, settings: Mapping[str, Any]) -> None:
+        """Check that all ranks have these settings.
+
+        :raises ValueError: on every rank, if one differs
+        """
+        others = self.gather(dict(settings))
+        for name in settings:
+            given = [other.get(name) for other in others]
+            if any(value != given[0] for value in given):
+                raise ValueError(
+                    f"ranks must have the same settings, but {name} is "
+                    f"{' and '.join(dict.fromkeys(f'{value!r:.100}' for value in given))}; start "
+                    "all ranks with the same command and the same version"
+                )
+
+    def copy_first(self, tensors: Sequence[Tensor]) -> None:
+        """Give these tensors the values that they have on the first rank."""
+        if self.size > 1:
+            with reaching_others():
+                for tensor in tensors:
+                    dist.broadcast(tensor.data, 0)
+
+    def sum_gradients(self, module: nn.Module, losses: Tensor, here: Tensor) -> Tensor:
+        """Add up the gradients of all ranks, each that of its samples in the batch.
+
+        :param losses: of the samples on this rank, (n,)
+        :param here: which samples of the batch these are, bool (batch,)
+        :return: the losses of the whole batch, (batch,)
+        """
+        if self.size == 1:
+            return losses
+        trained = [p for p in module.parameters() if p.requires_grad]
+        # In one go with the losses, because a gradient that no rank has stays None.
+        device = trained[0].device
+        shared = torch.zeros(len(here) + len(trained), device=device)
+        shared[: len(here)][here.to(device)] = losses.float().to(device)
+        has = [p.grad is not None for p in trained]
+        shared[len(here) :] = torch.tensor(has, dtype=torch.float32)
+        with reaching_others():
+            dist.all_reduce(shared)
+            somewhere = shared[len(here) :].tolist()
+            trained = [p for p, ranks in zip(trained, somewhere, strict=True) if ranks]
+            for parameter in trained:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+            works = [dist.all_reduce(p.grad, async_op=True) for p in trained]
+            for work in works:
+                work.wait()
+        return shared[: len(here)]
+
+
+ALONE = Ranks()
+
+
+@contextmanager
+def reaching_others() -> Iterator[None]:
+    """Raise `RankError` where torch.distributed can't reach another rank."""
+    try:
+        yield
+    except RuntimeError as error:  # what gloo and NCCL raise: a connection closed, a time-out
+        raise RankError from error
