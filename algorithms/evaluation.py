@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from stable_baselines3.common.vec_env import VecEnv
 
-from cfgrl_gym.algorithms.collector import Chunk, Collector, stack
+from cfgrl_gym.algorithms.collector import Chunk, Collector, Episode, stack
+from cfgrl_gym.algorithms.distributed.ranks import ALONE, Ranks
 from cfgrl_gym.algorithms.groups import Group, GroupPlan, Start, torch_generator
 from cfgrl_gym.algorithms.policies import FlowPolicy
 
@@ -76,6 +77,7 @@ def evaluate(
     cfg_scale: float | None = None,
     seed: int = 0,
     on_episode: Callable[[int, int], None] = lambda episodes, successes: None,
+    ranks: Ranks = ALONE,
 ) -> Evaluation:
     """Run one episode from each start and return the outcomes.
 
@@ -84,7 +86,8 @@ def evaluate(
 
     :param cfg_scale: guidance scale; None: the policy's own
     :param seed: seed of the sampling noise
-    :param on_episode: called with (episodes finished, successes so far)
+    :param on_episode: called with (episodes finished, successes so far) of this rank
+    :param ranks: the processes that share the starts; all get the whole evaluation
     """
     if not starts:
         raise ValueError("no starts to evaluate from were given")
@@ -95,33 +98,38 @@ def evaluate(
         generator = torch_generator(seed, *keys[group], chunk)
         return torch.randn(policy.horizon, policy.action_width, generator=generator)
 
-    plan = GroupPlan(tuple(Group(i, start) for i, start in enumerate(starts)), group_size=1)
-    collector = Collector(env, policy, plan, noise, cfg_scale)
+    own = tuple(Group(i, start) for i, start in enumerate(starts) if ranks.has(i))
+    collector = Collector(env, policy, GroupPlan(own, group_size=1), noise, cfg_scale)
     policy.set_training_mode(False)
-    try:
-        collector.reset()
-        while len(collector.finished) < len(starts):
-            before = len(collector.finished)
-            collector.step()
-            if len(collector.finished) > before:
-                done = collector.finished
-                on_episode(len(done), sum(episode.succeeded for episode in done))
-    finally:
-        collector.close()
-    ordered = sorted(collector.finished, key=lambda episode: episode.group)
-    return Evaluation(
-        tuple(
-            EpisodeOutcome(
-                task_id=episode.start.task_id,
-                init_state_id=episode.start.init_state_id,
-                success=episode.succeeded,
-                episode_return=episode.total_reward,
-                control_steps=len(episode.rewards),
-                unstable=episode.unstable,
-            )
-            for episode in ordered
-        ),
-        _guidance_gap(policy, [chunk for episode in ordered for chunk in episode.chunks], seed),
+    with ranks.together():
+        try:
+            if own:
+                collector.reset()
+            while len(collector.finished) < len(own):
+                before = len(collector.finished)
+                collector.step()
+                if len(collector.finished) > before:
+                    done = collector.finished
+                    on_episode(len(done), sum(episode.succeeded for episode in done))
+        finally:
+            collector.close()
+        finished = sorted(collector.finished, key=lambda episode: episode.group)
+        chunks = [chunk for episode in finished for chunk in episode.chunks]
+        gaps = _guidance_gaps(policy, chunks, seed)
+    outcomes = ranks.joined([(episode.group, _outcome(episode)) for episode in finished])
+    outcomes.sort(key=lambda numbered: numbered[0])
+    gap = torch.cat(ranks.gather(gaps)).mean().item()
+    return Evaluation(tuple(outcome for _, outcome in outcomes), gap)
+
+
+def _outcome(episode: Episode) -> EpisodeOutcome:
+    return EpisodeOutcome(
+        task_id=episode.start.task_id,
+        init_state_id=episode.start.init_state_id,
+        success=episode.succeeded,
+        episode_return=episode.total_reward,
+        control_steps=len(episode.rewards),
+        unstable=episode.unstable,
     )
 
 
@@ -130,15 +138,15 @@ def _key(start: Start) -> tuple[int, ...]:
     return tuple(0 if part is None else 1 + part for part in parts)
 
 
-def _guidance_gap(policy: FlowPolicy, chunks: list[Chunk], seed: int) -> float:
-    """Average `guidance_gap` over evenly spaced chunks."""
-    chosen = chunks[:: math.ceil(len(chunks) / GAP_CHUNKS)]
+def _guidance_gaps(policy: FlowPolicy, chunks: list[Chunk], seed: int) -> torch.Tensor:
+    """Compute `guidance_gap` of evenly spaced chunks, (n,)."""
+    chosen = chunks[:: max(1, math.ceil(len(chunks) / GAP_CHUNKS))]
     generator = torch_generator(seed)
-    gaps = []
+    gaps = [torch.empty(0)]
     for start in range(0, len(chosen), GAP_BATCH):
         part = chosen[start : start + GAP_BATCH]
         t, noise = policy.draw_flow(len(part), generator)
         actions = torch.from_numpy(np.stack([chunk.model_actions for chunk in part]))
         observations = stack([chunk.observation for chunk in part])
         gaps.append(policy.guidance_gap(observations, actions, t, noise).cpu())
-    return torch.cat(gaps).mean().item()
+    return torch.cat(gaps)

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cfgrl_gym.algorithms.collector import Chunk, Episode, Row, stack
+from cfgrl_gym.algorithms.distributed.ranks import Ranks
 from cfgrl_gym.algorithms.labels import Labelling, group_advantages, label_advantages
 from cfgrl_gym.algorithms.policies import FlowPolicy
 from cfgrl_gym.algorithms.value import ValueData, ValueSource
@@ -142,6 +143,19 @@ class Replay:
         """Add an iteration's windows and return all that are kept."""
         self.batches.append(windows)
         return join_windows(self.batches)
+
+    def of_all(self, ranks: Ranks, iterations: int) -> list[WindowBatch]:
+        """Return the windows of this many iterations, those of all ranks in one rank's order."""
+        joined = [join_windows(ranks.gather(batch)) for batch in self.last(iterations)]
+        if ranks.size == 1:
+            return joined
+        return [batch[batch.groups.argsort(stable=True)] for batch in joined]
+
+    def put(self, ranks: Ranks, batches: Sequence[WindowBatch]) -> None:
+        """Keep this rank's part of what `of_all` returned, on whatever number of ranks."""
+        if ranks.size > 1:
+            batches = [batch[ranks.has(batch.groups).nonzero()[:, 0]] for batch in batches]
+        self.batches = list(batches)
 
     @property
     def places(self) -> Tensor:

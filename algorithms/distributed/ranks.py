@@ -13,11 +13,15 @@ T = TypeVar("T")
 
 
 class RankError(RuntimeError):
-    """Another rank failed or is gone, so that this one can't go on."""
+    """Another rank ends, so that this one can't go on."""
 
     def __init__(self, rank: int | None = None) -> None:
         which = "another rank" if rank is None else f"rank {rank}"
         super().__init__(f"{which} has ended, and its own output says why; all ranks have to end")
+
+
+class RankLostError(RankError):
+    """Another rank has ended without a word."""
 
 
 class RanksStopped(Exception):
@@ -64,8 +68,11 @@ class Ranks:
         """Return whether this is the rank that logs, saves and prints."""
         return self.rank == 0
 
-    def has(self, index: int) -> bool:
-        """Return whether this rank has the piece of work with this index: they take turns."""
+    def has(self, index: Any) -> Any:
+        """Return whether this rank has the piece of work with this index: they take turns.
+
+        :param index: an int, or a tensor of them for the answers of all
+        """
         return index % self.size == self.rank
 
     def gather(self, value: T) -> list[T]:
@@ -165,8 +172,8 @@ ALONE = Ranks()
 
 @contextmanager
 def reaching_others() -> Iterator[None]:
-    """Raise `RankError` where torch.distributed can't reach another rank."""
+    """Raise `RankLostError` where torch.distributed can't reach another rank."""
     try:
         yield
     except RuntimeError as error:  # what gloo and NCCL raise: a connection closed, a time-out
-        raise RankError from error
+        raise RankLostError from error

@@ -38,10 +38,10 @@ class SharedReturns:
         self._own = own
         if self.ranks.size == 1:
             return own
-        if self._round is None:
-            self._begin_round()
-        elif self._round.is_completed():
+        if self._round is not None and self._round.is_completed():
             self._end_round()
+        elif self._round is None and not self.complete:
+            self._begin_round()
         return self.known
 
     def wait(self) -> None:

@@ -53,13 +53,19 @@ class CheckpointStore:
     def save(self, model: CFGRL, about: dict[str, Any] | None = None) -> Path:
         """Write a checkpoint of a model between two iterations, then delete old ones.
 
+        Of several ranks, all have to call this and the first one writes; any number of them can
+        load it.
+
         :param about: further values in JSON's types, which `load_checkpoint` returns
         :raises OSError: it could not be written; the earlier ones are intact
         """
         folder = self.path(model.iteration)
+        recent = model.replay.of_all(model.ranks, model.replay_iterations)
+        if not model.ranks.first:
+            return folder
         try:
             with whole_folder(folder, durable=True) as new:
-                _write(new, model, about or {})
+                _write(new, model, recent, about or {})
         except OSError as error:
             raise OSError(
                 f"checkpoint '{folder}' cannot be written ({error}); earlier ones are intact: "
@@ -108,7 +114,8 @@ def load_checkpoint(model: CFGRL, path: Path) -> dict[str, Any]:
             device=model.device,
         )
     _set_generators(parts["generators"])
-    model.replay.batches = [_windows(batch, number) for number, batch in enumerate(replay)]
+    batches = [_windows(batch, number) for number, batch in enumerate(replay)]
+    model.replay.put(model.ranks, batches)
     model.set_training_state(state)
     about: dict[str, Any] = state["about"]
     return about
@@ -139,14 +146,13 @@ def _same_model(path: Path) -> Iterator[None]:
 # Files --------------------------------------------------------------------------------------------
 
 
-def _write(folder: Path, model: CFGRL, about: dict[str, Any]) -> None:
+def _write(folder: Path, model: CFGRL, recent: list[WindowBatch], about: dict[str, Any]) -> None:
     parts = {
         "policy": model.policy.state_to_save(),
         "optimizer": model.policy.optimizer.state_dict(),
         "generators": _generators(),
     }
     _save(parts, folder / MODEL_FILE)
-    recent = model.replay.last(model.replay_iterations)
     if recent:
         _save([_tensors(batch) for batch in recent], folder / REPLAY_FILE)
     state = {
@@ -208,7 +214,9 @@ def _windows(tensors: dict[str, Any], number: int) -> WindowBatch:
     observations = tree_map(Tensor.numpy, tensors["observations"])
     # Negative, so that none equals the key of a prefix in a running cache.
     keys = -1 - torch.arange(len(tensors["labels"])) - (number << 32)
-    return WindowBatch(**tensors | {"observations": observations, "prefix_keys": keys})
+    groups = torch.zeros(len(keys), dtype=torch.int64)  # where an earlier version wrote none
+    more = {"observations": observations, "prefix_keys": keys}
+    return WindowBatch(**{"groups": groups} | tensors | more)
 
 
 def _generators() -> dict[str, Any]:

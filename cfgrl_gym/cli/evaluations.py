@@ -15,6 +15,7 @@ from stable_baselines3.common.logger import Logger, make_output_format
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
 from cfgrl_gym.algorithms import CFGRL
+from cfgrl_gym.algorithms.distributed.ranks import ALONE, Ranks
 from cfgrl_gym.algorithms.evaluation import evaluate
 from cfgrl_gym.algorithms.groups import Start
 from cfgrl_gym.algorithms.policies import FlowPolicy
@@ -64,12 +65,15 @@ def measure(
     scale: float,
     seed: int,
     check: Callable[[], None] = lambda: None,
+    ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
     """Evaluate one cfg_scale, with a progress bar, and return its part of the result files.
 
     :param check: called after every episode; it may end the evaluation by an exception
+    :param ranks: the processes that share the starts; the first one shows the bar of its part
     """
-    with progress_bar(f"cfg_scale {scale:g}", len(starts), "episode") as bar:
+    own = sum(map(ranks.has, range(len(starts))))
+    with progress_bar(f"cfg_scale {scale:g}", own, "episode", shown=ranks.first) as bar:
 
         def on_episode(done: int, successes: int) -> None:
             bar.set_postfix(success=f"{successes}/{done}", refresh=False)
@@ -77,7 +81,7 @@ def measure(
             check()
 
         evaluation = evaluate(
-            policy, env, starts, cfg_scale=scale, seed=seed, on_episode=on_episode
+            policy, env, starts, cfg_scale=scale, seed=seed, on_episode=on_episode, ranks=ranks
         )
     by_task: dict[int, list[bool]] = {}
     for episode in evaluation.episodes:
@@ -100,6 +104,7 @@ class Evaluations:
     :param seconds: training time before this process, if it resumes an earlier run
     :param done_before: iteration from which the run resumes; the file's evaluations of earlier
         iterations are kept, those of this and later ones dropped
+    :param ranks: the processes that share the starts; the first one writes
     """
 
     def __init__(
@@ -110,6 +115,7 @@ class Evaluations:
         starts: Sequence[Start],
         seconds: float = 0.0,
         done_before: int = 0,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.file = folder / EVALUATIONS_FILE
         self.config = config
@@ -121,7 +127,8 @@ class Evaluations:
         if done_before and self.file.is_file():
             earlier = json.loads(self.file.read_text(encoding="utf-8"))["evaluations"]
             self.done = [e for e in earlier if e["iteration"] < done_before]
-        self.logger = Logger(str(folder), [make_output_format("tensorboard", str(folder))])
+        outputs = [make_output_format("tensorboard", str(folder))] if ranks.first else []
+        self.logger = Logger(str(folder), outputs)
 
     @property
     def training_seconds(self) -> float:
@@ -139,7 +146,8 @@ class Evaluations:
             training = model.policy.training
             scales = as_list(self.config.eval_cfg_scale) or [model.policy.cfg_scale]
             seed = self.config.seed  # the same noise each time
-            results = [measure(model.policy, self.env, self.starts, w, seed, check) for w in scales]
+            given = model.policy, self.env, self.starts
+            results = [measure(*given, w, seed, check, model.ranks) for w in scales]
             model.policy.set_training_mode(training)
             self._seconds_here += perf_counter() - began
             self.done.append(
@@ -152,9 +160,10 @@ class Evaluations:
                     "results": results,
                 }
             )
-            content = {"suite": self.config.suite, "evaluations": self.done}
-            with whole_file(self.file) as new:
-                new.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+            if model.ranks.first:
+                content = {"suite": self.config.suite, "evaluations": self.done}
+                with whole_file(self.file) as new:
+                    new.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
             for result in results:
                 for name in ("success_rate", "guidance_gap"):
                     self.logger.record(f"eval/{name}/w_{result['cfg_scale']:g}", result[name])

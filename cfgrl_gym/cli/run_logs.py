@@ -34,10 +34,17 @@ _LINE = {
 }
 
 
-def progress_bar(description: str, total: int | None, unit: str) -> "tqdm[Any]":
+def progress_bar(description: str, total: int | None, unit: str, shown: bool = True) -> "tqdm[Any]":
     """Make a progress bar on stderr, which is written less often if that is a log file."""
     interval = 0.1 if sys.stderr.isatty() else 10.0
-    return tqdm(desc=description, total=total, unit=unit, dynamic_ncols=True, mininterval=interval)
+    return tqdm(
+        desc=description,
+        total=total,
+        unit=unit,
+        dynamic_ncols=True,
+        mininterval=interval,
+        disable=not shown,
+    )
 
 
 class IterationLine(KVWriter):

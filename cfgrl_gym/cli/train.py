@@ -4,9 +4,11 @@ Writes <out>/policy, <out>/model.zip (Stable-Baselines3), metrics, TensorBoard e
 
 example:
   cfgrl train --policy runs/sft --task_id 0 --n_envs 8 --total_timesteps 20000
+  torchrun --nproc-per-node 2 -m cfgrl_gym train --policy runs/sft --task_id 0 --n_envs 8
 """
 
 import sys
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from typing import Any
 from stable_baselines3.common.callbacks import BaseCallback
 
 from cfgrl_gym.algorithms import CFGRL
+from cfgrl_gym.algorithms.distributed.ranks import RankError, RankLostError, Ranks
 from cfgrl_gym.algorithms.flow import NonFiniteError
 from cfgrl_gym.algorithms.groups import Start
 from cfgrl_gym.algorithms.pi0 import Pi0Policy
@@ -22,6 +25,7 @@ from cfgrl_gym.algorithms.vec_envs.worker import WorkerError
 from cfgrl_gym.cli.configs import TrainConfig
 from cfgrl_gym.cli.environments import environment_arguments, vec_env
 from cfgrl_gym.cli.evaluations import Evaluations, find_starts, record_episode
+from cfgrl_gym.cli.launch import process_group
 from cfgrl_gym.cli.policies import find_checkpoint, policy_arguments
 from cfgrl_gym.cli.run_folder import (
     CHECKPOINTS_FOLDER,
@@ -34,12 +38,14 @@ from cfgrl_gym.cli.run_folder import (
 )
 from cfgrl_gym.cli.run_logs import IterationLine, cut_logs, log_sizes, open_logs, progress_bar
 from cfgrl_gym.cli.stopping import Stopped, StopRequests
-from cfgrl_gym.envs.suites import select_tasks
+from cfgrl_gym.envs.suites import Task, select_tasks
 from cfgrl_gym.whole_files import whole_folder
 
 
 def save(model: CFGRL, folder: Path) -> None:
     """Write the policy folder and SB3's model.zip, which needs no other file to be loaded."""
+    if not model.ranks.first:
+        return
     policy = model.policy
     assert isinstance(policy, Pi0Policy)
     with whole_folder(folder / POLICY_FOLDER) as new:
@@ -57,6 +63,7 @@ class BetweenIterations(BaseCallback):
     """
 
     model: CFGRL
+    on_every_rank = True  # an evaluation is shared, and a checkpoint has what all ranks have
 
     def __init__(
         self,
@@ -65,11 +72,12 @@ class BetweenIterations(BaseCallback):
         checkpoints: CheckpointStore,
         evaluations: Evaluations | None,
         stop: StopRequests,
+        ranks: Ranks,
     ) -> None:
         super().__init__()
         # If the run is limited by iterations, the number of steps isn't known in advance.
         total = None if config.max_iterations else config.total_timesteps
-        self.bar = progress_bar("train", total, "step")
+        self.bar = progress_bar("train", total, "step", shown=ranks.first)
         self.config = config
         self.folder = folder
         self.checkpoints = checkpoints
@@ -83,7 +91,8 @@ class BetweenIterations(BaseCallback):
         During a collection, the state saved is the one before the collection.
         """
         iteration = self.model.iteration
-        if iteration in self.checkpoints.iterations():
+        there = iteration in self.checkpoints.iterations()
+        if self.model.ranks.gather(there)[0]:  # as the first rank sees it, which writes them
             return
         self.model.num_timesteps = self._timesteps_before
         loggers = [self.model.logger]
@@ -91,15 +100,16 @@ class BetweenIterations(BaseCallback):
         if self.evaluations is not None:
             loggers.append(self.evaluations.logger)
             about["seconds"] = self.evaluations.training_seconds
-        about["log_sizes"] = log_sizes(self.folder, loggers)
+        if self.model.ranks.first:
+            about["log_sizes"] = log_sizes(self.folder, loggers)
         self.checkpoints.save(self.model, about)
 
     def _on_training_start(self) -> None:
-        self._timesteps_before = self.num_timesteps
+        self._timesteps_before = self.model.num_timesteps
 
     def _on_rollout_start(self) -> None:
         config, iteration = self.config, self.model.iteration
-        self._timesteps_before = self.num_timesteps
+        self._timesteps_before = self.model.num_timesteps
         if iteration and config.save_every and iteration % config.save_every == 0:
             self.save_checkpoint()
         if config.eval_every and iteration % config.eval_every == 0:
@@ -108,7 +118,7 @@ class BetweenIterations(BaseCallback):
             self.bar.set_description(f"iteration {iteration + 1} of {config.max_iterations}")
 
     def _on_step(self) -> bool:
-        self.bar.update(self.num_timesteps - self.bar.n)
+        self.bar.update(self.model.num_timesteps - self.bar.n)
         self.stop.check()
         return True
 
@@ -116,19 +126,22 @@ class BetweenIterations(BaseCallback):
         recent = self.model.ep_success_buffer
         if recent:
             self.bar.set_postfix(success=f"{sum(recent) / len(recent):.2f}", refresh=False)
-        if self.evaluations is None:  # then the policy is rated by the collection's success
+        if (
+            self.evaluations is None and self.model.ranks.first
+        ):  # then the policy is rated by the collection's success
             rate = self.logger.name_to_value["rollout/iteration_success_rate"]
             self.checkpoints.rate(self.model.iteration, rate)
 
     def _on_training_end(self) -> None:
-        self._timesteps_before = self.num_timesteps
+        self._timesteps_before = self.model.num_timesteps
         self.save_checkpoint()
         self._evaluate()
 
     def _evaluate(self) -> None:
         if self.evaluations is not None:
             rate = self.evaluations.run(self.model, self.model.iteration, self.stop.check)
-            self.checkpoints.rate(self.model.iteration, rate)
+            if self.model.ranks.first:
+                self.checkpoints.rate(self.model.iteration, rate)
 
 
 def _take_up(model: CFGRL, checkpoints: CheckpointStore, folder: Path) -> dict[str, Any]:
@@ -140,8 +153,9 @@ def _take_up(model: CFGRL, checkpoints: CheckpointStore, folder: Path) -> dict[s
     iterations = checkpoints.iterations()
     if iterations:
         about = load_checkpoint(model, checkpoints.path(iterations[-1]))
-    cut_logs(folder, about["log_sizes"])
-    print(f"resumed after iteration {model.iteration}")
+    if model.ranks.first:
+        cut_logs(folder, about["log_sizes"])
+        print(f"resumed after iteration {model.iteration}")
     return {"seconds": about["seconds"], "done_before": model.iteration}
 
 
@@ -154,14 +168,29 @@ def run(config: TrainConfig, algorithm: type[CFGRL] = CFGRL) -> Path:
     :raises FileExistsError: the run folder isn't empty, or another process writes there
     :raises Stopped: Ctrl-C or SIGTERM ended the run; the state is saved
     :raises WorkerError: an environment keeps failing; the state is saved
+    :raises RankError: another rank was stopped or failed; the state is saved
+    :raises RankLostError: another rank is gone; the last checkpoint is intact
     :raises NonFiniteError: losses or gradients aren't finite; the policy from before is saved
     """
     tasks = select_tasks(config.suite, config.task_id)
     evaluated: list[Start] = []
     if config.eval_every is not None:
         evaluated = find_starts(config.suite, config.task_id, config.eval_episodes)
+    with process_group() as ranks:
+        return _run(config, algorithm, ranks, tasks, evaluated)
+
+
+def _run(
+    config: TrainConfig,
+    algorithm: type[CFGRL],
+    ranks: Ranks,
+    tasks: Sequence[Task],
+    evaluated: list[Start],
+) -> Path:
     resume = config.resume is not None
-    out = Path(str(config.resume)) if resume else choose_folder("train", config.out)
+    with ranks.together():
+        out = Path(str(config.resume)) if resume else choose_folder("train", config.out)
+    out = ranks.gather(out)[0]
     checkpoint = find_checkpoint(config.policy, config.preset)
     arguments = environment_arguments(
         config, checkpoint.horizon, checkpoint.image_size, checkpoint.cameras
@@ -172,7 +201,7 @@ def run(config: TrainConfig, algorithm: type[CFGRL] = CFGRL) -> Path:
     checkpoints = CheckpointStore(out / CHECKPOINTS_FOLDER, config.keep_checkpoints)
     with ExitStack() as stack:
         stop = stack.enter_context(StopRequests())
-        if resume:
+        if resume and ranks.first:
             stack.enter_context(locked(out))
         env = stack.enter_context(vec_env(arguments | observed, config.n_envs))
         model = algorithm(
@@ -184,26 +213,30 @@ def run(config: TrainConfig, algorithm: type[CFGRL] = CFGRL) -> Path:
             device=config.device,
             **config.arguments_of(CFGRL),
         )
-        if not resume:
-            create_folder(out, config, algorithm=algorithm.__name__)
-            stack.enter_context(locked(out))
-        stop.defer()
-        about = f"chunks of {arguments['chunk_size']} actions, {env.num_envs} environment(s)"
-        print(f"{about}, {model.device}; results in {out}")
-        resumed = _take_up(model, checkpoints, out) if resume else {}
-        model.set_logger(open_logs(out, IterationLine()))
-        stack.callback(model.logger.close)
+        with ranks.together():
+            if not resume and ranks.first:
+                create_folder(out, config, algorithm=algorithm.__name__)
+                stack.enter_context(locked(out))
+            stop.defer()
+            resumed = _take_up(model, checkpoints, out) if resume else {}
+        if ranks.first:
+            shared = f" on each of {ranks.size} ranks" if ranks.size > 1 else ""
+            about = f"chunks of {arguments['chunk_size']} actions, {env.num_envs} environment(s)"
+            print(f"{about}{shared}, {model.device}; results in {out}")
+            model.set_logger(open_logs(out, IterationLine()))
+            stack.callback(model.logger.close)
         evaluations = None
         if evaluated:  # with the benchmark's states and time limit, whatever those of the training
             benchmark = {"init_states": "benchmark", "max_episode_steps": None}
             other = stack.enter_context(vec_env(arguments | benchmark, config.n_envs))
-            evaluations = Evaluations(out, config, other, evaluated, **resumed)
+            evaluations = Evaluations(out, config, other, evaluated, **resumed, ranks=ranks)
             stack.callback(evaluations.logger.close)
-        between = BetweenIterations(config, out, checkpoints, evaluations, stop)
+        between = BetweenIterations(config, out, checkpoints, evaluations, stop, ranks)
         stack.callback(between.bar.close)
         _learn(model, config, out, between)
-    print(f"policy: {out / POLICY_FOLDER}")
-    if config.video:
+    if ranks.first:
+        print(f"policy: {out / POLICY_FOLDER}")
+    if config.video and ranks.first:
         start = Start(task_id=tasks[0].task_id, init_state_id=0)
         record_episode(
             model.policy, arguments, start, out / VIDEO_FILE, config.cfg_scale, config.seed
@@ -221,10 +254,15 @@ def _learn(model: CFGRL, config: TrainConfig, out: Path, between: BetweenIterati
             max_iterations=None if iterations is None else max(0, iterations - model.iteration),
             reset_num_timesteps=False,
         )
-    except (Stopped, WorkerError) as error:
+    except RankLostError:
+        if model.ranks.first:
+            print(f"go on with: cfgrl train --resume {out}", file=sys.stderr)
+        raise
+    except (Stopped, WorkerError, RankError) as error:
         between.save_checkpoint()
         save(model, out)
-        print(f"saved; go on with: cfgrl train --resume {out}", file=sys.stderr)
+        if model.ranks.first:
+            print(f"saved; go on with: cfgrl train --resume {out}", file=sys.stderr)
         raise error
     except NonFiniteError:
         save(model, out)
