@@ -1,4 +1,4 @@
-"""One rank of a training, as a process of its own: python rank_process.py RANK SIZE FOLDER JSON."""
+"""One rank of a training, as a process of its own: rank_process.py RANK SIZE FOLDER JSON."""
 
 import json
 import os
@@ -9,8 +9,48 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from cfgrl_envs import QueueEnv, vec
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.logger import KVWriter, Logger
 
 from cfgrl_gym.algorithms import CFGRL
+from cfgrl_gym.algorithms.saving.checkpoints import CheckpointStore, load_checkpoint
+
+STOP_AT = 60  # steps of the environments
+
+
+class Keep(KVWriter):
+    """Keeps what was logged of each iteration."""
+
+    def __init__(self) -> None:
+        self.logged: list[dict[str, Any]] = []
+
+    def write(self, key_values: dict[str, Any], key_excluded: Any, step: int = 0) -> None:
+        self.logged.append(dict(key_values))
+
+    def close(self) -> None:
+        pass
+
+
+class CountWindows(CFGRL):
+    counts: list[int]  # of each update, on this rank
+
+    def train(self) -> None:
+        super().train()
+        self.counts = [*getattr(self, "counts", ()), len(self.windows)]
+
+
+class Watch(BaseCallback):
+    """Says when the training has begun, and stops or fails in the middle of an iteration."""
+
+    def __init__(self, folder: Path, stop: str | None) -> None:
+        super().__init__()
+        self.folder, self.stop = folder, stop
+
+    def _on_step(self) -> bool:
+        (self.folder / "begun").touch()
+        if self.stop == "error" and self.num_timesteps >= STOP_AT:
+            raise OSError("a fault of the first rank")
+        return not (self.stop == "callback" and self.num_timesteps >= STOP_AT)
 
 
 def main(rank: int, size: int, folder: Path, given: dict[str, Any]) -> None:
@@ -20,12 +60,23 @@ def main(rank: int, size: int, folder: Path, given: dict[str, Any]) -> None:
         store = f"file://{folder / 'store'}"
         dist.init_process_group("gloo", init_method=store, rank=rank, world_size=size)
     options = given["options"] | given.get("of_rank", {}).get(str(rank), {})
-    env = vec(QueueEnv, given.get("n_envs", 3))
-    model = CFGRL("MlpPolicy", env, device="cpu", **options)
-    model.learn(10**9, max_iterations=given["iterations"])
+    model = CountWindows("MlpPolicy", vec(QueueEnv, 3), device="cpu", **options)
+    if "resume" in given:
+        store = CheckpointStore(Path(given["resume"]))
+        load_checkpoint(model, store.path(store.iterations()[-1]))
+    keep = Keep()
+    model.set_logger(Logger(None, [keep]))
+    model.learn(
+        10**9,
+        callback=Watch(folder, given.get("stop")),
+        max_iterations=given["iterations"],
+        reset_num_timesteps="resume" not in given,
+    )
+    if "checkpoints" in given:
+        CheckpointStore(Path(given["checkpoints"])).save(model)
     state = {"weights": model.policy.state_dict(), "training": model.training_state()}
-    state["logged"] = dict(model.logger.name_to_value)
-    torch.save(state, folder / f"rank{rank}.pt")
+    more = {"logged": keep.logged, "windows": model.counts}
+    torch.save(state | more, folder / f"rank{rank}.pt")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,138 @@
+"""Training on several ranks of torch.distributed: the same updates as on one, and no hang."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+SCRIPT = Path(__file__).with_name("rank_process.py")
+OPTIONS = {
+    "seed": 3,
+    "groups_per_iteration": 5,
+    "rloo_batch_size": 4,
+    "n_epochs": 2,
+    "policy_kwargs": {"net_arch": [16]},
+}
+PATIENCE = 240  # seconds: a process imports torch for long when others do
+
+
+def start(folder: Path, size: int, **given: Any) -> list[subprocess.Popen[str]]:
+    folder.mkdir()
+    content = json.dumps({"options": OPTIONS, "iterations": 3} | given)
+    return [
+        subprocess.Popen(
+            [sys.executable, str(SCRIPT), str(rank), str(size), str(folder), content],
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(size)
+    ]
+
+
+def end(processes: list[subprocess.Popen[str]]) -> list[str]:
+    """Return what each wrote to stderr; kill all if one doesn't end."""
+    try:
+        return [process.communicate(timeout=PATIENCE)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def run(folder: Path, size: int, **given: Any) -> list[dict[str, Any]]:
+    processes = start(folder, size, **given)
+    errors = end(processes)
+    assert [process.returncode for process in processes] == [0] * size, errors
+    return [torch.load(folder / f"rank{rank}.pt") for rank in range(size)]
+
+
+def difference(one: dict[str, Any], other: dict[str, Any]) -> float:
+    pairs = [(one["weights"][name], other["weights"][name]) for name in one["weights"]]
+    return max((a - b).abs().max().item() for a, b in pairs)
+
+
+@pytest.mark.parametrize(
+    ("size", "changed"), [(2, {}), (4, {"early_stop_percentage": 0.5, "replay_iterations": 0})]
+)
+def test_ranks_make_one_rank_s_updates(tmp_path: Path, size: int, changed: dict[str, Any]) -> None:
+    """Ranks have different numbers of windows: three groups suffice, so one of four has none."""
+    options = OPTIONS | changed
+    (alone,) = run(tmp_path / "alone", 1, options=options)
+    ranks = run(tmp_path / "ranks", size, options=options)
+    for rank in ranks:
+        assert difference(rank, ranks[0]) == 0
+        assert difference(rank, alone) < 1e-6
+        assert rank["training"] == alone["training"]
+    # The update is not lost in the comparison's tolerance.
+    assert alone["training"]["counters"]["n_updates"] >= 6
+    assert alone["windows"] == [sum(rank["windows"][i] for rank in ranks) for i in range(3)]
+    if size == 4:
+        assert min(count for rank in ranks for count in rank["windows"]) == 0
+    assert len(alone["logged"]) == 3
+    for one, other in zip(alone["logged"], ranks[0]["logged"], strict=True):
+        names = [name for name in one if not name.startswith("time/")]
+        assert {"train/loss", "rollout/positive_share", "train/guidance_gap"} < set(names)
+        for name in names:
+            assert other[name] == pytest.approx(one[name], rel=1e-4), name
+    assert not any(rank["logged"] for rank in ranks[1:])
+
+
+def test_a_run_goes_on_on_another_number_of_ranks(tmp_path: Path) -> None:
+    (alone,) = run(tmp_path / "alone", 1, iterations=4)
+    checkpoints = str(tmp_path / "checkpoints")
+    run(tmp_path / "first", 2, iterations=2, checkpoints=checkpoints)
+    for size in (1, 2, 3):
+        resumed = run(tmp_path / f"on{size}", size, iterations=2, resume=checkpoints)
+        assert difference(resumed[0], alone) < 1e-6
+        assert resumed[0]["training"] == alone["training"]
+
+
+def test_ranks_with_different_settings_end_with_one_line(tmp_path: Path) -> None:
+    errors = end(start(tmp_path / "ranks", 2, of_rank={"1": {"n_epochs": 3}}))
+    for error in errors:
+        assert "ranks must have the same settings, but n_epochs is 2 and 3" in error
+
+
+def test_fewer_groups_than_ranks_are_refused(tmp_path: Path) -> None:
+    errors = end(
+        start(
+            tmp_path / "ranks", 3, of_rank={str(r): {"groups_per_iteration": 2} for r in range(3)}
+        )
+    )
+    for error in errors:
+        assert "groups_per_iteration=2 gives 3 ranks less than a group each" in error
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_that_is_killed_ends_the_others(tmp_path: Path, victim: int) -> None:
+    processes = start(tmp_path / "ranks", 2, iterations=10**6)
+    began = tmp_path / "ranks" / "begun"
+    deadline = time.monotonic() + PATIENCE
+    while not began.exists():
+        assert time.monotonic() < deadline
+        assert all(process.poll() is None for process in processes)
+        time.sleep(0.1)
+    processes[victim].send_signal(signal.SIGKILL)
+    errors = end(processes)
+    assert processes[1 - victim].returncode == 1
+    assert "RankLostError: another rank has ended" in errors[1 - victim]
+
+
+@pytest.mark.parametrize("how", ["callback", "error"])
+def test_a_rank_that_stops_takes_the_others_along(tmp_path: Path, how: str) -> None:
+    processes = start(tmp_path / "ranks", 3, iterations=10**6, stop=how)
+    errors = end(processes)
+    if how == "callback":
+        assert [process.returncode for process in processes] == [0, 0, 0], errors
+        states = [torch.load(tmp_path / "ranks" / f"rank{rank}.pt") for rank in range(3)]
+        assert len({state["training"]["counters"]["iteration"] for state in states}) == 1
+    else:
+        assert [process.returncode for process in processes] == [1, 1, 1]
+        assert "a fault of the first rank" in errors[0]
+        for error in errors[1:]:
+            assert "RankError" in error
