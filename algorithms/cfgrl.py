@@ -25,6 +25,7 @@ from cfgrl_gym.algorithms.checks import (
     check_stride,
 )
 from cfgrl_gym.algorithms.collector import Collector, Episode
+from cfgrl_gym.algorithms.flow import POSITIVE
 from cfgrl_gym.algorithms.groups import (
     MIDWAY,
     PLAN,
@@ -102,7 +103,8 @@ class CFGRL(IterationLoop):
         advantages (and those equal to the last of them). None: all that reach `label_threshold`
     :param negatives: label of the windows that are not optimal: "null" is ∅, "zero" is o = 0
     :param positive_share: share of optimal windows among those that an epoch draws, whatever their
-        share of all windows is. None: draw every window once per epoch
+        share of all windows is; with 1 and no dropout, v_∅ learns nothing. None: draw every window
+        once per epoch
     :param null_rate: share of an epoch's draws that are of all windows alike and train ∅, which so
         becomes the policy of all that was collected; the other draws train conditions, and none is
         dropped. None: ∅ learns from windows that aren't optimal and from dropped conditions
@@ -320,6 +322,9 @@ class CFGRL(IterationLoop):
         labelled = [part for part in parts if part is not None]
         windows = join_windows(labelled) if labelled else None
         self.windows = None if windows is None else self.replay.add(windows)
+        if self.windows is not None and self.positive_share == 1:
+            only_others = not (self.windows.labels == POSITIVE).any()
+            self.windows = None if only_others else self.windows
         self._prefixes.keep_only([] if windows is None else windows.prefix_keys.tolist())
         self.statistics.add(collector.decided)
         self._record(self.statistics.metrics() | rollout_metrics(collector, midway, windows))
