@@ -29,6 +29,7 @@ from cfgrl_gym.algorithms.collector import Collector, Episode, Outcome
 from cfgrl_gym.algorithms.distributed.agreement import check_agreement
 from cfgrl_gym.algorithms.distributed.layout import Layout
 from cfgrl_gym.algorithms.distributed.ranks import Ranks
+from cfgrl_gym.algorithms.flow import POSITIVE
 from cfgrl_gym.algorithms.groups import (
     MIDWAY,
     PLAN,
@@ -112,7 +113,8 @@ class CFGRL(IterationLoop):
         advantages (and those equal to the last of them). None: all that reach `label_threshold`
     :param negatives: label of the windows that are not optimal: "null" is ∅, "zero" is o = 0
     :param positive_share: share of optimal windows among those that an epoch draws, whatever their
-        share of all windows is. None: draw every window once per epoch
+        share of all windows is; with 1 and no dropout, v_∅ learns nothing. None: draw every window
+        once per epoch
     :param null_rate: share of an epoch's draws that are of all windows alike and train ∅, which so
         becomes the policy of all that was collected; the other draws train conditions, and none is
         dropped. None: ∅ learns from windows that aren't optimal and from dropped conditions
@@ -341,6 +343,9 @@ class CFGRL(IterationLoop):
         if any(self.ranks.gather(windows is not None)) and windows is None:
             windows = no_windows(self.policy)  # other ranks have some
         self.windows = None if windows is None else self.replay.add(windows)
+        if self.windows is not None and self.positive_share == 1:
+            optimal = bool((self.windows.labels == POSITIVE).any())
+            self.windows = self.windows if any(self.ranks.gather(optimal)) else None
         self._prefixes.keep_only([] if windows is None else windows.prefix_keys.tolist())
         episodes = self._outcomes(collector)
         self.statistics.add(episodes)

@@ -70,8 +70,8 @@ _RULES: dict[str, _Rule] = {
     ),
     "rollout_noise": (lambda scale: scale > 0, "must be more than 0; 1 is the policy's own"),
     "positive_share": (
-        lambda share: 0 < share < 1,
-        "must be in (0, 1), or None for every window once an epoch",
+        lambda share: 0 < share <= 1,
+        "must be in (0, 1], or None for every window once an epoch",
     ),
     "early_stop_percentage": (lambda share: 0 < share <= 1, "must be in (0, 1]"),
     "max_grad_norm": (lambda norm: norm > 0, "must be positive; a large one clips nothing"),

@@ -184,7 +184,7 @@ class IterationLoop(PickleFreeSaving, OnPolicyAlgorithm):
             if not self.collect_rollouts(self.env, callback):
                 break
             if self.windows is None:
-                self.logger.warn("no group had different returns; the update is skipped")
+                self.logger.warn("no group taught anything; the update is skipped")
             else:
                 self.train()
             self.iteration += 1

@@ -178,7 +178,7 @@ def test_an_epoch_has_every_window_once_unless_a_share_is_asked_for() -> None:
         assert torch.equal(given, uniform)
 
 
-@pytest.mark.parametrize(("positive_share", "positives"), [(0.5, 10), (0.9, 18), (0.1, 2)])
+@pytest.mark.parametrize(("positive_share", "positives"), [(0.5, 10), (0.9, 18), (0.1, 2), (1, 20)])
 def test_an_epoch_has_the_share_of_optimal_windows_that_is_asked_for(
     positive_share: float, positives: int
 ) -> None:

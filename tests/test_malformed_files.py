@@ -89,7 +89,7 @@ MOST = {
     "seed": 2**32 - 1,
     "dropout_prob": 1,
     "early_stop_percentage": 1,
-    "positive_share": 1 - 1e-9,
+    "positive_share": 1,
     "null_rate": 1 - 1e-9,
     "optimal_share": 1,
     "gamma": 1,

@@ -54,6 +54,12 @@ METHODS = {
     "reference, w = 1.5": Method(
         options={"cfg_scale": 1.5}, policy_options=AGAINST_START, scales=(1.0, 1.5, 2.0, 3.0)
     ),
+    # Filtered behaviour cloning, but by the label, and of v_1: ∅ stays what it was at the start.
+    "optimal only": Method(
+        options={"positive_share": 1.0, "dropout_prob": 0.0, "cfg_scale": 1.0},
+        policy_options=AGAINST_START,
+        scales=AGAINST_START_SCALES,
+    ),
     "speed": Method(options=SPEED),
     "marginal, speed": Method(options=MARGINAL | SPEED | {"optimal_share": 0.4}),
     # Fewer whole episodes, so that the control steps are about as many.
