@@ -27,8 +27,8 @@ LIBERO = (
 SLOW = (
     *("test_cli_", "test_cfgrl_known_answer", "test_counting", "test_diffusion_nft"),
     *("test_left_alone", "test_malformed_files", "test_out_of_memory", "test_package", "test_pi0_"),
-    *("test_other_envs", "test_report_page", "test_resume", "test_study"),
-    *("test_thread_vec_env", "test_trust"),
+    *("test_other_envs", "test_ranks", "test_report_page", "test_resume", "test_study"),
+    *("test_thread_vec_env", "test_train_ranks", "test_trust"),
     *("test_videos", "test_warm_start", "test_worker_"),
 )
 
