@@ -114,10 +114,11 @@ def test_a_batch_keeps_dictionary_observations_together():
         image = np.full((2, 2, 3), i, np.uint8)
         object.__setattr__(chunk, "observation", {"image": image, "state": np.ones(3)})
     windows = cut_windows(episode, horizon=HORIZON, chunk_size=4, stride=4, encode=encode)
-    batch = batch_windows(windows, np.array([1, -1]))
+    batch = batch_windows(windows, np.array([1, -1]), np.array([5, 5]))
     assert len(batch) == 2
     second = batch[torch.tensor([1])]
     assert second.observations["image"].shape == (1, 2, 2, 3)
     assert (second.observations["image"] == 1).all()
     assert second.labels.tolist() == [-1]
+    assert second.groups.tolist() == [5]
     assert second.model_actions.shape == (1, HORIZON, 1)
