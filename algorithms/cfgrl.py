@@ -103,7 +103,8 @@ class CFGRL(IterationLoop):
         an environment that gives snapshots, as LIBERO's here do
     :param dropout_prob: probability with which a condition is replaced by ∅, each time it is used
     :param label_source: "episode_rloo": the episode's advantage; "window_rloo": leave-one-out
-        reward-to-go; "window_return": reward inside the window against the group's mean; "value":
+        reward-to-go; "window_return": reward inside the window against the group's mean; "success":
+        whether the episode succeeded, whatever the others of its group did; "value":
         by how much the window raised the expected return, as a value head on frozen features
         estimates it (RECAP, which labels 30 to 40% optimal: `optimal_share`). The log has its error
         beside that of a constant; groups of equal returns then teach as well, if dynamic sampling

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from cfgrl_gym.algorithms.flow import NEGATIVE, NULL, POSITIVE
 
-LabelSource = Literal["episode_rloo", "window_rloo", "window_return", "value"]
+LabelSource = Literal["episode_rloo", "window_rloo", "window_return", "success", "value"]
 Negatives = Literal["null", "zero"]
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
@@ -24,7 +24,7 @@ IntArray = NDArray[np.int64]
 class Labelling:
     """Holds the settings by which windows get their labels.
 
-    :param source: how advantages are computed, see `window_advantages`, or `value.py` for "value"
+    :param source: how advantages are computed, see `group_advantages`, or `value.py` for "value"
     :param threshold: a window whose advantage reaches this is optimal
     :param negatives: label of the windows that are not optimal: "null" is ∅, "zero" is o = 0
     :param gamma: discount of a reward for each control step before it, see `discounted`
@@ -145,10 +145,14 @@ def group_advantages(
 ) -> FloatArray:
     """Compute the advantages of one group's windows, episode after episode, float64 (n,).
 
-    In a uniform group all advantages are 0, and a threshold of 0 alone would label failures
-    optimal: there the windows of failures get -∞. What rounding may have taken from an advantage is
-    added to it.
+    Those of the source "success" are ∞ in successes and -∞ in failures, whatever the returns; for
+    the others see `window_advantages`. In a uniform group all advantages are 0, and a threshold of
+    0 alone would label failures optimal: there the windows of failures get -∞. What rounding may
+    have taken from an advantage is added to it.
     """
+    if labelling.source == "success":
+        signs = [1.0 if success else -1.0 for success in successes]
+        return np.repeat(signs, [len(s) for s in starts]) * np.inf
     rewards = [discounted(r, labelling.gamma) for r in rewards]
     if is_uniform(np.array([r.sum() for r in rewards])):
         advantages = [

@@ -278,9 +278,11 @@ def test_shorter_strides_make_more_windows():
         make(vec(QueueEnv, 2, chunk=4), window_stride=2).learn(1)
 
 
-@pytest.mark.parametrize("label_source", ["episode_rloo", "window_rloo", "window_return", "value"])
+@pytest.mark.parametrize(
+    "label_source", ["episode_rloo", "window_rloo", "window_return", "success", "value"]
+)
 def test_every_label_source_learns(label_source):
-    algorithm = make(label_source=label_source).learn(1)
+    algorithm = make(vec(QueueEnv, 2), label_source=label_source).learn(1)
     assert algorithm.windows.labels.unique().tolist() == [-1, 1]
 
 

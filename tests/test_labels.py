@@ -138,6 +138,16 @@ def test_the_middle_of_a_symmetric_group_is_optimal_at_any_scale(middle, pairs, 
     assert labels == [1] * (1 + pairs) + [-1] * pairs
 
 
+def test_success_is_optimal_whatever_the_returns_of_the_group():
+    rewards = [np.array([1.0, -5.0]), np.array([9.0]), np.array([2.0, 2.0, 2.0])]
+    starts = [np.array([0, 1]), np.array([0]), np.array([0, 2])]
+    for threshold in (0.0, 3.0):
+        labelling = Labelling("success", threshold, "null", optimal_share=0.2)
+        advantages = group_advantages(rewards, starts, [True, False, True], 2, labelling)
+        labels = label_advantages(advantages, np.zeros(5, np.int64), labelling)
+        assert labels.tolist() == [1, 1, -1, 1, 1]
+
+
 def test_returns_that_differ_by_rounding_only_are_uniform():
     assert is_uniform(np.array([0.1 + 0.2, 0.3]))
     assert is_uniform(np.zeros(4))

@@ -7,7 +7,7 @@ episodes show how success rises on the way.
 
 Results are in <results>/comparison.json (with --tune: tuning.json), a row for each training as soon
 as it is done. What has a row there isn't run again, on another machine neither, so the comparison
-can be made in pieces. The whole of it is 12 trainings of each method.
+can be made in pieces. The whole of it is 12 trainings of each method; --small tries each once.
 
     python benchmarks/study/comparison.py --help
 """
@@ -117,7 +117,7 @@ def cells(args: argparse.Namespace) -> list[Cell]:
     return [
         Cell(method, setting, *task, seed)
         for seed in range(args.seeds)
-        for task in COMPARED_ON
+        for task in COMPARED_ON[: 1 if args.small else None]
         for method in methods
     ]
 
@@ -131,10 +131,15 @@ def main() -> None:
     add("--seeds", type=int, default=SEEDS, help="default: %(default)s")
     add("--iterations", type=int, help=f"default: {ITERATIONS}; with --tune {ITERATIONS_TUNING}")
     add("--groups", type=int, default=GROUPS, help="of 8 episodes, each iteration")
+    add("--small", action="store_true", help="one task, one seed, 2 iterations of 2 groups")
     add("--jobs", type=int, default=2, help="trainings at the same time (default: %(default)s)")
     add("--study", type=Path, default=Path("runs/comparison"), help="run folders")
-    add("--results", type=Path, default=Path("benchmarks/results"))
+    folder = "for the JSON (default: benchmarks/results; --small: the folder small in it)"
+    add("--results", type=Path, help=folder)
     args = parser.parse_args()
+    if args.small:
+        args.seeds, args.iterations, args.groups = 1, 2, 2
+    args.results = args.results or Path("benchmarks/results", "small" if args.small else "")
     file = args.results / ("tuning.json" if args.tune else "comparison.json")
     iterations = args.iterations or (ITERATIONS_TUNING if args.tune else ITERATIONS)
     rows = read_rows(file, "trainings")

@@ -45,6 +45,7 @@ def guided_control(algorithm: type[CFGRL]) -> Method:
 
 AGAINST_START = {"cfg_reference": "start"}
 AGAINST_START_SCALES = (1.0, 2.0, 3.0, 5.0, 8.0)
+OPTIMAL_ONLY = {"positive_share": 1.0, "dropout_prob": 0.0, "cfg_scale": 1.0}
 MARGINAL, SPEED = {"null_rate": 0.3}, {"gamma": 0.99}
 METHODS = {
     "CFGRL": Method(),
@@ -54,11 +55,10 @@ METHODS = {
     "reference, w = 1.5": Method(
         options={"cfg_scale": 1.5}, policy_options=AGAINST_START, scales=(1.0, 1.5, 2.0, 3.0)
     ),
-    # Filtered behaviour cloning, but by the label, and of v_1: ∅ stays what it was at the start.
-    "optimal only": Method(
-        options={"positive_share": 1.0, "dropout_prob": 0.0, "cfg_scale": 1.0},
-        policy_options=AGAINST_START,
-        scales=AGAINST_START_SCALES,
+    # v_1 alone is trained; ∅ stays what it was at the start.
+    "optimal only": Method(CFGRL, OPTIMAL_ONLY, AGAINST_START, AGAINST_START_SCALES),
+    "successes only": Method(
+        CFGRL, OPTIMAL_ONLY | {"label_source": "success"}, AGAINST_START, AGAINST_START_SCALES
     ),
     "speed": Method(options=SPEED),
     "marginal, speed": Method(options=MARGINAL | SPEED | {"optimal_share": 0.4}),
