@@ -184,6 +184,10 @@ class CFGRL(IterationLoop):
         _init_setup_model: bool = True,
     ) -> None:
         check_parameters(locals())
+        self.ranks = Ranks.current()
+        if self.ranks.size > 1:
+            drawn = self.ranks.gather(Randomness.of(seed).seed)[0]
+            seed = drawn if seed is None else seed
         self.rloo_batch_size = rloo_batch_size
         self.groups_per_iteration = groups_per_iteration
         self.enable_dynamic_sampling = enable_dynamic_sampling
@@ -222,8 +226,7 @@ class CFGRL(IterationLoop):
             _init_setup_model=False,
             **_UNUSED,
         )
-        self.ranks = Ranks.current()
-        self.randomness = self.ranks.gather(Randomness.of(seed))[0]
+        self.randomness = Randomness.of(seed)
         self.iteration = 0  # iterations that are finished
         self.statistics = EpisodeStatistics(stats_window_size)
         self.skipped_in_a_row = 0  # optimizer steps that weren't finite

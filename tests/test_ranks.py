@@ -125,12 +125,14 @@ def test_a_rank_that_is_killed_ends_the_others(tmp_path: Path, victim: int) -> N
 
 @pytest.mark.parametrize("how", ["callback", "error"])
 def test_a_rank_that_stops_takes_the_others_along(tmp_path: Path, how: str) -> None:
-    processes = start(tmp_path / "ranks", 3, iterations=10**6, stop=how)
+    options = OPTIONS | {"seed": None}  # the first rank draws one for all
+    processes = start(tmp_path / "ranks", 3, options=options, iterations=10**6, stop=how)
     errors = end(processes)
     if how == "callback":
         assert [process.returncode for process in processes] == [0, 0, 0], errors
         states = [torch.load(tmp_path / "ranks" / f"rank{rank}.pt") for rank in range(3)]
         assert len({state["training"]["counters"]["iteration"] for state in states}) == 1
+        assert all(difference(state, states[0]) == 0 for state in states)
     else:
         assert [process.returncode for process in processes] == [1, 1, 1]
         assert "a fault of the first rank" in errors[0]

@@ -131,13 +131,6 @@ class Ranks:
                     "all ranks with the same command and the same version"
                 )
 
-    def copy_first(self, tensors: Sequence[Tensor]) -> None:
-        """Give these tensors the values that they have on the first rank."""
-        if self.size > 1:
-            with reaching_others():
-                for tensor in tensors:
-                    dist.broadcast(tensor.data, 0)
-
     def sum_gradients(self, module: nn.Module, losses: Tensor, here: Tensor) -> Tensor:
         """Add up the gradients of all ranks, each that of its samples in the batch.
 
