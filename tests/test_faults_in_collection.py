@@ -18,7 +18,7 @@ from cfgrl_envs import QueueEnv
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 from cfgrl_gym import CFGRL, WorkerVecEnv
-from cfgrl_gym.algorithms.vec_envs.worker import WorkerError
+from cfgrl_gym.algorithms.vec_envs.requests import WorkerError
 
 pytestmark = pytest.mark.filterwarnings("ignore:worker", "ignore:in worker")
 

@@ -18,8 +18,8 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
 from cfgrl_gym import WorkerVecEnv
-from cfgrl_gym.algorithms.vec_envs.worker import WorkerError
-from cfgrl_gym.algorithms.vec_envs.worker_vec_env import LOST
+from cfgrl_gym.algorithms.vec_envs.remote_vec_env import LOST
+from cfgrl_gym.algorithms.vec_envs.requests import WorkerError
 
 
 class Fragile(gym.Env[np.ndarray, np.ndarray]):

@@ -18,7 +18,7 @@ from cfgrl_gym.algorithms.flow import NonFiniteError
 from cfgrl_gym.algorithms.groups import Start
 from cfgrl_gym.algorithms.pi0 import Pi0Policy
 from cfgrl_gym.algorithms.saving.checkpoints import CheckpointStore, load_checkpoint
-from cfgrl_gym.algorithms.vec_envs.worker import WorkerError
+from cfgrl_gym.algorithms.vec_envs.requests import WorkerError
 from cfgrl_gym.cli.configs import TrainConfig
 from cfgrl_gym.cli.environments import environment_arguments, vec_env
 from cfgrl_gym.cli.evaluations import Evaluations, find_starts, record_episode
