@@ -118,6 +118,6 @@ def _places(ray: Any, count: int, resources: Mapping[str, float]) -> Any:
     free = {name: ray.available_resources().get(name, 0) for name in resources}
     has = {name: ray.cluster_resources().get(name, 0) for name in resources}
     raise ValueError(
-        f"the Ray cluster has no room for {count} actors with {dict(resources)} each: it has {has}, "
-        f"of which {free} are free; give fewer workers, or smaller resources"
+        f"the Ray cluster has no room for {count} actors with {dict(resources)} each: it has "
+        f"{has}, of which {free} are free; give fewer workers, or smaller resources"
     )
