@@ -70,7 +70,8 @@ class RayConnection:
                 if address == "local":
                     _start(ray, workers)
                 else:
-                    _connect(ray, address)
+                    check_cluster(address)
+                    ray.init(address, logging_level="ERROR")
             shared._users, shared._made_to = 0, address
         elif address not in ("local", "auto", shared._made_to):
             connected = ray.get_runtime_context().gcs_address
@@ -112,7 +113,12 @@ def _start(ray: Any, workers: int) -> None:
         ray_constants.ENABLE_RAY_CLUSTER = before
 
 
-def _connect(ray: Any, address: str) -> None:
+def check_cluster(address: str) -> None:
+    """Check that there is a cluster which this process can connect to.
+
+    :raises ConnectionError: there is none, or it has another version of Ray
+    :raises ValueError: this isn't an address
+    """
     host, _, port = address.rpartition(":")
     if address != "auto":
         if not (host and port.isdigit()):
@@ -136,7 +142,6 @@ def _connect(ray: Any, address: str) -> None:
     if done.returncode:
         reason = (done.stdout.strip() or done.stderr.strip()).splitlines()[-1:]
         raise ConnectionError(f"can't use the Ray cluster at {address}: {''.join(reason)}")
-    ray.init(address, logging_level="ERROR")
 
 
 @contextlib.contextmanager

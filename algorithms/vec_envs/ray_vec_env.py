@@ -69,14 +69,16 @@ class RayVecEnv(RemoteVecEnv):
             if not self._connection.alone:
                 self._group = _places(ray, count, resources)
             for number, part in enumerate(parts):
-                actor = ray.remote(EnvironmentActor).options(**self._options(number, resources))
+                actor = ray.remote(EnvironmentActor).options(
+                    **self._actor_options(number, resources)
+                )
                 self.workers.append(RayWorker(actor, part, timeout))
         except BaseException:
             self._let_go()
             raise
         super().__init__(self.workers, len(env_fns), max_failures)
 
-    def _options(self, number: int, resources: Mapping[str, float]) -> dict[str, Any]:
+    def _actor_options(self, number: int, resources: Mapping[str, float]) -> dict[str, Any]:
         """Ray's options of an actor: restarted without end, because `max_failures` says when."""
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 

@@ -174,7 +174,7 @@ def run(config: TrainConfig, algorithm: type[CFGRL] = CFGRL) -> Path:
         stop = stack.enter_context(StopRequests())
         if resume:
             stack.enter_context(locked(out))
-        env = stack.enter_context(vec_env(arguments | observed, config.n_envs))
+        env = stack.enter_context(vec_env(arguments | observed, config))
         model = algorithm(
             "Pi0Policy",
             env,
@@ -196,7 +196,7 @@ def run(config: TrainConfig, algorithm: type[CFGRL] = CFGRL) -> Path:
         evaluations = None
         if evaluated:  # with the benchmark's states and time limit, whatever those of the training
             benchmark = {"init_states": "benchmark", "max_episode_steps": None}
-            other = stack.enter_context(vec_env(arguments | benchmark, config.n_envs))
+            other = stack.enter_context(vec_env(arguments | benchmark, config))
             evaluations = Evaluations(out, config, other, evaluated, **resumed)
             stack.callback(evaluations.logger.close)
         between = BetweenIterations(config, out, checkpoints, evaluations, stop)
