@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 INSTALL = "Ray isn't installed; install it with: pip install 'cfgrl-gym[ray]'"
 CONNECTING_TIMEOUT = 60.0  # seconds
@@ -53,12 +53,12 @@ class RayConnection:
     """
 
     # Those that use a connection made here, which ends with the last of them.
-    _users: int = 0
-    _made_to: str | None = None  # address
+    _users: ClassVar[set["RayConnection"]] = set()
+    _made_to: ClassVar[str | None] = None  # address
 
     def __init__(self, address: str | None, workers: int) -> None:
         ray = import_ray()
-        address = address or os.environ.get("RAY_ADDRESS") or "local"
+        given, address = address, address or os.environ.get("RAY_ADDRESS") or "local"
         if "://" in address:
             raise ValueError(
                 f"the address of a Ray cluster must be host:port or auto; got {address!r}. Ray "
@@ -72,25 +72,24 @@ class RayConnection:
                 else:
                     check_cluster(address)
                     ray.init(address, logging_level="ERROR")
-            shared._users, shared._made_to = 0, address
-        elif address not in ("local", "auto", shared._made_to):
+            shared._users, shared._made_to = set(), address
+        elif given not in (None, "local", "auto", shared._made_to):
             connected = ray.get_runtime_context().gcs_address
             if address != connected:
                 raise ValueError(
                     f"this process is connected to Ray at {connected} already, so it can't use the "
                     f"cluster at {address}; call ray.shutdown() first, or give the former address"
                 )
-        self._holds = shared._made_to is not None
-        shared._users += self._holds
+        if shared._made_to is not None:
+            shared._users.add(self)
         self.alone = shared._made_to == "local"  # started here
 
     def close(self) -> None:
         """End the connection if it was made here and this is its last user; safe to call twice."""
         shared = RayConnection
-        if self._holds:
-            self._holds = False
-            shared._users -= 1
-            if shared._users == 0:
+        if self in shared._users:
+            shared._users.remove(self)
+            if not shared._users:
                 shared._made_to = None
                 import_ray().shutdown()
 

@@ -103,6 +103,7 @@ class RayWorker:
         try:
             kind, given, life, pid = ray.get(self._reply, timeout=self._limit)
         except GetTimeoutError:
+            ray.cancel(self._reply)  # else the next life might answer it
             self.kill()
             self._end()
             raise WorkerError(f"{who} gave no answer in {self._limit:g} seconds") from None
@@ -117,7 +118,7 @@ class RayWorker:
             self._end()
             raise WorkerError(f"{who} was lost; Ray has restarted it as {pid}")
         self._life, self.pid = life, pid
-        return content((kind, copy.deepcopy(given)), who)
+        return copy.deepcopy(content((kind, given), who))
 
     def _end(self) -> None:
         if self._life is not None:
