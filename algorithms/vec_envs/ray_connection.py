@@ -106,7 +106,9 @@ def _start(ray: Any, workers: int) -> None:
                 f"Ray {ray.__version__} would listen beyond the loopback address; start Ray "
                 "yourself (ray.init() or `ray start`) and give its address, or use Ray 2.60"
             )
-        with _variables({LOOPBACK_VARIABLE: "0", "PYTHONPATH": paths}):
+        # Actors as important as this process, not less, and with its modules: as WorkerVecEnv's.
+        as_here = {"RAY_worker_niceness": "0", "PYTHONPATH": paths}
+        with _variables({LOOPBACK_VARIABLE: "0", **as_here}):
             ray.init("local", num_cpus=workers, include_dashboard=False, logging_level="ERROR")
     finally:
         ray_constants.ENABLE_RAY_CLUSTER = before
