@@ -141,8 +141,10 @@ def check_cluster(address: str) -> None:
             "address that `ray start` prints, not that of its dashboard, and run on a node of it"
         ) from None
     if done.returncode:
-        reason = (done.stdout.strip() or done.stderr.strip()).splitlines()[-1:]
-        raise ConnectionError(f"can't use the Ray cluster at {address}: {''.join(reason)}")
+        reason = "".join((done.stdout.strip() or done.stderr.strip()).splitlines()[-1:])
+        if "Version mismatch" in reason:
+            reason += "; install the same versions here and there"
+        raise ConnectionError(f"can't use the Ray cluster at {address}: {reason}")
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Chunks a second over 1, 2, 4, 8 workers, in processes and in Ray actors, as a ratio to one worker.
+"""Chunks a second over 1, 2, 4, 8 workers, in processes and in Ray actors, as a ratio to one.
 
 A worker has one environment. The kinds take turns, round by round, within one process; Ray is that
 of this machine alone. The result also has the bytes of an observation and of a step's whole answer.
