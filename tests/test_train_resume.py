@@ -175,7 +175,7 @@ def assert_events_once(run: Path) -> None:
     ("words", "said"),
     [
         (["--resume", "nowhere"], "no run to resume: 'nowhere/config.yaml' does not exist"),
-        (["--resume", "run", "--seed", "3"], "beside it only --total_timesteps and"),
+        (["--resume", "run", "--seed", "3"], "beside it only --total_timesteps, "),
         (["--resume=run", "--policy", "x"], "not --policy"),
         (["--resume"], "no run to resume"),
     ],

@@ -9,7 +9,7 @@ from textwrap import indent
 import pytest
 
 from cfgrl_gym import WorkerVecEnv
-from cfgrl_gym.algorithms.vec_envs.worker import StartError
+from cfgrl_gym.algorithms.vec_envs.requests import StartError
 
 METHODS = ("forkserver", "spawn")
 MAKE = """
@@ -50,7 +50,7 @@ def test_a_script_without_a_guard_is_told_the_cause_and_the_cure(
     assert "StartError: a worker process imports the script" in errors[-1]
     assert 'put `if __name__ == "__main__":` around' in errors[-1]
     assert sum(line.startswith("Traceback") for line in errors) == 1
-    assert len(errors) < 10, errors
+    assert len(errors) < 12, errors
     script.write_text(GUARDED.format(method=method))
     assert run(script) == (0, [], "2 4")
 

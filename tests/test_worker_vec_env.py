@@ -1,4 +1,4 @@
-"""WorkerVecEnv: faults injected for real into its processes."""
+"""WorkerVecEnv and RayVecEnv: faults injected for real into their processes."""
 
 import os
 import signal
@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,11 @@ from gymnasium import spaces
 from stable_baselines3 import PPO
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
-from cfgrl_gym import WorkerVecEnv
-from cfgrl_gym.algorithms.vec_envs.worker import WorkerError
-from cfgrl_gym.algorithms.vec_envs.worker_vec_env import LOST
+from cfgrl_gym import RayVecEnv, WorkerVecEnv
+from cfgrl_gym.algorithms.vec_envs.remote_vec_env import LOST
+from cfgrl_gym.algorithms.vec_envs.requests import WorkerError
+
+KILLED = "SIGKILL|its process was killed"
 
 
 class Fragile(gym.Env[np.ndarray, np.ndarray]):
@@ -62,11 +65,14 @@ class Fragile(gym.Env[np.ndarray, np.ndarray]):
         return np.array([self.name, self.count], np.float32)
 
 
-def fragile(fault: str, **arguments: Any) -> WorkerVecEnv:
+Kind = type[WorkerVecEnv] | type[RayVecEnv]
+
+
+def fragile(kind: Kind, fault: str, **arguments: Any) -> Any:
     """Three environments, the second and only one of a worker with a fault."""
     faults = ("none", fault, "none")
     makers = [lambda f=f, n=n: Fragile(f, n) for n, f in enumerate(faults)]
-    return WorkerVecEnv(makers, workers=2, **arguments)  # type: ignore[arg-type]
+    return kind(makers, workers=2, **arguments)  # type: ignore[arg-type]
 
 
 def actions(*values: float) -> np.ndarray:
@@ -85,20 +91,20 @@ def played(env: VecEnv) -> list[Any]:
     return seen
 
 
-def test_without_a_fault_it_gives_what_dummy_vec_env_gives() -> None:
+def test_without_a_fault_it_gives_what_dummy_vec_env_gives(remote: Kind) -> None:
     makers = [lambda: gym.make("CartPole-v1", max_episode_steps=30)] * 3
-    workers, dummy = played(WorkerVecEnv(makers, workers=2)), played(DummyVecEnv(makers))
+    workers, dummy = played(remote(makers, workers=2)), played(DummyVecEnv(makers))
     assert sum(done.sum() for done in dummy[4::4]) > 15
     for one, other in zip(workers, dummy, strict=True):
         np.testing.assert_equal(one, other)
 
 
-def test_a_dictionary_of_observations_and_ppo() -> None:
+def test_a_dictionary_of_observations_and_ppo(remote: Kind) -> None:
     makers = [lambda: gym.make("CartPole-v1")] * 2
-    env = WorkerVecEnv(makers)
+    env = remote(makers)
     model = PPO("MlpPolicy", env, n_steps=16, batch_size=16, n_epochs=1, device="cpu", seed=0)
-    env.workers[0].kill()
-    with pytest.warns(UserWarning, match="SIGKILL"):
+    os.kill(env.workers[0].pid, signal.SIGKILL)
+    with pytest.warns(UserWarning, match=KILLED):
         model.learn(64)
     assert model.num_timesteps == 64
     assert all(np.isfinite(info["r"]) for info in model.ep_info_buffer or ())
@@ -109,16 +115,18 @@ def test_a_dictionary_of_observations_and_ppo() -> None:
     ("fault", "said"),
     [
         ("raise", "the arm fell off"),
-        ("abort", "SIGABRT.*Fatal Python error"),
-        ("exit", "exit code 7"),
+        ("abort", "SIGABRT.*Fatal Python error|was lost: its process .* crashed"),
+        ("exit", "exit code 7|was lost"),
         ("hang", "no answer in 3 seconds"),
     ],
 )
-def test_a_worker_that_fails_is_replaced_and_its_episode_is_lost(fault: str, said: str) -> None:
-    env = fragile(fault, timeout=3)
+def test_a_worker_that_fails_is_replaced_and_its_episode_is_lost(
+    remote: Kind, fault: str, said: str
+) -> None:
+    env = fragile(remote, fault, timeout=3)
     env.reset()
     env.step(actions(0, 0, 0))
-    with pytest.warns(UserWarning, match="(?s)" + said):
+    with pytest.warns(UserWarning, match=f"(?s){said}"):
         obs, rewards, dones, infos = env.step(actions(0, 1, 0))
     assert dones.tolist() == [False, True, False]
     assert obs.tolist() == [[0, 2], [1, 0], [2, 2]]  # the others went on, the second begins anew
@@ -133,15 +141,15 @@ def test_a_worker_that_fails_is_replaced_and_its_episode_is_lost(fault: str, sai
     env.close()
 
 
-def test_all_environments_of_a_worker_are_lost_with_it() -> None:
-    env = fragile("none")
+def test_all_environments_of_a_worker_are_lost_with_it(remote: Kind) -> None:
+    env = fragile(remote, "none")
     env.set_attr("bonus", 2.5, indices=[0, 2])
     env.reset()
     first, second, third = env.env_method("process")
     assert first == third != second
     env.step(actions(0, 0, 0))
     os.kill(first, signal.SIGKILL)
-    with pytest.warns(UserWarning, match="SIGKILL"):
+    with pytest.warns(UserWarning, match=KILLED):
         # Whoever asks first finds it out; an attribute that was set is set again.
         assert env.get_attr("bonus") == [2.5, 0.0, 2.5]
     obs, rewards, dones, _ = env.step(actions(0, 0, 0))
@@ -152,11 +160,11 @@ def test_all_environments_of_a_worker_are_lost_with_it() -> None:
     env.close()
 
 
-def test_an_environment_that_is_reset_by_name_goes_on() -> None:
-    env = fragile("none")
+def test_an_environment_that_is_reset_by_name_goes_on(remote: Kind) -> None:
+    env = fragile(remote, "none")
     env.reset()
     os.kill(env.env_method("process")[1], signal.SIGKILL)
-    with pytest.warns(UserWarning, match="SIGKILL"):
+    with pytest.warns(UserWarning, match=KILLED):
         ((obs, info),) = env.env_method("reset", indices=[1], options={"a": 1})
     assert obs.tolist() == [1, 0]
     assert info == {"options": {"a": 1}}
@@ -168,8 +176,8 @@ def test_an_environment_that_is_reset_by_name_goes_on() -> None:
 
 @pytest.mark.filterwarnings("ignore:worker")
 @pytest.mark.filterwarnings("ignore:in worker")
-def test_a_worker_that_keeps_failing_ends_the_run_with_its_own_traceback() -> None:
-    env = fragile("raise")
+def test_a_worker_that_keeps_failing_ends_the_run_with_its_own_traceback(remote: Kind) -> None:
+    env = fragile(remote, "raise")
     env.reset()
     for _ in range(2):
         env.step(actions(0, 1, 0))
@@ -181,8 +189,8 @@ def test_a_worker_that_keeps_failing_ends_the_run_with_its_own_traceback() -> No
     env.close()
 
 
-def test_what_a_caller_does_wrong_is_told_the_caller_and_costs_nothing() -> None:
-    env = fragile("none")
+def test_what_a_caller_does_wrong_is_told_the_caller_and_costs_nothing(remote: Kind) -> None:
+    env = fragile(remote, "none")
     env.reset()
     before = env.env_method("process")
     env.step(actions(0, 0, 0))
@@ -194,13 +202,13 @@ def test_what_a_caller_does_wrong_is_told_the_caller_and_costs_nothing() -> None
     env.close()
     env.close()  # twice does no harm
     with pytest.raises(ValueError, match="workers must be"):
-        WorkerVecEnv([Fragile], workers=2)
+        remote([Fragile], workers=2)
 
     def broken() -> gym.Env[Any, Any]:
         raise LookupError("no such robot")
 
     with pytest.raises(LookupError, match="no such robot"):
-        WorkerVecEnv([broken])
+        remote([broken])
 
 
 def dies_when_made(marks: Path, times: int) -> gym.Env[Any, Any]:
@@ -212,9 +220,11 @@ def dies_when_made(marks: Path, times: int) -> gym.Env[Any, Any]:
     return Fragile()
 
 
-def test_a_worker_that_dies_while_it_makes_its_environments_is_replaced(tmp_path: Path) -> None:
-    with pytest.warns(UserWarning, match="SIGKILL"):
-        env = WorkerVecEnv([Fragile, partial(dies_when_made, tmp_path, 2)], workers=2)
+def test_a_worker_that_dies_while_it_makes_its_environments_is_replaced(
+    remote: Kind, tmp_path: Path
+) -> None:
+    with pytest.warns(UserWarning, match=KILLED):
+        env = remote([Fragile, partial(dies_when_made, tmp_path, 2)], workers=2)
     assert len(list(tmp_path.iterdir())) == 2
     assert env.reset().tolist() == [[0, 0], [0, 0]]
     _, _, dones, infos = env.step(actions(0, 0))
@@ -224,17 +234,17 @@ def test_a_worker_that_dies_while_it_makes_its_environments_is_replaced(tmp_path
 
 
 @pytest.mark.filterwarnings("ignore:worker")
-def test_one_that_always_does_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(WorkerError, match=r"3 times in a row.*SIGKILL"):
-        WorkerVecEnv([partial(dies_when_made, tmp_path, 100)])
+def test_one_that_always_does_is_an_error(remote: Kind, tmp_path: Path) -> None:
+    with pytest.raises(WorkerError, match="3 times in a row.*" + KILLED):
+        remote([partial(dies_when_made, tmp_path, 100)])
     assert len(list(tmp_path.iterdir())) == 3
 
 
-def test_workers_end_with_their_parent_even_while_they_hang() -> None:
+def test_workers_end_with_their_parent_even_while_they_hang(remote: Kind) -> None:
     script = (
         "from test_worker_vec_env import *\n"
         "if __name__ == '__main__':\n"
-        "    env = fragile('hang')\n"
+        f"    env = fragile({remote.__name__}, 'hang')\n"
         "    env.reset()\n"
         "    print(*env.env_method('process'), flush=True)\n"
         "    env.step(actions(0, 1, 0))\n"
@@ -254,8 +264,8 @@ def test_workers_end_with_their_parent_even_while_they_hang() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:worker")
-def test_a_worker_may_be_killed_at_any_moment() -> None:
-    env = fragile("none", max_failures=100)
+def test_a_worker_may_be_killed_at_any_moment(remote: Kind) -> None:
+    env = fragile(remote, "none", max_failures=100)
     env.reset()
     over = threading.Event()
     rng = np.random.default_rng(0)
@@ -263,7 +273,8 @@ def test_a_worker_may_be_killed_at_any_moment() -> None:
     def killer() -> None:
         for _ in range(20):
             time.sleep(rng.uniform(0, 0.3))
-            env.workers[int(rng.integers(2))]._process.kill()
+            with suppress(ProcessLookupError):  # just being replaced
+                os.kill(env.workers[int(rng.integers(2))].pid, signal.SIGKILL)
         over.set()
 
     thread = threading.Thread(target=killer)

@@ -65,7 +65,7 @@ class PlannedReset(gym.Wrapper[Any, Any, Any, Any]):
 class NextStarts:
     """Tells environments ahead of time what they begin next, by the method that each supports.
 
-    The environments of a `WorkerVecEnv` are `PlannedReset`s; those of a `DummyVecEnv` and its
+    The environments of a `RemoteVecEnv` are `PlannedReset`s; those of a `DummyVecEnv` and its
     subclasses are wrapped in `PlannedReset` until `release`. With any other `VecEnv`, environments
     that have `queue_episode` are told through it; others can't be told, and the collector resets
     them a second time. Neither of these can rest.

@@ -7,7 +7,7 @@ import gymnasium as gym
 from stable_baselines3.common.vec_env import DummyVecEnv
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs, VecEnvStepReturn
 
-from cfgrl_gym.algorithms.vec_envs.worker import step_and_reset
+from cfgrl_gym.algorithms.vec_envs.requests import step_and_reset
 from cfgrl_gym.envs.rendering import processors
 
 

@@ -1,7 +1,6 @@
 """One worker process: environments that are stepped one after another, on request.
 
-The parent's half is `Worker`, the process's `run_worker`. A request is the name of a method of
-`_Environments` with its arguments; the answer is a value, or what the environment raised.
+The parent's half is `Worker`, the process's `run_worker`; `requests.py` has what it answers.
 """
 
 import contextlib
@@ -12,8 +11,7 @@ import signal
 import sys
 import tempfile
 import threading
-import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from multiprocessing import connection, current_process, parent_process
@@ -21,14 +19,14 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-import gymnasium as gym
-from stable_baselines3.common.env_util import is_wrapped
-from stable_baselines3.common.vec_env.base_vec_env import CloudpickleWrapper
-from stable_baselines3.common.vec_env.patch_gym import _patch_env
+from cfgrl_gym.algorithms.vec_envs.requests import (
+    STARTING_TIMEOUT,
+    Requests,
+    StartError,
+    WorkerError,
+    content,
+)
 
-from cfgrl_gym.algorithms.vec_envs.next_starts import PlannedReset
-
-STARTING_TIMEOUT = 300.0  # seconds, in addition, for what imports, compiles and builds
 PROCESS_NAME = "WorkerVecEnv's worker"
 NOT_BEGUN = "importing the user's script"  # in the crash file, until `run_worker` begins
 UNGUARDED = 90  # exit code of a worker that came upon the start of workers in the user's script
@@ -39,94 +37,27 @@ GUARD = (
 )
 
 
-class WorkerError(ConnectionError):
-    """Raised when a worker process died, did not answer in time, or its environment raised."""
-
-
-class StartError(WorkerError):
-    """Raised when a worker process can't start, which trying again wouldn't change."""
-
-
-def step_and_reset(env: gym.Env, action: Any) -> tuple[Any, Any, bool, dict[str, Any], Any]:
-    """Step an environment as SB3's do, and reset it where the episode ends.
-
-    :return: observation (after a reset its first), reward, done, info, and the reset's information
-        or None
-    """
-    observation, reward, terminated, truncated, info = env.step(action)
-    done, reset_info = terminated or truncated, None
-    info = dict(info) | {"TimeLimit.truncated": truncated and not terminated}
-    if done:
-        info["terminal_observation"] = observation
-        observation, reset_info = env.reset()
-    return observation, reward, done, info, reset_info
-
-
 # In the worker ------------------------------------------------------------------------------------
-
-
-class _Environments:
-    """The requests that a worker answers; indices count the environments within the worker."""
-
-    def __init__(self, env_fns: Sequence[Callable[[], gym.Env]]) -> None:
-        self.envs = [PlannedReset(_patch_env(make())) for make in env_fns]
-
-    def spaces(self) -> tuple[gym.Space[Any], gym.Space[Any]]:
-        return self.envs[0].observation_space, self.envs[0].action_space
-
-    def step(self, actions: Mapping[int, Any]) -> dict[int, tuple[Any, ...]]:
-        return {i: step_and_reset(self.envs[i], action) for i, action in actions.items()}
-
-    def reset(self, how: Mapping[int, dict[str, Any]]) -> dict[int, tuple[Any, Any]]:
-        """Reset environments with these keyword arguments; returns observations and infos."""
-        return {index: self.envs[index].reset(**arguments) for index, arguments in how.items()}
-
-    def call(self, index: int, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        return self.envs[index].get_wrapper_attr(name)(*args, **kwargs)
-
-    def is_wrapped(self, index: int, wrapper: type[gym.Wrapper]) -> bool:
-        return is_wrapped(self.envs[index], wrapper)
-
-    def close(self) -> None:
-        for env in self.envs:
-            env.close()
 
 
 def run_worker(requests: Connection, env_fns: bytes, crash_file: str) -> None:
     """Answer requests until the parent closes the pipe or ends.
 
-    :param env_fns: pickled, so that what can't be imported here is an answer like any other error
+    :param env_fns: functions that make the environments, `pickled`
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends its workers
     faulthandler.enable(Path(crash_file).open("w"))  # noqa: SIM115 (open as long as the process)
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    environments: _Environments | None = None
+    environments = Requests(env_fns)
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
         while True:
             name, args = requests.recv()
-            if name == "close" and environments is None:
-                return
             try:
-                if environments is None:
-                    environments = _Environments(pickle.loads(env_fns).var)
-                answer = ("value", getattr(environments, name)(*args))
-            except Exception as error:
-                answer = ("raised", (_portable(error), traceback.format_exc()))
-            try:
-                requests.send(answer)
+                requests.send(environments.answer(name, args))
             except (pickle.PicklingError, TypeError, AttributeError) as error:
                 requests.send(("raised", (error, f"{name} gave what can't be pickled")))
             if name == "close":
                 return
-
-
-def _portable(error: Exception) -> Exception:
-    """The error itself, or a RuntimeError with its message where it can't be pickled."""
-    try:
-        pickle.loads(pickle.dumps(error))
-    except Exception:
-        return RuntimeError(f"{type(error).__name__}: {error}")
-    return error
 
 
 def _end_with_parent() -> None:
@@ -137,20 +68,6 @@ def _end_with_parent() -> None:
 
 
 # In the parent ------------------------------------------------------------------------------------
-
-
-def pickled(env_fns: Sequence[Callable[[], gym.Env]]) -> bytes:
-    """Pickle what makes a worker's environments.
-
-    :raises ValueError: that can't be done
-    """
-    try:
-        return pickle.dumps(CloudpickleWrapper(list(env_fns)))
-    except Exception as error:
-        raise ValueError(
-            f"env_fns can't be sent to a worker process ({type(error).__name__}: {error}); let "
-            "each function make for itself what can't be pickled (open files, locks, simulators)"
-        ) from error
 
 
 def refuse_unguarded_script() -> None:
@@ -243,7 +160,7 @@ class Worker:
         assert self._answer is not None
         answer, self._answer = self._answer, None
         try:
-            kind, content = answer.result(self._limit)
+            answered = answer.result(self._limit)
         except FutureTimeoutError:
             self.kill()
             raise WorkerError(
@@ -253,10 +170,7 @@ class Worker:
             self._process.join(5)  # for its own exit code
             self.kill()
             raise self._how_it_died() from error
-        if kind == "raised":
-            raised, text = content
-            raise raised from WorkerError(f"in worker {self.pid}:\n{text}")
-        return content
+        return content(answered, f"worker {self.pid}")
 
     def _how_it_died(self) -> WorkerError:
         code = self._process.exitcode

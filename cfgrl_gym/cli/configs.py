@@ -200,8 +200,11 @@ class PolicyOptions(Options):
     :param norm_stats: openpi's norm_stats.json. null: the policy folder's own
     :param chunk_size: actions executed open loop in one step. null: all that the policy predicts
     :param image_size: side of the camera images in pixels. null: the model's image size
-    :param n_envs: number of environments, in one worker process per processor; a worker that dies,
-        hangs or fails is replaced
+    :param n_envs: number of environments; a worker that dies, hangs or fails is replaced
+    :param vec_env: where they run: in processes, one for each processor, or ray (extra [ray]), in
+        Ray actors, one for each CPU of the cluster
+    :param ray_address: of the Ray cluster, host:port or auto; run on one of its nodes. null: what
+        RAY_ADDRESS names, else Ray on this machine alone, listening on 127.0.0.1 only
     :param video: record an episode at the end (eval: a success and a failure, if there are any)
     :param device: auto, cpu, cuda, ...
     """
@@ -212,8 +215,17 @@ class PolicyOptions(Options):
     chunk_size: int | None = None
     image_size: int | None = None
     n_envs: int = 1
+    vec_env: Literal["processes", "ray"] = "processes"
+    ray_address: str | None = None
     video: bool = True
     device: str = "auto"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.ray_address is not None and self.vec_env != "ray":
+            raise ValueError(
+                f"ray_address is for vec_env ray; got {self.ray_address!r} with {self.vec_env!r}"
+            )
 
 
 @taking(
@@ -246,7 +258,8 @@ class TrainConfig(PolicyOptions):
     :param seed: seed of all random numbers
     :param out: run folder. null: runs/train-<date-time>
     :param resume: go on with the run in this folder, from its last checkpoint and with its original
-        options; only total_timesteps and max_iterations may be given besides
+        options; only total_timesteps, max_iterations and where environments run may be given
+        besides
     """
 
     total_timesteps: int = 10_000

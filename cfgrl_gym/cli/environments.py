@@ -10,6 +10,8 @@ import numpy as np
 from gymnasium import spaces
 from stable_baselines3.common.vec_env import VecEnv
 
+from cfgrl_gym.algorithms.vec_envs.ray_connection import import_ray
+from cfgrl_gym.algorithms.vec_envs.ray_vec_env import RayVecEnv
 from cfgrl_gym.algorithms.vec_envs.worker_vec_env import WorkerVecEnv
 from cfgrl_gym.cli.configs import PolicyOptions
 from cfgrl_gym.envs.libero import ACTION_DIM, LiberoEnv
@@ -49,7 +51,18 @@ def environment_arguments(
     }
 
 
-def vec_env(arguments: dict[str, Any], n_envs: int) -> closing[VecEnv]:
-    """Make a `VecEnv` of `LiberoChunked-v0` that is closed at the end of the `with` block."""
+def vec_env(arguments: dict[str, Any], options: PolicyOptions) -> closing[VecEnv]:
+    """Make a `VecEnv` of `LiberoChunked-v0` that is closed at the end of the `with` block.
+
+    :raises ValueError: vec_env is ray, and Ray isn't installed, or the cluster has no room
+    :raises ConnectionError: there is no Ray cluster at ray_address
+    """
     make: Callable[[], gym.Env[Any, Any]] = partial(gym.make, ENVIRONMENT, **arguments)
-    return closing(WorkerVecEnv([make] * n_envs))
+    makers = [make] * options.n_envs
+    if options.vec_env == "ray":
+        try:
+            import_ray()
+        except ImportError as error:
+            raise ValueError(f"vec_env ray: {error}") from None
+        return closing(RayVecEnv(makers, address=options.ray_address))
+    return closing(WorkerVecEnv(makers))

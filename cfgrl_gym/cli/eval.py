@@ -60,7 +60,7 @@ def run(config: EvalConfig) -> Path:
     scales = as_list(config.cfg_scale) or [policy.cfg_scale]
     arguments = environment_arguments(config, policy.chunk_size, policy.image_size, policy.cameras)
     results: list[dict[str, Any]] = []
-    with vec_env(arguments, config.n_envs) as env:
+    with vec_env(arguments, config) as env:
         create_folder(out, config)
         about = f"chunks of {policy.chunk_size} actions, {env.num_envs} environment(s)"
         print(f"{about}, {policy.device}; results in {out}")

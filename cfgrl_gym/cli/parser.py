@@ -17,7 +17,7 @@ import yaml
 from cfgrl_gym._version import __version__
 from cfgrl_gym.cli.run_folder import CONFIG_FILE
 
-_CHANGED_BY_RESUMING = ("--total_timesteps", "--max_iterations")
+_CHANGED_BY_RESUMING = ("--total_timesteps", "--max_iterations", "--vec_env", "--ray_address")
 _FLAGS = ("--help", "--print_config")  # take no value
 LARGEST_FILE = 2**20  # bytes of a configuration file
 LONGEST_MESSAGE = 1000
@@ -213,7 +213,7 @@ def _config_to_resume(given: dict[str, str | None]) -> str:
     """
     others = sorted(set(given) - {"--resume", *_CHANGED_BY_RESUMING})
     if others:
-        allowed = " and ".join(_CHANGED_BY_RESUMING)
+        allowed = ", ".join(_CHANGED_BY_RESUMING)
         raise ValueError(
             f"--resume goes on with the options that the run began with; beside it only {allowed} "
             f"can be given, not {', '.join(others)}"

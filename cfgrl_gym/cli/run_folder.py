@@ -37,6 +37,7 @@ _DISTRIBUTIONS = (
     "stable-baselines3",
     "mujoco",
     "robosuite",
+    "ray",
 )
 
 

@@ -21,7 +21,7 @@ from cfgrl_gym.algorithms.flow import NonFiniteError
 from cfgrl_gym.algorithms.groups import Start
 from cfgrl_gym.algorithms.pi0 import Pi0Policy
 from cfgrl_gym.algorithms.saving.checkpoints import CheckpointStore, load_checkpoint
-from cfgrl_gym.algorithms.vec_envs.worker import WorkerError
+from cfgrl_gym.algorithms.vec_envs.requests import WorkerError
 from cfgrl_gym.cli.configs import TrainConfig
 from cfgrl_gym.cli.environments import environment_arguments, vec_env
 from cfgrl_gym.cli.evaluations import Evaluations, find_starts, record_episode
@@ -203,7 +203,7 @@ def _run(
         stop = stack.enter_context(StopRequests())
         if resume and ranks.first:
             stack.enter_context(locked(out))
-        env = stack.enter_context(vec_env(arguments | observed, config.n_envs))
+        env = stack.enter_context(vec_env(arguments | observed, config))
         model = algorithm(
             "Pi0Policy",
             env,
@@ -228,7 +228,7 @@ def _run(
         evaluations = None
         if evaluated:  # with the benchmark's states and time limit, whatever those of the training
             benchmark = {"init_states": "benchmark", "max_episode_steps": None}
-            other = stack.enter_context(vec_env(arguments | benchmark, config.n_envs))
+            other = stack.enter_context(vec_env(arguments | benchmark, config))
             evaluations = Evaluations(out, config, other, evaluated, **resumed, ranks=ranks)
             stack.callback(evaluations.logger.close)
         between = BetweenIterations(config, out, checkpoints, evaluations, stop, ranks)
