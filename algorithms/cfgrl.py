@@ -263,8 +263,9 @@ class CFGRL(IterationLoop):
         check_label_source(self.label_source, self.policy)
         if self.midway_groups:
             check_gives_snapshots(env)
-        check_ranks(self.ranks, vars(self))
-        check_agreement(self.ranks, self, iteration=self.iteration, tasks=init_states(env))
+        if self.ranks.size > 1:
+            check_ranks(self.ranks, vars(self))
+            check_agreement(self.ranks, self, iteration=self.iteration, tasks=init_states(env))
         self._micro_batches = plan_memory(
             self._prefixes, self.batch_size, self.device_memory, self.prefix_memory, self.verbose
         )

@@ -155,13 +155,11 @@ def check_stride(stride: int, chunk_size: int) -> None:
 
 
 def check_ranks(ranks: Ranks, given: Mapping[str, Any]) -> None:
-    """Check that several ranks can share the work.
+    """Check that these ranks, more than one, can share the work.
 
     :param given: the parameters of CFGRL
     :raises ValueError: there are too few groups, or an option needs all episodes in one place
     """
-    if ranks.size == 1:
-        return
     groups = given["groups_per_iteration"]
     if groups < ranks.size:
         raise ValueError(

@@ -15,7 +15,7 @@ def row(
 ) -> dict[str, Any]:
     """Make a training's row, with the successful ones of 10 states at each w."""
     return {
-        **Cell(method, "as it is", "libero_object", 0, seed).key,
+        **vars(Cell(method, "as it is", "libero_object", 0, seed)),
         "iterations": [
             {
                 "success_rate": rate,
@@ -100,7 +100,7 @@ def test_methods_are_pooled_and_compared_with_the_best_control(tmp_path: Path) -
 
 def test_the_tasks_that_are_compared_are_not_the_one_that_is_tuned_on() -> None:
     class Arguments:
-        tune, methods, settings, seeds = False, None, None, 3
+        tune, methods, settings, seeds, small = False, None, None, 3, False
 
     compared = cells(Arguments())  # type: ignore[arg-type]
     assert TUNED_ON not in {(cell.suite, cell.task) for cell in compared}

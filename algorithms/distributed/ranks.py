@@ -12,7 +12,7 @@ from torch import Tensor, nn
 T = TypeVar("T")
 
 
-class RankError(RuntimeError):
+class RankError(ConnectionError):
     """Another rank ends, so that this one can't go on."""
 
     def __init__(self, rank: int | None = None) -> None:

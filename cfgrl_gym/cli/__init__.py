@@ -7,7 +7,6 @@ import os
 import sys
 from collections.abc import Sequence
 
-from cfgrl_gym.algorithms.distributed.ranks import RankError
 from cfgrl_gym.cli.parser import parse
 from cfgrl_gym.cli.stopping import Stopped
 from cfgrl_gym.envs.installation import LiberoNotInstalledError
@@ -22,7 +21,6 @@ _EXPECTED = (
     OSError,
     MemoryError,
     FloatingPointError,
-    RankError,
     LiberoNotInstalledError,
     RenderingUnavailableError,
 )
