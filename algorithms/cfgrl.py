@@ -392,7 +392,7 @@ class CFGRL(IterationLoop):
         dropout = self.dropout_prob if self.null_rate is None else 0.0
         size = self.batch_size * self.gradient_accumulation_steps
         metrics = UpdateMetrics(self.skipped_in_a_row)
-        layout = Layout.of(self.ranks, windows.labels, self.replay.places)
+        layout = Layout.of(self.ranks, windows.labels, self.replay)
 
         for _ in range(self.n_epochs):
             epoch = draw_epoch(layout.labels, self.positive_share, self.null_rate, generator)

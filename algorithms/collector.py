@@ -273,7 +273,8 @@ class Collector:
                 self.select()
                 self._begin_episode(i, self.rows[i])
         self.seconds_simulation += perf_counter() - began
-        self.select()
+        if self.ranks.size > 1:
+            self.select()  # other ranks' groups may be complete
         if self.selection.discarded != discarded:  # rare, and it goes through every chunk
             episodes = [e for e in (*self.finished, *self.running) if e is not None]
             gone = [e for e in episodes if e.group in self.selection.discarded]

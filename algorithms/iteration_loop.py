@@ -91,7 +91,9 @@ class IterationLoop(PickleFreeSaving, OnPolicyAlgorithm):
         self._total_timesteps = total_timesteps + self.num_timesteps
         self._num_timesteps_at_start = self.num_timesteps
         if not self.ranks.first:
-            callback = [each for each in _as_list(callback) if getattr(each, "on_every_rank", 0)]
+            callback = [
+                each for each in _as_list(callback) if getattr(each, "on_every_rank", False)
+            ]
             progress_bar = False
             self.set_logger(Logger(None, []))
         if not self._custom_logger:

@@ -62,10 +62,10 @@ def rollout_metrics(
     """
     selection = collector.selection
     both = [collector] if midway is None else [collector, midway]
-    lost = sum(ranks.gather(sum(each.episodes_lost for each in both)))
-    control_steps = sum(ranks.gather(sum(each.control_steps for each in both)))
-    simulation = sum(ranks.gather(sum(each.seconds_simulation for each in both))) / ranks.size
-    inference = sum(ranks.gather(sum(each.seconds_inference for each in both))) / ranks.size
+    names = ("episodes_lost", "control_steps", "seconds_simulation", "seconds_inference")
+    own = [sum(getattr(each, name) for each in both) for name in names]
+    lost, control_steps, *seconds = map(sum, zip(*ranks.gather(own), strict=True))
+    simulation, inference = (spent / ranks.size for spent in seconds)
     metrics: dict[str, float] = {
         "rollout/groups_kept": len(selection.kept),
         "rollout/groups_discarded": len(selection.discarded),

@@ -42,9 +42,7 @@ def finish(process: "subprocess.Popen[str]") -> str:
     try:
         return process.communicate(timeout=PATIENCE)[0]
     finally:
-        for child in psutil.Process(os.getpid()).children(recursive=True):
-            if child.pid == process.pid:
-                child.kill()
+        process.kill()
 
 
 def wait_until(happened: Callable[[], Any], process: "subprocess.Popen[str]") -> None:

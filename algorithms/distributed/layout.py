@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from cfgrl_gym.algorithms.distributed.ranks import Ranks
+from cfgrl_gym.algorithms.windows import Replay
 
 
 @dataclass(frozen=True)
@@ -29,15 +30,15 @@ class Layout:
         return here, local[here]
 
     @classmethod
-    def of(cls, ranks: Ranks, labels: Tensor, places: Tensor) -> "Layout":
-        """Arrange the windows of all ranks by their places.
+    def of(cls, ranks: Ranks, labels: Tensor, replay: Replay) -> "Layout":
+        """Arrange the windows of all ranks by iteration and group; a group is on one rank.
 
         :param labels: int64 (m,), of this rank's windows
-        :param places: int64 (m,), by which they are ordered; equal ones are on one rank, in order
+        :param replay: that they were joined by
         """
         if ranks.size == 1:
             return cls(labels, torch.arange(len(labels)))
-        parts = ranks.gather((labels, places))
+        parts = ranks.gather((labels, replay.places))
         order = torch.cat([each for _, each in parts]).argsort(stable=True)
         before = sum(len(own) for own, _ in parts[: ranks.rank])
         local = order - before

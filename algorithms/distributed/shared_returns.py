@@ -1,6 +1,7 @@
 """The returns of all ranks' groups, by which they end a collection together."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -52,7 +53,7 @@ class SharedReturns:
         """Tell the others that this rank's callback asked to stop, or that it failed."""
         if self.ranks.size == 1:
             return
-        try:
+        with suppress(RankError, RanksStopped), reaching_others():  # they may be leaving as well
             if self._round is not None:
                 self._end_round(last=True)
             if self.complete:  # for the others, the collection is over
@@ -60,8 +61,6 @@ class SharedReturns:
             else:
                 self._begin_round(STOPPED if stopped else FAILED)
                 self._round.wait()
-        except (RankError, RanksStopped, RuntimeError):
-            pass  # they are leaving as well
 
     @property
     def complete(self) -> bool:

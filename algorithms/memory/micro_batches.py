@@ -55,10 +55,13 @@ class MicroBatches:
         :raises RuntimeError: the device has no memory for a single sample
         """
         count = len(samples[0])
+        if count == 0:
+            optimizer.zero_grad()
+            return torch.empty(0)
         while True:
             optimizer.zero_grad()
-            losses = [torch.empty(0)] if count == 0 else []
-            for rows in torch.arange(count).split(self.size) if count else ():
+            losses = []
+            for rows in torch.arange(count).split(self.size):
                 of_rows = [sample[rows] for sample in samples]
                 computed = self._attempt(loss, of_rows, batch_size)
                 if computed is None:

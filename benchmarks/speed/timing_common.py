@@ -40,6 +40,24 @@ def add_task(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the actions (%(default)s)")
 
 
+def chunked_env(chunk_size: int) -> Any:
+    """Make `LiberoChunked-v0` without a limit of steps, for the first task of libero_object."""
+    import gymnasium as gym
+
+    return gym.make(
+        "cfgrl_gym:LiberoChunked-v0",
+        image_size=IMAGE_SIZE,
+        chunk_size=chunk_size,
+        max_episode_steps=NO_LIMIT,
+    )
+
+
+def reset_alike(env: Any) -> None:
+    """Reset all environments of a `VecEnv` to one benchmark state."""
+    env.set_options([{"init_state_id": 0}] * env.num_envs)
+    env.reset()
+
+
 def random_actions(steps: int, seed: int) -> np.ndarray:
     """Draw uniform actions, float64 (steps, 7), with which the arm moves about in the air."""
     return np.random.default_rng(seed).uniform(-1, 1, (steps, 7))

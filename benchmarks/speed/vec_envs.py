@@ -21,12 +21,13 @@ from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv
 from timing_common import (
     CHUNK,
     IMAGE_SIZE,
-    NO_LIMIT,
     arguments,
+    chunked_env,
     cpu_seconds,
     processes,
     pss_mib,
     random_actions,
+    reset_alike,
     seconds,
     write_timing,
 )
@@ -47,20 +48,14 @@ LIBERO = "LIBERO, SubprocVecEnv"
 def make(chunk_size: int, plain: bool = False) -> gym.Env:
     if plain:
         libero.build_simulator = lambda task, size, cameras, _: PlainSimulator(task, size, cameras)
-    return gym.make(
-        "cfgrl_gym:LiberoChunked-v0",
-        image_size=IMAGE_SIZE,
-        chunk_size=chunk_size,
-        max_episode_steps=NO_LIMIT,
-    )
+    return chunked_env(chunk_size)
 
 
 def built(kind: str, count: int, chunk_size: int) -> VecEnv:
     """Build environments of a kind and reset all to one benchmark state."""
     makers = [functools.partial(make, chunk_size, plain=kind == LIBERO)] * count
     env: VecEnv = KINDS.get(kind, Processes)(makers)
-    env.set_options([{"init_state_id": 0}] * count)
-    env.reset()
+    reset_alike(env)
     return env
 
 

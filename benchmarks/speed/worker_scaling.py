@@ -19,9 +19,10 @@ from stable_baselines3.common.vec_env import VecEnv
 from timing_common import (
     CHUNK,
     IMAGE_SIZE,
-    NO_LIMIT,
     arguments,
+    chunked_env,
     random_actions,
+    reset_alike,
     seconds,
     write_timing,
 )
@@ -32,21 +33,11 @@ from cfgrl_gym.envs.rendering import processors
 KINDS: dict[str, Any] = {"processes": WorkerVecEnv, "ray": RayVecEnv}
 
 
-def make(chunk_size: int) -> gym.Env:
-    return gym.make(
-        "cfgrl_gym:LiberoChunked-v0",
-        image_size=IMAGE_SIZE,
-        chunk_size=chunk_size,
-        max_episode_steps=NO_LIMIT,
-    )
-
-
 def built(kind: str, count: int, chunk_size: int) -> VecEnv:
     """Build a worker for each environment, and reset all to one benchmark state."""
-    makers: list[Callable[[], gym.Env]] = [functools.partial(make, chunk_size)] * count
+    makers: list[Callable[[], gym.Env]] = [functools.partial(chunked_env, chunk_size)] * count
     env: VecEnv = KINDS[kind](makers, workers=count)
-    env.set_options([{"init_state_id": 0}] * count)
-    env.reset()
+    reset_alike(env)
     return env
 
 

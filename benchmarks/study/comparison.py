@@ -126,7 +126,12 @@ def main() -> None:
     parser = new_parser(__doc__)
     add = parser.add_argument
     add("--tune", action="store_true", help="try each method's settings on the task for it")
-    add("--methods", nargs="+", choices=list(METHODS), help="only these")
+    add(
+        "--methods",
+        nargs="+",
+        choices=list(METHODS),
+        help="only these (default: all that differ in training)",
+    )
     add("--settings", nargs="+", choices=list(SETTINGS), help="with --tune, only these")
     add("--seeds", type=int, default=SEEDS, help="default: %(default)s")
     add("--iterations", type=int, help=f"default: {ITERATIONS}; with --tune {ITERATIONS_TUNING}")

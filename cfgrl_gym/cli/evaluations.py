@@ -117,6 +117,7 @@ class Evaluations:
         done_before: int = 0,
         ranks: Ranks = ALONE,
     ) -> None:
+        self.ranks = ranks
         self.file = folder / EVALUATIONS_FILE
         self.config = config
         self.env = env
@@ -147,7 +148,7 @@ class Evaluations:
             scales = as_list(self.config.eval_cfg_scale) or [model.policy.cfg_scale]
             seed = self.config.seed  # the same noise each time
             given = model.policy, self.env, self.starts
-            results = [measure(*given, w, seed, check, model.ranks) for w in scales]
+            results = [measure(*given, w, seed, check, self.ranks) for w in scales]
             model.policy.set_training_mode(training)
             self._seconds_here += perf_counter() - began
             self.done.append(
@@ -160,7 +161,7 @@ class Evaluations:
                     "results": results,
                 }
             )
-            if model.ranks.first:
+            if self.ranks.first:
                 content = {"suite": self.config.suite, "evaluations": self.done}
                 with whole_file(self.file) as new:
                     new.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

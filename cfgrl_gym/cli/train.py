@@ -8,7 +8,6 @@ example:
 """
 
 import sys
-from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -38,7 +37,7 @@ from cfgrl_gym.cli.run_folder import (
 )
 from cfgrl_gym.cli.run_logs import IterationLine, cut_logs, log_sizes, open_logs, progress_bar
 from cfgrl_gym.cli.stopping import Stopped, StopRequests
-from cfgrl_gym.envs.suites import Task, select_tasks
+from cfgrl_gym.envs.suites import select_tasks
 from cfgrl_gym.whole_files import whole_folder
 
 
@@ -60,6 +59,7 @@ class BetweenIterations(BaseCallback):
     :param checkpoints: the store that checkpoints are saved to
     :param evaluations: evaluations to run; None: no evaluations
     :param stop: stop requests, checked after every step of the environments
+    :param ranks: that share the training; the first one writes
     """
 
     model: CFGRL
@@ -78,6 +78,7 @@ class BetweenIterations(BaseCallback):
         # If the run is limited by iterations, the number of steps isn't known in advance.
         total = None if config.max_iterations else config.total_timesteps
         self.bar = progress_bar("train", total, "step", shown=ranks.first)
+        self.ranks = ranks
         self.config = config
         self.folder = folder
         self.checkpoints = checkpoints
@@ -92,7 +93,7 @@ class BetweenIterations(BaseCallback):
         """
         iteration = self.model.iteration
         there = iteration in self.checkpoints.iterations()
-        if self.model.ranks.gather(there)[0]:  # as the first rank sees it, which writes them
+        if self.ranks.gather(there)[0]:  # as the first rank sees it, which writes them
             return
         self.model.num_timesteps = self._timesteps_before
         loggers = [self.model.logger]
@@ -100,7 +101,7 @@ class BetweenIterations(BaseCallback):
         if self.evaluations is not None:
             loggers.append(self.evaluations.logger)
             about["seconds"] = self.evaluations.training_seconds
-        if self.model.ranks.first:
+        if self.ranks.first:
             about["log_sizes"] = log_sizes(self.folder, loggers)
         self.checkpoints.save(self.model, about)
 
@@ -127,7 +128,7 @@ class BetweenIterations(BaseCallback):
         if recent:
             self.bar.set_postfix(success=f"{sum(recent) / len(recent):.2f}", refresh=False)
         if (
-            self.evaluations is None and self.model.ranks.first
+            self.evaluations is None and self.ranks.first
         ):  # then the policy is rated by the collection's success
             rate = self.logger.name_to_value["rollout/iteration_success_rate"]
             self.checkpoints.rate(self.model.iteration, rate)
@@ -140,7 +141,7 @@ class BetweenIterations(BaseCallback):
     def _evaluate(self) -> None:
         if self.evaluations is not None:
             rate = self.evaluations.run(self.model, self.model.iteration, self.stop.check)
-            if self.model.ranks.first:
+            if self.ranks.first:
                 self.checkpoints.rate(self.model.iteration, rate)
 
 
@@ -176,30 +177,20 @@ def run(config: TrainConfig, algorithm: type[CFGRL] = CFGRL) -> Path:
     evaluated: list[Start] = []
     if config.eval_every is not None:
         evaluated = find_starts(config.suite, config.task_id, config.eval_episodes)
-    with process_group() as ranks:
-        return _run(config, algorithm, ranks, tasks, evaluated)
-
-
-def _run(
-    config: TrainConfig,
-    algorithm: type[CFGRL],
-    ranks: Ranks,
-    tasks: Sequence[Task],
-    evaluated: list[Start],
-) -> Path:
     resume = config.resume is not None
-    with ranks.together():
-        out = Path(str(config.resume)) if resume else choose_folder("train", config.out)
-    out = ranks.gather(out)[0]
-    checkpoint = find_checkpoint(config.policy, config.preset)
-    arguments = environment_arguments(
-        config, checkpoint.horizon, checkpoint.image_size, checkpoint.cameras
-    )
-    stride = config.window_stride
-    inside = stride is not None and stride < arguments["chunk_size"]
-    observed = {"observation_stride": stride if inside else None}
-    checkpoints = CheckpointStore(out / CHECKPOINTS_FOLDER, config.keep_checkpoints)
     with ExitStack() as stack:
+        ranks = stack.enter_context(process_group())
+        with ranks.together():
+            out = Path(str(config.resume)) if resume else choose_folder("train", config.out)
+        out = ranks.gather(out)[0]
+        checkpoint = find_checkpoint(config.policy, config.preset)
+        arguments = environment_arguments(
+            config, checkpoint.horizon, checkpoint.image_size, checkpoint.cameras
+        )
+        stride = config.window_stride
+        inside = stride is not None and stride < arguments["chunk_size"]
+        observed = {"observation_stride": stride if inside else None}
+        checkpoints = CheckpointStore(out / CHECKPOINTS_FOLDER, config.keep_checkpoints)
         stop = stack.enter_context(StopRequests())
         if resume and ranks.first:
             stack.enter_context(locked(out))
