@@ -27,10 +27,17 @@ MAIN = 'if __name__ == "__main__":\n'
 GUARDED = HEAD + MAIN + indent(MAKE, "    ")
 
 
-def run(*arguments: str | Path, stdin: str = "") -> tuple[int, list[str], str]:
+def run(
+    *arguments: str | Path, stdin: str = "", cwd: Path | None = None
+) -> tuple[int, list[str], str]:
     """Run Python; returns exit code, lines of stderr, and stdout."""
     done = subprocess.run(
-        [sys.executable, *arguments], input=stdin, capture_output=True, text=True, timeout=120
+        [sys.executable, *arguments],
+        input=stdin,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=cwd,
     )
     return done.returncode, done.stderr.strip().splitlines(), done.stdout.strip()
 
@@ -67,6 +74,38 @@ def test_a_script_that_a_worker_cannot_import_is_tried_once(method: str, tmp_pat
     assert code == 1
     assert "exit code 1 before it could begin" in errors[-1]
     assert sum("LookupError: no robot here" in line for line in errors) == 1
+
+
+INTERRUPTED = """
+import os, signal, threading, time
+from pathlib import Path
+import psutil
+
+if __name__ != "__main__":
+    Path("importing").touch()
+    time.sleep(2)
+
+
+def interrupt():
+    while not Path("importing").exists():
+        time.sleep(0.01)
+    for process in psutil.Process().children(recursive=True):
+        process.send_signal(signal.SIGINT)
+
+
+if __name__ == "__main__":
+    threading.Thread(target=interrupt).start()
+"""
+
+
+def test_workers_that_are_still_importing_the_script_leave_ctrl_c_to_their_parent(
+    tmp_path: Path,
+) -> None:
+    """At a terminal it reaches all processes, and the parent decides what becomes of a run."""
+    script = tmp_path / "script.py"
+    script.write_text(HEAD + INTERRUPTED + indent(MAKE.format(method="forkserver"), "    "))
+    code, errors, output = run(script, cwd=tmp_path)
+    assert (code, errors, output) == (0, [], "2 4")
 
 
 def test_an_unguarded_start_in_another_librarys_process_is_an_error_there(tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ class WorkerVecEnv(RemoteVecEnv):
         # Does nothing for another start method, or where a server is running already: workers are
         # forked from a process that has imported the slow part. Not the user's script, which may
         # not be fit for it: that would end the server.
-        context.set_forkserver_preload([Worker.__module__])
+        context.set_forkserver_preload(["cfgrl_gym.fork_server", Worker.__module__])
         parts = [pickled(env_fns[first::count]) for first in range(count)]
         self.workers: list[Worker] = [Worker(context, part, timeout) for part in parts]
         super().__init__(self.workers, len(env_fns), max_failures)
