@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 from cfgrl_gym.algorithms.checks import (
+    check_curriculum,
     check_env,
     check_gives_snapshots,
     check_label_source,
@@ -32,12 +33,10 @@ from cfgrl_gym.algorithms.distributed.ranks import Ranks
 from cfgrl_gym.algorithms.flow import POSITIVE
 from cfgrl_gym.algorithms.groups import (
     MIDWAY,
-    PLAN,
     UPDATE,
     VALUE,
     GroupPlan,
     Randomness,
-    draw_groups,
     groups_needed,
 )
 from cfgrl_gym.algorithms.iteration_loop import IterationLoop
@@ -56,6 +55,7 @@ from cfgrl_gym.algorithms.metrics import EpisodeStatistics, UpdateMetrics, rollo
 from cfgrl_gym.algorithms.midway import midway_plan
 from cfgrl_gym.algorithms.mlp_policy import MlpPolicy
 from cfgrl_gym.algorithms.policies import FlowPolicy
+from cfgrl_gym.algorithms.start_schedule import StartSchedule
 from cfgrl_gym.algorithms.value import ValueSource
 from cfgrl_gym.algorithms.vec_envs.supported import init_states
 from cfgrl_gym.algorithms.windows import (
@@ -95,6 +95,9 @@ class CFGRL(IterationLoop):
         suffices (rounded up)
     :param max_groups_tried: with dynamic sampling, give up after this many groups.
         None: three times `groups_per_iteration`
+    :param curriculum: with several tasks, begin more groups in those whose success is uncertain,
+        by its variance over the last `stats_window_size` episodes, and fewer where it always or
+        never comes; a fifth of the groups stays shared evenly. False: tasks take turns
     :param gamma: discount of a reward for each control step before it in its episode. Below 1,
         what succeeds sooner is better, so that a group in which all succeed teaches speed
     :param midway_groups: besides, as many groups whose K episodes continue from a moment of an
@@ -156,6 +159,7 @@ class CFGRL(IterationLoop):
         enable_dynamic_sampling: bool = True,
         early_stop_percentage: float = 0.8,
         max_groups_tried: int | None = None,
+        curriculum: bool = False,
         gamma: float = 1.0,
         midway_groups: int = 0,
         dropout_prob: float = 0.1,
@@ -193,6 +197,7 @@ class CFGRL(IterationLoop):
         self.enable_dynamic_sampling = enable_dynamic_sampling
         self.early_stop_percentage = early_stop_percentage
         self.max_groups_tried = max_groups_tried
+        self.curriculum = curriculum
         self.midway_groups = midway_groups
         self.dropout_prob = dropout_prob
         self.label_source = label_source
@@ -263,6 +268,8 @@ class CFGRL(IterationLoop):
         check_label_source(self.label_source, self.policy)
         if self.midway_groups:
             check_gives_snapshots(env)
+        if self.curriculum:
+            check_curriculum(init_states(env))
         if self.ranks.size > 1:
             check_ranks(self.ranks, vars(self))
             check_agreement(self.ranks, self, iteration=self.iteration, tasks=init_states(env))
@@ -280,8 +287,10 @@ class CFGRL(IterationLoop):
         """Draw the groups that this iteration may try, and set how many of them suffice."""
         asked, sampling = self.groups_per_iteration, self.enable_dynamic_sampling
         tried = (self.max_groups_tried or 3 * asked) if sampling else asked
+        schedule = StartSchedule(self.randomness, init_states(env))
+        successes = self.statistics.recent if self.curriculum else None
         return GroupPlan(
-            draw_groups(self.randomness.rng(PLAN, self.iteration), tried, init_states(env)),
+            schedule.draw(tried, self.statistics.groups, successes),
             self.rloo_batch_size,
             groups_needed(asked, sampling, self.early_stop_percentage),
             sampling,

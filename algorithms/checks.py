@@ -35,6 +35,7 @@ _CHOICES = {
     "label_source": get_args(LabelSource),
     "negatives": get_args(Negatives),
     "enable_dynamic_sampling": (True, False),
+    "curriculum": (True, False),
 }
 _PARAMETERS = (
     *(*_INTS, *_OPTIONAL_INTS, *_NUMBERS, *_OPTIONAL_NUMBERS, *_CHOICES),
@@ -216,6 +217,19 @@ def check_gives_snapshots(env: VecEnv) -> None:
             "give_snapshots(enabled), info['snapshot'] after resets and steps while enabled, and "
             "reset(options={'snapshot': ...}), as Libero-v0 and LiberoChunked-v0 have. Use one of "
             "these, or midway_groups=0"
+        )
+
+
+def check_curriculum(tasks: Mapping[int, Any] | None) -> None:
+    """Check that there are tasks to choose among.
+
+    :param tasks: of the environments; None: they start from reset seeds
+    :raises ValueError: there are less than two
+    """
+    if len(tasks or ()) < 2:
+        raise ValueError(
+            "curriculum chooses among several tasks, and these environments offer "
+            f"{len(tasks or ()) or 'none by number'}: give more (task_id='all'), or leave it out"
         )
 
 

@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from itertools import takewhile
 from time import perf_counter
 from typing import Any
 
@@ -12,6 +13,7 @@ from gymnasium import spaces
 from numpy.typing import NDArray
 from stable_baselines3.common.vec_env import VecEnv
 
+from cfgrl_gym.algorithms.assignment import Assignment
 from cfgrl_gym.algorithms.distributed.ranks import ALONE, Ranks
 from cfgrl_gym.algorithms.distributed.shared_returns import SharedReturns
 from cfgrl_gym.algorithms.flow import NonFiniteError
@@ -175,6 +177,7 @@ class Collector:
         self.action_space = env.action_space
         self.observation_space = env.observation_space
         self.next_starts = NextStarts(env)
+        self.assignment = Assignment(env, plan)
         self.pending = [
             Episode(group.index, member, group.start)
             for group in plan.groups
@@ -202,8 +205,9 @@ class Collector:
         self.next_starts.forget()
         self._ask_for_snapshots(self.snapshots)
         # Not by env_method("reset"): this way the environments reset in parallel.
+        free = list(self.pending)
         for i in range(self.env.num_envs):
-            self.next_starts.tell(i, self.pending[i].start if i < len(self.pending) else None)
+            self.next_starts.tell(i, self._take_next(i, free).start if free else None)
         observations = self.env.reset()
         for i in range(self.env.num_envs):
             self._begin_episode(i, row_of(observations, self.observation_space, i))
@@ -330,6 +334,11 @@ class Collector:
         finished = [episode for episode in self.finished if episode.group == group]
         return sorted(finished, key=lambda episode: episode.member)
 
+    def take_finished(self) -> list[Episode]:
+        """Return the episodes that ended since the last call, and keep none of them."""
+        finished, self.finished = self.finished, []
+        return finished
+
     def _ask_for_snapshots(self, enabled: bool, indices: list[int] | None = None) -> None:
         if self.snapshots:
             self.env.env_method("give_snapshots", enabled, indices=indices)
@@ -391,26 +400,34 @@ class Collector:
     def _tell_ahead(self) -> None:
         """Tell every busy environment the start of the episode that it would run next.
 
-        The plan's next starts go to the environments whose episodes have run longest. With fewer
-        episodes left than environments, the last start is told to several: the one that finishes
-        first takes it. A single environment whose episode may be the last is told to rest.
+        Those whose episodes have run longest choose first. With fewer episodes left than
+        environments, the last start is told to several: the one that finishes first takes it. A
+        single environment whose episode may be the last is told to rest.
         """
         busy = [i for i, episode in enumerate(self.running) if episode is not None]
         busy.sort(key=lambda i: -len(self.running[i].chunks))  # type: ignore[union-attr]
         pending = self.pending
         if len(busy) == 1 and pending and pending[0].group not in self.plan.certain(self.selection):
             pending = []
-        for rank, i in enumerate(busy):
-            self.next_starts.tell(
-                i, pending[min(rank, len(pending) - 1)].start if pending else None
-            )
+        free = list(pending)
+        for i in busy:
+            next_one = self._take_next(i, free or pending[-1:]) if pending else None
+            self.next_starts.tell(i, None if next_one is None else next_one.start)
+
+    def _take_next(self, index: int, pending: list[Episode]) -> Episode:
+        """Take an environment's next episode out of these, one of those that are sure to count."""
+        certain = self.plan.certain(self.selection)
+        sure = list(takewhile(lambda episode: episode.group in certain, pending)) or pending[:1]
+        chosen = sure[self.assignment.choose(index, (episode.start for episode in sure))]
+        pending.remove(chosen)
+        return chosen
 
     def _begin_episode(self, index: int, row: Row | None) -> None:
         """Begin a planned episode in an environment that was just reset."""
         started = self.next_starts.begun(index)
         episode = next((e for e in self.pending if e.start == started), None)
         if episode is None and self.pending and not self.selection.complete:
-            episode = self.pending[0]
+            episode = self._take_next(index, list(self.pending))
             arguments = episode.start.reset_arguments()
             ((observation, _),) = self.env.env_method("reset", indices=[index], **arguments)
             row = row_of(observation, self.observation_space)
@@ -418,4 +435,5 @@ class Collector:
             self.next_starts.rest(index)
         else:
             self.pending.remove(episode)
+            self.assignment.begun(index)
         self.running[index], self.rows[index] = episode, row

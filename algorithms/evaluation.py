@@ -1,19 +1,21 @@
 """Measures the success rate over fixed initial states, with its confidence interval."""
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 import torch
 from stable_baselines3.common.vec_env import VecEnv
 
-from cfgrl_gym.algorithms.collector import Chunk, Collector, Episode, stack
+from cfgrl_gym.algorithms.collector import Collector, Episode, stack
 from cfgrl_gym.algorithms.distributed.ranks import ALONE, Ranks
 from cfgrl_gym.algorithms.groups import Group, GroupPlan, Start, torch_generator
 from cfgrl_gym.algorithms.policies import FlowPolicy
 
-GAP_CHUNKS, GAP_BATCH = 256, 32  # chunks that the guidance gap is averaged over, and their batch
+GAP_CHUNKS = 4  # of an episode, over which its guidance gap is averaged
 
 
 def wilson_interval(
@@ -44,6 +46,8 @@ class EpisodeOutcome:
     episode_return: float
     control_steps: int
     unstable: bool  # its physics blew up, which ended it
+    # Root mean square of v_1 - v_∅ where the policy acted, averaged over some of its chunks.
+    guidance_gap: float
 
 
 @dataclass(frozen=True)
@@ -51,9 +55,11 @@ class Evaluation:
     """Holds the outcomes of an evaluation, in the order in which the starts were given."""
 
     episodes: tuple[EpisodeOutcome, ...]
-    # Root mean square of v_1 - v_∅ where the policy acted, averaged over chunks. It depends on the
-    # batches by rounding.
-    guidance_gap: float = field(compare=False)
+
+    @property
+    def guidance_gap(self) -> float:
+        """Return the mean of the episodes' guidance gaps."""
+        return sum(episode.guidance_gap for episode in self.episodes) / len(self.episodes)
 
     @property
     def successes(self) -> int:
@@ -76,7 +82,8 @@ def evaluate(
     *,
     cfg_scale: float | None = None,
     seed: int = 0,
-    on_episode: Callable[[int, int], None] = lambda episodes, successes: None,
+    on_outcome: Callable[[int, EpisodeOutcome], None] = lambda index, outcome: None,
+    known: Mapping[int, EpisodeOutcome] = MappingProxyType({}),
     ranks: Ranks = ALONE,
 ) -> Evaluation:
     """Run one episode from each start and return the outcomes.
@@ -86,43 +93,49 @@ def evaluate(
 
     :param cfg_scale: guidance scale; None: the policy's own
     :param seed: seed of the sampling noise
-    :param on_episode: called with (episodes finished, successes so far) of this rank
+    :param on_outcome: called with each episode's index among the starts and its outcome, when it
+        has ended on this rank
+    :param known: outcomes of an evaluation that was interrupted, by index: these aren't run again
     :param ranks: the processes that share the starts; all get the whole evaluation
     """
     if not starts:
         raise ValueError("no starts to evaluate from were given")
 
-    keys = [(*_key(start), starts[:i].count(start)) for i, start in enumerate(starts)]
+    seen: Counter[tuple[int, ...]] = Counter()
+    keys: list[tuple[int, ...]] = []
+    for start in starts:
+        key = _key(start)
+        keys.append((*key, seen[key]))
+        seen[key] += 1
 
     def noise(group: int, member: int, chunk: int) -> torch.Tensor:
         generator = torch_generator(seed, *keys[group], chunk)
         return torch.randn(policy.horizon, policy.action_width, generator=generator)
 
-    own = tuple(Group(i, start) for i, start in enumerate(starts) if ranks.has(i))
+    left = [(i, start) for i, start in enumerate(starts) if ranks.has(i) and i not in known]
+    own = tuple(Group(i, start) for i, start in left)
     collector = Collector(env, policy, GroupPlan(own, group_size=1), noise, cfg_scale)
+    outcomes: dict[int, EpisodeOutcome] = {}
     policy.set_training_mode(False)
     with ranks.together():
         try:
             if own:
                 collector.reset()
-            while len(collector.finished) < len(own):
-                before = len(collector.finished)
+            while len(outcomes) < len(own):
                 collector.step()
-                if len(collector.finished) > before:
-                    done = collector.finished
-                    on_episode(len(done), sum(episode.succeeded for episode in done))
+                for episode in collector.take_finished():
+                    gap = _guidance_gap(
+                        policy, episode, torch_generator(seed, *keys[episode.group])
+                    )
+                    outcomes[episode.group] = _outcome(episode, gap)
+                    on_outcome(episode.group, outcomes[episode.group])
         finally:
             collector.close()
-        finished = sorted(collector.finished, key=lambda episode: episode.group)
-        chunks = [chunk for episode in finished for chunk in episode.chunks]
-        gaps = _guidance_gaps(policy, chunks, seed)
-    outcomes = ranks.joined([(episode.group, _outcome(episode)) for episode in finished])
-    outcomes.sort(key=lambda numbered: numbered[0])
-    gap = torch.cat(ranks.gather(gaps)).mean().item()
-    return Evaluation(tuple(outcome for _, outcome in outcomes), gap)
+    of_all = dict(known) | dict(ranks.joined(list(outcomes.items())))
+    return Evaluation(tuple(of_all[index] for index in range(len(starts))))
 
 
-def _outcome(episode: Episode) -> EpisodeOutcome:
+def _outcome(episode: Episode, guidance_gap: float) -> EpisodeOutcome:
     return EpisodeOutcome(
         task_id=episode.start.task_id,
         init_state_id=episode.start.init_state_id,
@@ -130,6 +143,7 @@ def _outcome(episode: Episode) -> EpisodeOutcome:
         episode_return=episode.total_reward,
         control_steps=len(episode.rewards),
         unstable=episode.unstable,
+        guidance_gap=guidance_gap,
     )
 
 
@@ -138,15 +152,10 @@ def _key(start: Start) -> tuple[int, ...]:
     return tuple(0 if part is None else 1 + part for part in parts)
 
 
-def _guidance_gaps(policy: FlowPolicy, chunks: list[Chunk], seed: int) -> torch.Tensor:
-    """Compute `guidance_gap` of evenly spaced chunks, (n,)."""
-    chosen = chunks[:: max(1, math.ceil(len(chunks) / GAP_CHUNKS))]
-    generator = torch_generator(seed)
-    gaps = [torch.empty(0)]
-    for start in range(0, len(chosen), GAP_BATCH):
-        part = chosen[start : start + GAP_BATCH]
-        t, noise = policy.draw_flow(len(part), generator)
-        actions = torch.from_numpy(np.stack([chunk.model_actions for chunk in part]))
-        observations = stack([chunk.observation for chunk in part])
-        gaps.append(policy.guidance_gap(observations, actions, t, noise).cpu())
-    return torch.cat(gaps)
+def _guidance_gap(policy: FlowPolicy, episode: Episode, generator: torch.Generator) -> float:
+    """Average `guidance_gap` over evenly spaced chunks of an episode."""
+    chosen = episode.chunks[:: math.ceil(len(episode.chunks) / GAP_CHUNKS)]
+    t, noise = policy.draw_flow(len(chosen), generator)
+    actions = torch.from_numpy(np.stack([chunk.model_actions for chunk in chosen]))
+    observations = stack([chunk.observation for chunk in chosen])
+    return policy.guidance_gap(observations, actions, t, noise).mean().item()

@@ -5,9 +5,8 @@ speed of the environments. It can be pickled, sliced by groups, and drawn again 
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -149,46 +148,9 @@ class Randomness:
         return draw
 
 
-def _shuffled_forever(items: Sequence[int], rng: np.random.Generator) -> Iterator[int]:
-    while True:
-        yield from rng.permutation(items).tolist()
-
-
-def _random_seeds(rng: np.random.Generator) -> Iterator[int]:
-    while True:
-        yield int(rng.integers(UNBOUNDED))
-
-
 def groups_needed(
     groups_per_iteration: int, dynamic_sampling: bool, early_stop_percentage: float
 ) -> int:
     """Return the number of valid groups with which a collection ends."""
     share = early_stop_percentage if dynamic_sampling else 1.0
     return math.ceil(round(share * groups_per_iteration, 9))
-
-
-def draw_groups(
-    rng: np.random.Generator,
-    count: int,
-    init_states: Mapping[int, Sequence[int] | None] | None,
-) -> tuple[Group, ...]:
-    """Draw the starts of `count` groups.
-
-    Tasks, and the initial states of each task, are drawn without replacement until each was drawn
-    once, and then anew.
-
-    :param init_states: ids of the initial states of each task (None: unbounded, ids are seeds);
-        None for an environment that starts from a reset seed
-    """
-    if init_states is None:
-        starts = [Start(seed=seed) for seed in islice(_random_seeds(rng), count)]
-    else:
-        states = {
-            task: _random_seeds(rng) if ids is None else _shuffled_forever(ids, rng)
-            for task, ids in init_states.items()
-        }
-        tasks = _shuffled_forever(list(init_states), rng)
-        starts = [
-            Start(task_id=task, init_state_id=next(states[task])) for task in islice(tasks, count)
-        ]
-    return tuple(Group(index, start) for index, start in enumerate(starts))

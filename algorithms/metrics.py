@@ -1,7 +1,7 @@
 """Computes the metrics of an iteration, under SB3's names."""
 
-from collections import deque
-from collections.abc import Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from stable_baselines3.common.utils import safe_mean
@@ -18,10 +18,17 @@ class EpisodeStatistics:
 
     :param window: number of a task's recent episodes that its success rate is computed from
     :param recent: successes of each task so far, the latest last
+    :param groups: groups of each task so far; of an environment without tasks, under None
     """
 
-    def __init__(self, window: int, recent: Mapping[str, Sequence[bool]] | None = None) -> None:
+    def __init__(
+        self,
+        window: int,
+        recent: Mapping[str, Sequence[bool]] | None = None,
+        groups: Iterable[tuple[int | None, int]] = (),
+    ) -> None:
         self.window = window
+        self.groups = Counter(dict(groups))
         self.num_episodes = 0
         self.num_control_steps = 0
         self.recent = {int(t): deque(done, window) for t, done in (recent or {}).items()}
@@ -31,6 +38,8 @@ class EpisodeStatistics:
         not of those that began midway."""
         self.num_episodes += len(episodes)
         self.num_control_steps += sum(episode.control_steps for episode in episodes)
+        groups = {e.place[0]: e.task_id for e in episodes if not e.midway}
+        self.groups.update(groups.values())
         for episode in episodes:
             task = episode.task_id
             if task is not None and episode.success is not None and not episode.midway:

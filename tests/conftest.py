@@ -24,6 +24,7 @@ from cfgrl_gym.envs.simulator import IMAGE_KEYS
 # Files whose tests run LIBERO's simulator, and others that take more than a few seconds.
 LIBERO = (
     *("test_env_", "test_demos", "test_cli_chain", "test_cli_doctor", "test_concurrency"),
+    "test_eval_resume",
     *("test_faults_in_collection", "test_malformed_inputs", "test_shipped_policy"),
     *("test_train_resume", "test_wrappers"),
 )

@@ -13,13 +13,8 @@ from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecMoni
 
 from cfgrl_gym.algorithms import MlpPolicy
 from cfgrl_gym.algorithms.collector import Collector
-from cfgrl_gym.algorithms.groups import (
-    Group,
-    GroupPlan,
-    Start,
-    draw_groups,
-    seed_sequence,
-)
+from cfgrl_gym.algorithms.groups import Group, GroupPlan, Randomness, Start, seed_sequence
+from cfgrl_gym.algorithms.start_schedule import StartSchedule
 
 SEEDS = GroupPlan(tuple(Group(i, Start(seed=10 + i)) for i in range(3)), 4)
 TASKS = GroupPlan(
@@ -62,7 +57,8 @@ def test_all_episodes_of_a_group_start_from_its_seed():
 
 @pytest.mark.parametrize("n_envs", [1, 3, 5, 11])
 def test_all_episodes_of_a_group_start_from_its_task_and_state(n_envs):
-    plan = GroupPlan(draw_groups(np.random.default_rng(0), 6, {0: range(5), 2: None}), 4)
+    groups = StartSchedule(Randomness(0), {0: range(5), 2: None}).draw(6, {})
+    plan = GroupPlan(groups, 4)
     # Episodes differ in length, so that what is queued has to change while they run.
     collector = collect(vec(QueueEnv, n_envs, chunk=1, goal=1.0), plan)
     for group in plan.groups:
@@ -127,6 +123,55 @@ def test_episodes_do_not_depend_on_how_many_environments_run_them(env_class, pla
                     np.testing.assert_allclose(a.rewards, b.rewards, atol=1e-5)
 
 
+class BuildingEnv(QueueEnv):
+    """Keeps the last four tasks that it was reset to, as `LiberoEnv` does; counts the others."""
+
+    def __init__(self, **kwargs):
+        super().__init__(tasks=tuple(range(10)), **kwargs)
+        self.built_tasks: tuple[int, ...] = ()
+        self.builds = 0
+
+    def reset(self, *, seed=None, options=None):
+        result = super().reset(seed=seed, options=options)
+        self.builds += self.task not in self.built_tasks
+        others = [task for task in self.built_tasks if task != self.task]
+        self.built_tasks = (*others, self.task)[-4:]
+        return result
+
+
+@pytest.mark.parametrize("n_envs", [1, 4])
+def test_tasks_stay_with_environments_that_have_built_them(n_envs):
+    groups = StartSchedule(Randomness(0), dict.fromkeys(range(10))).draw(30, {})
+    plan = GroupPlan(groups, 4)
+    env = vec(BuildingEnv, n_envs, goal=1.5)
+    kept = collect(env, plan)
+    # In the plan's order each of the 30 groups would be built anew by every environment.
+    assert 10 <= sum(env.get_attr("builds")) <= 10 + 2 * n_envs
+    builds = sum(env.get_attr("builds"))
+    collect(env, GroupPlan(groups[:4], 4))  # four tasks of the next iteration, all built
+    assert sum(env.get_attr("builds")) - builds <= 4
+    reference = collect(vec(QueueEnv, n_envs, goal=1.5), plan)  # says nothing of what it has built
+    for group in groups:
+        pairs = zip(kept.episodes(group.index), reference.episodes(group.index), strict=True)
+        for one, two in pairs:
+            np.testing.assert_array_equal(one.rewards, two.rewards)
+            np.testing.assert_array_equal(one.chunks[0].actions, two.chunks[0].actions)
+
+
+def test_keeping_a_task_runs_nothing_that_may_not_count():
+    groups = [Group(i, Start(task_id=t, init_state_id=0)) for i, t in enumerate([0, 1, 0, 1, 0, 1])]
+    plan = GroupPlan(tuple(groups), 2, needed=3, dynamic_sampling=True)
+    env = vec(BuildingEnv, goal=100.0)  # no success: every group is discarded, one after another
+    policy = MlpPolicy(env.observation_space, env.action_space, lambda _: 1e-3)
+    collector = Collector(env, policy, plan, noise_for(policy))
+    collector.reset()
+    while len(collector.finished) < 6:
+        collector.step()
+        running = [e.group for e in collector.running if e is not None]
+        assert set(running) <= plan.certain(collector.selection)
+    collector.close()
+
+
 def test_every_environment_is_busy_until_the_plan_runs_out_and_rests_then():
     env = vec(SeedEnv, 5)  # all its episodes have 4 steps, and the plan has 12 of them
     collector = collect(env, SEEDS)
@@ -182,29 +227,6 @@ def test_chunked_actions_need_the_chunks_rewards():
 
 
 # The plan ---------------------------------------------------------------------------------------
-
-
-def test_a_plan_follows_from_its_generator_and_visits_all_before_any_twice():
-    def draw(seed):
-        rng = np.random.default_rng(seed)
-        return draw_groups(rng, 12, {0: range(3), 5: None, 7: [4, 9]})
-
-    groups = draw(1)
-    assert groups == draw(1)
-    assert groups != draw(2)
-    assert [group.index for group in groups] == list(range(12))
-    starts = [group.start for group in groups]
-    for i in range(0, 12, 3):
-        assert {start.task_id for start in starts[i : i + 3]} == {0, 5, 7}
-    assert {s.init_state_id for s in starts if s.task_id == 0} == {0, 1, 2}
-    assert {s.init_state_id for s in starts if s.task_id == 7} == {4, 9}
-    assert len({s.init_state_id for s in starts if s.task_id == 5}) == 4
-
-
-def test_a_plan_without_tasks_draws_reset_seeds():
-    groups = draw_groups(np.random.default_rng(0), 5, None)
-    assert len({group.start.seed for group in groups}) == 5
-    assert groups[0].start.reset_arguments() == {"seed": groups[0].start.seed}
 
 
 @pytest.mark.parametrize(

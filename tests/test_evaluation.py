@@ -6,7 +6,13 @@ import torch
 from cfgrl_envs import QueueEnv, vec
 
 from cfgrl_gym.algorithms import MlpPolicy
-from cfgrl_gym.algorithms.evaluation import Evaluation, evaluate, wilson_interval
+from cfgrl_gym.algorithms.evaluation import (
+    EpisodeOutcome,
+    Evaluation,
+    evaluate,
+    wilson_interval,
+)
+from cfgrl_gym.algorithms.flow import POSITIVE
 from cfgrl_gym.algorithms.groups import Start
 
 
@@ -70,15 +76,49 @@ def test_outcomes_do_not_depend_on_the_number_of_environments() -> None:
 
 
 def test_outcomes_agree_with_each_other_and_with_what_is_reported() -> None:
-    calls: list[tuple[int, int]] = []
-    result = evaluation(2, on_episode=lambda *counts: calls.append(counts))
+    reported: dict[int, EpisodeOutcome] = {}
+    result = evaluation(2, on_outcome=reported.__setitem__)
+    assert [reported[index] for index in range(len(STARTS))] == list(result.episodes)
     for episode in result.episodes:
         assert episode.success == (episode.episode_return == 1)
         assert episode.control_steps == 8 or episode.success
-    assert calls[-1] == (len(STARTS), result.successes)
-    assert calls == sorted(calls)
     assert result.success_rate == pytest.approx(np.mean([e.success for e in result.episodes]))
     assert result.interval == wilson_interval(result.successes, len(STARTS))
+
+
+def test_what_is_known_is_not_run_again_and_the_rest_comes_out_alike() -> None:
+    whole = evaluation(3)
+    known = {index: whole.episodes[index] for index in (0, 3, 4, 9)}
+    run: list[int] = []
+    result = evaluation(3, known=known, on_outcome=lambda index, _: run.append(index))
+    assert result == whole
+    assert sorted(run) == [1, 2, 5, 6, 7, 8]
+    assert evaluation(3, known=dict(enumerate(whole.episodes))) == whole
+
+
+def test_the_same_start_twice_is_two_episodes() -> None:
+    env = vec(QueueEnv, 2, chunk=3, limit=8)
+    policy = MlpPolicy(env.observation_space, env.action_space, lambda _: 1e-3, net_arch=[16])
+    one, two, three = evaluate(policy, env, [STARTS[0], STARTS[1], STARTS[0]]).episodes
+    assert (one.task_id, one.init_state_id) == (three.task_id, three.init_state_id)
+    assert one.guidance_gap != three.guidance_gap
+    assert two.task_id == STARTS[1].task_id
+
+
+def test_the_guidance_gap_is_the_distance_of_the_branches() -> None:
+    class Apart(MlpPolicy):
+        """v_1 is v_∅ and a hundredth of the task's number more."""
+
+        def velocity(self, inputs, x_t, t, labels, prefix=None):  # type: ignore[no-untyped-def]
+            apart = (labels == POSITIVE) * inputs["obs"][:, 0] / 100
+            return -x_t + apart[:, None, None]
+
+    env = vec(QueueEnv, 2, chunk=3, limit=8)
+    policy = Apart(env.observation_space, env.action_space, lambda _: 1e-3, net_arch=[16])
+    result = evaluate(policy, env, STARTS)
+    gaps = [episode.guidance_gap for episode in result.episodes]
+    assert gaps == pytest.approx([start.task_id / 100 for start in STARTS], abs=1e-6)  # type: ignore[operator]
+    assert result.guidance_gap == pytest.approx(0.01, abs=1e-6)
 
 
 def test_nothing_to_evaluate_is_refused() -> None:

@@ -175,7 +175,8 @@ def test_observation_is_encoded_as_pi0_wants_it() -> None:
     image_token = policy.model.config.vlm_config.image_token_id
     assert (inputs["input_ids"] == image_token).sum(1).tolist() == [policy.image_tokens] * 3
     prompt = inputs["input_ids"][0, policy.image_tokens :].tolist()
-    assert prompt == [2, *(3 + byte for byte in b"pick up the can\n")]
+    tokens = [2, *(3 + byte for byte in b"pick up the can\n")]
+    assert prompt == tokens + [0] * (96 - len(tokens))
     lengths = [len(text) + 2 for text in ("pick up the can", "open the drawer", "close it")]
     assert inputs["attention_mask"].sum(1).tolist() == [policy.image_tokens + n for n in lengths]
 

@@ -75,6 +75,22 @@ def test_it_acts_as_its_instruction_says() -> None:
     assert (other - actions).abs().max() > 0.02  # 1 mm a control step
 
 
+@pytest.mark.parametrize("cfg_scale", [0.0, 1.0, 2.0])
+def test_an_action_does_not_depend_on_the_instruction_beside_it(cfg_scale: float) -> None:
+    """Bit for bit, or an episode would depend on the tasks of the other environments."""
+    policy, both = shipped(), observation()
+    noise = torch.randn(2, 16, 7, generator=torch.Generator().manual_seed(0))
+    alone = policy.sample_actions(both, noise=noise, cfg_scale=cfg_scale)
+    longest = (
+        "put the white mug on the left plate and put the yellow and white mug on the right plate"
+    )
+    for beside in ("turn on the stove", longest):
+        prompts = np.stack([encode_prompt(PROMPT), encode_prompt(beside)])
+        actions = policy.sample_actions({**both, "prompt": prompts}, noise, cfg_scale)
+        assert torch.equal(actions[0], alone[0])
+        assert not torch.equal(actions[1], alone[1])
+
+
 def test_its_condition_is_fresh_so_guidance_begins_with_nothing() -> None:
     policy, noise = shipped(), torch.randn(2, 16, 7, generator=torch.Generator().manual_seed(0))
     assert policy.config.condition_mode == "bias"

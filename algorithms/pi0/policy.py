@@ -361,7 +361,7 @@ class Pi0Policy(FlowPolicy):
             device=str(self.device),
             device_type=self.device.type,
             cameras=len(self.cameras),
-            prompt_tokens=self.tokenizer.pad_to or self.tokenizer.max_tokens,
+            prompt_tokens=self.tokenizer.max_tokens,
             average=self.average is not None,
             reference=0 if self.reference is None else self.reference.size,
             two_prefixes=len({self.prefix_label(label) for label in BRANCHES}) > 1,

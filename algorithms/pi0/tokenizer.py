@@ -6,6 +6,7 @@ of PI0 (openpi, `models/tokenizer.py`).
 Two tokenizers share one interface: bytes for the tiny preset, PaliGemma's for the full one.
 """
 
+import math
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -44,7 +45,10 @@ class ByteTokenizer:
     """Makes one token of each UTF-8 byte: 260 ids and nothing to download."""
 
     max_tokens = 256  # of a prompt, `<bos>` and newline included
-    pad_to: int | None = None  # length of every prompt; None: that of the longest in the batch
+    # Prompts are padded to a multiple of this: to the same length all of LIBERO's, the longest of
+    # which has 90 tokens. Actions are rounded differently with another length, so that an episode
+    # would depend on the tasks beside it if the longest prompt of a batch decided.
+    pad_to = 96
 
     def encode(self, text: str) -> list[int]:
         """Return `<bos>` + text + newline as token ids, not padded."""
@@ -65,7 +69,7 @@ class PaliGemmaTokenizer:
     """
 
     max_tokens = PALIGEMMA_PROMPT_TOKENS
-    pad_to: int | None = PALIGEMMA_PROMPT_TOKENS
+    pad_to = PALIGEMMA_PROMPT_TOKENS
 
     def __init__(self, source: str, places: Places = "anywhere") -> None:
         from transformers import AutoTokenizer
@@ -156,7 +160,8 @@ def tokenize(
                 stacklevel=2,
             )
         rows.append([*instruction[:room], *end])
-    length = tokenizer.pad_to or max(len(row) for row in rows)
+    padded = math.ceil(max(map(len, rows)) / tokenizer.pad_to) * tokenizer.pad_to
+    length = min(padded, tokenizer.max_tokens)
     ids = torch.full((len(rows), length), PAD_ID, dtype=torch.int64)
     mask = torch.zeros_like(ids)
     between = torch.zeros_like(ids)

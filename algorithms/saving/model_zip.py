@@ -70,6 +70,7 @@ class PickleFreeSaving(BaseAlgorithm):
             "ep_info": list(self.ep_info_buffer or ()),
             "ep_success": list(self.ep_success_buffer or ()),
             "task_successes": self.statistics.successes(),
+            "task_groups": [list(each) for each in self.statistics.groups.items()],
         }
 
     def set_training_state(self, state: dict[str, Any]) -> None:
@@ -81,7 +82,8 @@ class PickleFreeSaving(BaseAlgorithm):
         window = self._stats_window_size
         self.ep_info_buffer = deque(state["ep_info"], maxlen=window)
         self.ep_success_buffer = deque(state["ep_success"], maxlen=window)
-        self.statistics = EpisodeStatistics(window, state["task_successes"])
+        groups = state.get("task_groups", ())  # an earlier version wrote none
+        self.statistics = EpisodeStatistics(window, state["task_successes"], groups)
         for name in _EPISODE_COUNTERS:
             setattr(self.statistics, name, counters[name])
 
@@ -381,11 +383,15 @@ def _check_training(saved: Mapping[str, Any], new: Mapping[str, Any]) -> None:
         [saved["ep_success"], *saved["task_successes"].values()],
     )
     if (
-        saved.keys() != new.keys()
+        not new.keys() - {"task_groups"} <= saved.keys() <= new.keys()
         or counters.keys() != new["counters"].keys()
         or not all(type(count) is int and count >= 0 for count in counters.values())
         or not all(type(success) is bool for each in successes for success in each)
         or not all(isinstance(info[key], int | float) for info in saved["ep_info"] for key in "rl")
+        or not all(
+            type(count) is int and count >= 0 and (task is None or type(task) is int)
+            for task, count in saved.get("task_groups", ())
+        )
     ):
         raise ValueError(f"its counters and statistics are {saved!r:.200}")
 

@@ -295,6 +295,8 @@ class EvalConfig(PolicyOptions):
     :param cfg_scale: guidance scale, or several to compare as [1,1.5,2]. null: the policy's own
     :param seed: seed of the sampling noise; the same for every cfg_scale
     :param out: run folder. null: runs/eval-<date-time>
+    :param resume: go on with the evaluation in this folder, with its original options; only where
+        environments run may be given besides
     """
 
     episodes: int | None = None
@@ -302,6 +304,7 @@ class EvalConfig(PolicyOptions):
     cfg_scale: float | list[float] | None = None
     seed: int = 0
     out: str | None = None
+    resume: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()

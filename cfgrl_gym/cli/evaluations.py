@@ -1,11 +1,12 @@
 """Evaluates a policy on the benchmark's initial states, also during training, and makes videos."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from time import perf_counter
+from types import MappingProxyType
 from typing import Any
 
 import gymnasium as gym
@@ -16,7 +17,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
 from cfgrl_gym.algorithms import CFGRL
 from cfgrl_gym.algorithms.distributed.ranks import ALONE, Ranks
-from cfgrl_gym.algorithms.evaluation import evaluate
+from cfgrl_gym.algorithms.evaluation import EpisodeOutcome, evaluate
 from cfgrl_gym.algorithms.groups import Start
 from cfgrl_gym.algorithms.policies import FlowPolicy
 from cfgrl_gym.cli.configs import TrainConfig
@@ -66,22 +67,37 @@ def measure(
     seed: int,
     check: Callable[[], None] = lambda: None,
     ranks: Ranks = ALONE,
+    on_outcome: Callable[[int, EpisodeOutcome], None] = lambda index, outcome: None,
+    known: Mapping[int, EpisodeOutcome] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """Evaluate one cfg_scale, with a progress bar, and return its part of the result files.
 
     :param check: called after every episode; it may end the evaluation by an exception
     :param ranks: the processes that share the starts; the first one shows the bar of its part
+    :param on_outcome: and `known`: see `evaluate`
     """
-    own = sum(map(ranks.has, range(len(starts))))
-    with progress_bar(f"cfg_scale {scale:g}", own, "episode", shown=ranks.first) as bar:
+    own = [index for index in range(len(starts)) if ranks.has(index)]
+    done = [known[index].success for index in own if index in known]
+    with progress_bar(
+        f"cfg_scale {scale:g}", len(own), "episode", shown=ranks.first, initial=len(done)
+    ) as bar:
 
-        def on_episode(done: int, successes: int) -> None:
-            bar.set_postfix(success=f"{successes}/{done}", refresh=False)
-            bar.update(done - bar.n)
+        def count(index: int, outcome: EpisodeOutcome) -> None:
+            on_outcome(index, outcome)
+            done.append(outcome.success)
+            bar.set_postfix(success=f"{sum(done)}/{len(done)}", refresh=False)
+            bar.update()
             check()
 
         evaluation = evaluate(
-            policy, env, starts, cfg_scale=scale, seed=seed, on_episode=on_episode, ranks=ranks
+            policy,
+            env,
+            starts,
+            cfg_scale=scale,
+            seed=seed,
+            on_outcome=count,
+            known=known,
+            ranks=ranks,
         )
     by_task: dict[int, list[bool]] = {}
     for episode in evaluation.episodes:

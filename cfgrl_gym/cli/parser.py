@@ -17,7 +17,12 @@ import yaml
 from cfgrl_gym._version import __version__
 from cfgrl_gym.cli.run_folder import CONFIG_FILE
 
-_CHANGED_BY_RESUMING = ("--total_timesteps", "--max_iterations", "--vec_env", "--ray_address")
+_PLACES = ("--vec_env", "--ray_address")  # where environments run
+# Of the commands that have --resume, what may be given beside it.
+_CHANGED_BY_RESUMING = {
+    "train": ("--total_timesteps", "--max_iterations", *_PLACES),
+    "eval": _PLACES,
+}
 _FLAGS = ("--help", "--print_config")  # take no value
 LARGEST_FILE = 2**20  # bytes of a configuration file
 LONGEST_MESSAGE = 1000
@@ -175,8 +180,8 @@ def _arrange(command: str, argv: Sequence[str]) -> list[str]:
         if names & {"--runs", "--runs+"}:
             raise ValueError(f"give all of runs in one way, not {words[0]!r} and --runs both")
         options, words = [*options, ("--runs", json.dumps(words))], []
-    if command == "train" and "--resume" in names:
-        options.insert(0, ("--config", _config_to_resume(dict(options))))
+    if command in _CHANGED_BY_RESUMING and "--resume" in names:
+        options.insert(0, ("--config", _config_to_resume(command, dict(options))))
     options.sort(key=lambda option: option[0] != "--config")
     for name, file in options:
         if name == "--config" and file:
@@ -206,14 +211,15 @@ def _split(argv: Sequence[str]) -> tuple[list[tuple[str, str | None]], list[str]
     return options, words
 
 
-def _config_to_resume(given: dict[str, str | None]) -> str:
+def _config_to_resume(command: str, given: dict[str, str | None]) -> str:
     """Return the configuration file of the run to resume.
 
     :raises ValueError: there is none, or options are given that a resumed run can't change
     """
-    others = sorted(set(given) - {"--resume", *_CHANGED_BY_RESUMING})
+    changed = _CHANGED_BY_RESUMING[command]
+    others = sorted(set(given) - {"--resume", *changed})
     if others:
-        allowed = ", ".join(_CHANGED_BY_RESUMING)
+        allowed = ", ".join(changed)
         raise ValueError(
             f"--resume goes on with the options that the run began with; beside it only {allowed} "
             f"can be given, not {', '.join(others)}"
@@ -221,7 +227,7 @@ def _config_to_resume(given: dict[str, str | None]) -> str:
     file = Path(given["--resume"] or "") / CONFIG_FILE
     if not file.is_file():
         raise ValueError(
-            f"no run to resume: '{file}' does not exist; give a folder that train wrote"
+            f"no run to resume: '{file}' does not exist; give a folder that {command} wrote"
         )
     return str(file)
 

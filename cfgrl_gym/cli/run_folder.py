@@ -25,6 +25,7 @@ MODEL_FILE = "model.zip"
 VIDEO_FILE = "episode.mp4"
 VERSIONS_FILE = "versions.json"
 RESULT_FILE = "eval.json"  # of `cfgrl eval`
+OUTCOMES_FILE = "episodes.jsonl"  # of `cfgrl eval`, as they come
 EVALUATIONS_FILE = "evaluations.json"  # of a training
 CSV_FILE, JSON_FILE = "progress.csv", "progress.json"
 LOCK_FILE = ".lock"

@@ -34,12 +34,18 @@ _LINE = {
 }
 
 
-def progress_bar(description: str, total: int | None, unit: str, shown: bool = True) -> "tqdm[Any]":
-    """Make a progress bar on stderr, which is written less often if that is a log file."""
+def progress_bar(
+    description: str, total: int | None, unit: str, shown: bool = True, initial: int = 0
+) -> "tqdm[Any]":
+    """Make a progress bar on stderr, which is written less often if that is a log file.
+
+    :param initial: what was done before
+    """
     interval = 0.1 if sys.stderr.isatty() else 10.0
     return tqdm(
         desc=description,
         total=total,
+        initial=initial,
         unit=unit,
         dynamic_ncols=True,
         mininterval=interval,

@@ -259,6 +259,14 @@ class LiberoEnv(EpisodeStarts):
             raise ResetNeeded("the simulator is built at the first reset(); call it first")
         return self._simulator
 
+    @property
+    def built_tasks(self) -> tuple[int, ...]:
+        """The tasks that an episode can begin in at once, the last used one last; up to 4 are kept.
+
+        To build another one takes seconds.
+        """
+        return tuple(self._simulators)
+
     def snapshot(self) -> Snapshot:
         """Return this moment of the episode, from which any environment of the task can go on.
 
