@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 T = TypeVar("T")
+BUCKET_BYTES = 2**25  # of gradients that are summed in one go, the size that torch's DDP takes
 
 
 class RankError(ConnectionError):
@@ -154,10 +155,26 @@ class Ranks:
             for parameter in trained:
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
-            works = [dist.all_reduce(p.grad, async_op=True) for p in trained]
-            for work in works:
-                work.wait()
+            for bucket in _buckets([p.grad for p in trained if p.grad is not None]):
+                flat = torch.cat([gradient.flatten() for gradient in bucket])
+                dist.all_reduce(flat)
+                sizes = [gradient.numel() for gradient in bucket]
+                for gradient, part in zip(bucket, flat.split(sizes), strict=True):
+                    gradient.copy_(part.view_as(gradient))
         return shared[: len(here)]
+
+
+def _buckets(gradients: list[Tensor]) -> Iterator[list[Tensor]]:
+    """Put together what is summed in one go: a tensor at a time takes gloo three times as long."""
+    bucket: list[Tensor] = []
+    for gradient in gradients:
+        full = sum(g.nbytes for g in bucket) + gradient.nbytes > BUCKET_BYTES
+        if bucket and (full or gradient.dtype != bucket[0].dtype):
+            yield bucket
+            bucket = []
+        bucket.append(gradient)
+    if bucket:
+        yield bucket
 
 
 ALONE = Ranks()
