@@ -112,8 +112,9 @@ def evaluate(
         generator = torch_generator(seed, *keys[group], chunk)
         return torch.randn(policy.horizon, policy.action_width, generator=generator)
 
-    left = [(i, start) for i, start in enumerate(starts) if ranks.has(i) and i not in known]
-    own = tuple(Group(i, start) for i, start in left)
+    # A stretch of starts for each rank, so that it has few of the tasks.
+    left = [index for index in ranks.part(len(starts)) if index not in known]
+    own = tuple(Group(index, starts[index]) for index in left)
     collector = Collector(env, policy, GroupPlan(own, group_size=1), noise, cfg_scale)
     outcomes: dict[int, EpisodeOutcome] = {}
     policy.set_training_mode(False)

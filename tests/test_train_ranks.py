@@ -28,9 +28,13 @@ PATIENCE = 300
 
 
 def torchrun(size: int, *words: str) -> "subprocess.Popen[str]":
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(size)]
+    return launch(launcher, *words)
+
+
+def launch(launcher: list[str], *words: str) -> "subprocess.Popen[str]":
     return subprocess.Popen(
-        [*launcher, "--nproc-per-node", str(size), "-m", "cfgrl_gym", *words],
+        [sys.executable, "-m", *launcher, "-m", "cfgrl_gym", *words],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -91,6 +95,17 @@ def test_two_ranks_share_episodes_and_evaluations(whole: Path) -> None:
     for evaluation in evaluations:
         (result,) = evaluation["results"]
         assert [e["init_state_id"] for e in result["episodes"]] == [0, 1]
+
+
+def test_accelerate_launch_does_what_torchrun_does(whole: Path, tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    several = "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no"
+    launcher = ["accelerate.commands.launch", *several.split(), "--dynamo_backend", "no"]
+    process = launch(launcher, *TRAIN.split(), "--out", str(tmp_path / "run"))
+    output = finish(process)
+    assert process.returncode == 0, output
+    weights = trained(tmp_path / "run")
+    assert all(torch.equal(weights[name], value) for name, value in trained(whole).items())
 
 
 @pytest.mark.parametrize(("victim", "size"), [(0, 2), (1, 1)])

@@ -76,6 +76,10 @@ class Ranks:
         """
         return index % self.size == self.rank
 
+    def part(self, count: int) -> range:
+        """Return which of so many things, in a row, are this rank's: a stretch of them."""
+        return range(self.rank * count // self.size, (self.rank + 1) * count // self.size)
+
     def gather(self, value: T) -> list[T]:
         """Return every rank's value, in their order.
 

@@ -76,7 +76,7 @@ def measure(
     :param ranks: the processes that share the starts; the first one shows the bar of its part
     :param on_outcome: and `known`: see `evaluate`
     """
-    own = [index for index in range(len(starts)) if ranks.has(index)]
+    own = ranks.part(len(starts))
     done = [known[index].success for index in own if index in known]
     with progress_bar(
         f"cfg_scale {scale:g}", len(own), "episode", shown=ranks.first, initial=len(done)
