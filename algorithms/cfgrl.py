@@ -317,7 +317,7 @@ class CFGRL(IterationLoop):
             size = self._micro_batches.size
             known = [b.value_data for b in (*self.replay.batches, *others) if b and b.value_data]
             source = ValueSource(self._prefixes, size, self.gamma, generator, known)
-        return label_windows(groups, self.policy, self.stride, labelling, reach, source)
+        return label_windows(groups, self.policy, self.stride, labelling, reach, source, self.ranks)
 
     def collect_rollouts(self, env: VecEnv, callback: BaseCallback) -> bool:  # type: ignore[override]
         """Run groups of episodes until enough are valid, and label their windows.

@@ -169,7 +169,6 @@ def check_ranks(ranks: Ranks, given: Mapping[str, Any]) -> None:
         )
     for name, needs_all in (
         ("label_source", given["label_source"] == "value"),
-        ("optimal_share", given["optimal_share"] is not None),
         ("midway_groups", given["midway_groups"] > 0),
     ):
         if needs_all:

@@ -164,7 +164,12 @@ def group_advantages(
     return np.concatenate(advantages) + ROUNDING * max(np.abs(r).sum() for r in rewards)
 
 
-def label_advantages(advantages: FloatArray, tasks: IntArray, labelling: Labelling) -> IntArray:
+def label_advantages(
+    advantages: FloatArray,
+    tasks: IntArray,
+    labelling: Labelling,
+    everywhere: tuple[FloatArray, IntArray] | None = None,
+) -> IntArray:
     """Compute the optimality labels of windows, int64 (n,).
 
     A window is optimal (1) if its advantage reaches the threshold and, with an `optimal_share`, the
@@ -172,16 +177,17 @@ def label_advantages(advantages: FloatArray, tasks: IntArray, labelling: Labelli
     2025, "π*0.6", where 30 to 40% are positive). Otherwise it gets ∅ (-1), or 0 with
     `negatives="zero"`.
 
-    :param advantages: float64 (n,), of all windows of an iteration
+    :param advantages: float64 (n,)
     :param tasks: int64 (n,), the task of each
+    :param everywhere: advantages and tasks of all windows of the iteration, if these are only some
     """
     thresholds = np.full(len(advantages), labelling.threshold)
     if labelling.optimal_share is not None:
+        all_advantages, all_tasks = everywhere or (advantages, tasks)
         for task in np.unique(tasks):
-            of_task = tasks == task
-            highest = np.sort(advantages[of_task])[::-1]
+            highest = np.sort(all_advantages[all_tasks == task])[::-1]
             last = max(1, round(labelling.optimal_share * len(highest))) - 1
-            thresholds[of_task] = np.maximum(labelling.threshold, highest[last])
+            thresholds[tasks == task] = np.maximum(labelling.threshold, highest[last])
     otherwise = NULL if labelling.negatives == "null" else NEGATIVE
     return np.where(advantages >= thresholds, POSITIVE, otherwise).astype(np.int64)
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cfgrl_gym.algorithms.collector import Chunk, Episode, Row, stack
-from cfgrl_gym.algorithms.distributed.ranks import Ranks
+from cfgrl_gym.algorithms.distributed.ranks import ALONE, Ranks
 from cfgrl_gym.algorithms.labels import Labelling, group_advantages, label_advantages
 from cfgrl_gym.algorithms.policies import FlowPolicy
 from cfgrl_gym.algorithms.value import ValueData, ValueSource
@@ -170,6 +170,7 @@ def label_windows(
     labelling: Labelling,
     reach: int | None = None,
     value_source: ValueSource | None = None,
+    ranks: Ranks = ALONE,
 ) -> WindowBatch | None:
     """Cut and label the windows of these groups, group by group; None if there is no group.
 
@@ -177,6 +178,7 @@ def label_windows(
     :param stride: control steps between windows, see `cut_windows`
     :param reach: only the windows that begin before this control step. None: all
     :param value_source: gives the advantages, if they are from values
+    :param ranks: that have the other groups of the iteration; with an optimal share, all call this
     """
 
     @torch.no_grad()
@@ -194,6 +196,8 @@ def label_windows(
     cut = [[windows_of(episode) for episode in episodes] for episodes in groups]
     every = [window for of_group in cut for of_episode in of_group for window in of_episode]
     if not every:
+        if labelling.optimal_share is not None:
+            ranks.gather((np.empty(0), np.empty(0, np.int64)))
         return None
     reached = np.array([reach is None or window.start < reach for window in every])
     sizes = [sum(map(len, of_group)) for of_group in cut]
@@ -220,7 +224,11 @@ def label_windows(
         of_every, data = value_source.evaluate(groups, starts, features)
         advantages = of_every[reached]
         value_data = {name: tensor[torch.from_numpy(reached)] for name, tensor in data.items()}
-    labels = label_advantages(advantages, tasks[reached], labelling)
+    everywhere = None
+    if labelling.optimal_share is not None:
+        parts = ranks.gather((advantages, tasks[reached]))
+        everywhere = np.concatenate([a for a, _ in parts]), np.concatenate([t for _, t in parts])
+    labels = label_advantages(advantages, tasks[reached], labelling, everywhere)
     return batch_windows(list(compress(every, reached)), labels, indices[reached], value_data)
 
 

@@ -57,7 +57,12 @@ def difference(one: dict[str, Any], other: dict[str, Any]) -> float:
 
 
 @pytest.mark.parametrize(
-    ("size", "changed"), [(2, {}), (4, {"early_stop_percentage": 0.5, "replay_iterations": 0})]
+    ("size", "changed"),
+    [
+        (2, {}),
+        (2, {"optimal_share": 0.2, "label_source": "window_rloo"}),
+        (4, {"early_stop_percentage": 0.5, "replay_iterations": 0, "optimal_share": 0.3}),
+    ],
 )
 def test_ranks_make_one_rank_s_updates(tmp_path: Path, size: int, changed: dict[str, Any]) -> None:
     """Ranks have different numbers of windows: three groups suffice, so one of four has none."""
@@ -106,6 +111,12 @@ def test_fewer_groups_than_ranks_are_refused(tmp_path: Path) -> None:
     )
     for error in errors:
         assert "groups_per_iteration=2 gives 3 ranks less than a group each" in error
+
+
+def test_labels_by_values_of_all_episodes_are_refused(tmp_path: Path) -> None:
+    errors = end(start(tmp_path / "ranks", 2, options=OPTIONS | {"label_source": "value"}))
+    for error in errors:
+        assert "label_source='value' compares the episodes of all groups" in error
 
 
 @pytest.mark.parametrize("victim", [0, 1])
