@@ -3,13 +3,10 @@
 import json
 import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
-from typing import Any
 
 import pytest
+from cfgrl_processes import cfgrl, wait_until
 
 from cfgrl_gym.algorithms.evaluation import EpisodeOutcome
 from cfgrl_gym.cli.outcome_log import OutcomeLog
@@ -21,28 +18,9 @@ EVAL = (
 OUTCOME = EpisodeOutcome(8, 3, True, 1.0, 96, False, 0.25)
 
 
-def cfgrl(*words: str, **options: Any) -> "subprocess.Popen[str]":
-    return subprocess.Popen(
-        [sys.executable, "-m", "cfgrl_gym", *words],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        **options,
-    )
-
-
 def lines(run: Path) -> list[str]:
     file = run / "episodes.jsonl"
     return file.read_text().splitlines() if file.is_file() else []
-
-
-def wait_for(count: int, run: Path, process: "subprocess.Popen[str]") -> None:
-    deadline = time.monotonic() + 240
-    while len(lines(run)) < 1 + count:
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def test_an_evaluation_that_is_interrupted_twice_equals_an_uninterrupted_one(
@@ -53,14 +31,14 @@ def test_an_evaluation_that_is_interrupted_twice_equals_an_uninterrupted_one(
     assert done.wait(300) == 0, done.communicate()
 
     first = cfgrl(*EVAL.split(), "--out", str(parts))
-    wait_for(3, parts, first)
+    wait_until(lambda: len(lines(parts)) >= 1 + 3, first)
     first.kill()
     first.wait()
     with (parts / "episodes.jsonl").open("a") as file:
         file.write('{"cfg_scale": 0.0, "ind')  # as a kill in the middle of a write leaves it
 
     second = cfgrl("eval", "--resume", str(parts), start_new_session=True)
-    wait_for(9, parts, second)  # in the second cfg_scale
+    wait_until(lambda: len(lines(parts)) >= 1 + 9, second)  # in the second cfg_scale
     os.killpg(second.pid, signal.SIGINT)
     assert second.wait(120) == 128 + signal.SIGINT
     said = second.communicate()[1]

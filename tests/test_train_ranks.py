@@ -7,13 +7,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
 import torch
+from cfgrl_processes import PATIENCE, wait_until
 
 from cfgrl_gym.algorithms.saving.checkpoints import CheckpointStore
 
@@ -24,7 +23,6 @@ TRAIN = (
     "--replay_iterations 1 --trainable expert --ema_decay 0.9 --init_states [0,1] "
     "--num_inference_steps 2 --eval_every 3 --eval_episodes 2 --seed 1"
 )
-PATIENCE = 300
 
 
 def torchrun(size: int, *words: str) -> "subprocess.Popen[str]":
@@ -47,14 +45,6 @@ def finish(process: "subprocess.Popen[str]") -> str:
         return process.communicate(timeout=PATIENCE)[0]
     finally:
         process.kill()
-
-
-def wait_until(happened: Callable[[], Any], process: "subprocess.Popen[str]") -> None:
-    deadline = time.monotonic() + PATIENCE
-    while not happened():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def trained(run: Path) -> dict[str, torch.Tensor]:

@@ -6,16 +6,14 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
 import torch
+from cfgrl_processes import cfgrl, wait_until
 
 from cfgrl_gym.algorithms.saving.checkpoints import CheckpointStore
 from cfgrl_gym.cli.stopping import Stopped, StopRequests
@@ -27,25 +25,6 @@ TRAIN = (
     "--replay_iterations 1 --trainable expert --ema_decay 0.9 --init_states [0,1] "
     "--num_inference_steps 2 --eval_every 3 --eval_episodes 1 --seed 1"
 )
-
-
-def cfgrl(*words: str, **options: Any) -> "subprocess.Popen[str]":
-    return subprocess.Popen(
-        [sys.executable, "-m", "cfgrl_gym", *words],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        **options,
-    )
-
-
-def wait_until(happened: Callable[[], Any], process: "subprocess.Popen[str]") -> None:
-    deadline = time.monotonic() + 240
-    while not happened():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def workers_of(process: "subprocess.Popen[str]") -> list[psutil.Process]:
