@@ -246,6 +246,21 @@ def test_switching_tasks_and_back_repeats_the_episode(two_tasks: LiberoEnv) -> N
     assert not np.array_equal(states[0], states[1])
 
 
+def test_an_environment_says_which_tasks_it_has_built_the_last_used_one_last() -> None:
+    with closing(LiberoEnv("libero_object", "all", image_size=16, settle_steps=0)) as env:
+        assert env.built_tasks == ()
+        for task in (0, 1, 2, 3):
+            env.reset(options={"task_id": task})
+        env.reset(options={"task_id": 1})
+        assert env.built_tasks == (0, 2, 3, 1)
+        simulator = env.simulator
+        env.reset(options={"task_id": 4})
+        assert env.built_tasks == (2, 3, 1, 4)
+        env.reset(options={"task_id": 1})
+        assert env.simulator is simulator
+        assert env.built_tasks == (2, 3, 4, 1)
+
+
 def test_all_means_every_task_of_the_suite_and_the_objects_they_share() -> None:
     every = LiberoEnv("libero_object", "all")
     assert every.task_ids == tuple(range(10))
