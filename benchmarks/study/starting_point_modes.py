@@ -7,11 +7,11 @@ basket at the end, by LIBERO's own predicate. Writes <out>/sft/policy and
 <results>/starting_point_modes.json; with --policy, that policy is only evaluated.
 
 No such policy comes with the package yet. The settings below gave success in 0, 2 and 4% of the
-states of tasks 0, 6 and 8, and another object in 2, 0 and 4%; task 8 alone, with 180 demonstrations,
-10% and 4%: the hand goes to one of the objects at once, and closes beside it. To practise grasps
-from there by CFGRL with a reward for any of the three objects (10 iterations of 128 episodes) took
-that reward from 17 to 75% of the training's episodes, but also made one object of them: the named
-one in 60% of the states, another in 6%.
+states of tasks 0, 6 and 8, and another object in 2, 0 and 4%; task 8 alone, with 180
+demonstrations, 10% and 4%: the hand goes to one of the objects at once, and closes beside it. To
+practise grasps from there by CFGRL with a reward for any of the three objects (10 iterations of
+128 episodes) took that reward from 17 to 75% of the training's episodes, but also made one object
+of them: the named one in 60% of the states, another in 6%.
 
     python benchmarks/study/starting_point_modes.py --help
 """
