@@ -45,6 +45,7 @@ from cfgrl_gym.algorithms.pi0.tokenizer import (
     tokenize,
 )
 from cfgrl_gym.algorithms.warm_start import WarmStartConfig, warm_start
+from cfgrl_gym.wrappers.prompt import encode_prompt
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 INSTRUCTIONS = ("pick up the can", "open the drawer", "close it")  # make_observation's
@@ -65,6 +66,18 @@ def noise(seed: int = 4) -> Tensor:
 
 def close(actual: Tensor, expected: Tensor, atol: float = 1e-5) -> None:
     torch.testing.assert_close(actual, expected, atol=atol, rtol=0)
+
+
+@pytest.mark.parametrize("cfg_scale", [0.0, 1.0, 2.0])
+def test_an_action_does_not_depend_on_the_instruction_beside_it(cfg_scale: float) -> None:
+    """Bit for bit, or an episode would depend on the tasks of the other environments."""
+    policy, longest = text_policy(), "put the white mug on the left plate and the mug on the right"
+    alone = policy.sample_actions(OBS, noise(), cfg_scale)
+    for beside in ("stop", longest, longest + " and the other one beside it"):
+        prompts = np.stack([encode_prompt(INSTRUCTIONS[0]), *[encode_prompt(beside)] * 2])
+        actions = policy.sample_actions({**OBS, "prompt": prompts}, noise(), cfg_scale)
+        assert torch.equal(actions[0], alone[0])
+        assert not torch.equal(actions[1], alone[1])
 
 
 @torch.no_grad()
