@@ -3,6 +3,7 @@
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from pi0_support import HORIZON, SIZES, PromptEnv, make_observation, make_policy
@@ -12,6 +13,7 @@ from cfgrl_gym.algorithms import CFGRL
 from cfgrl_gym.algorithms.flow import NULL
 from cfgrl_gym.algorithms.memory.prefix_cache import PrefixCache
 from cfgrl_gym.algorithms.pi0 import Pi0Policy
+from cfgrl_gym.wrappers.prompt import encode_prompt
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 PLENTY = 2**30
@@ -30,13 +32,13 @@ def count_vlm_passes(policy: Pi0Policy) -> list[int]:
     return batches
 
 
-def gradients(policy: Pi0Policy, prefix: Any) -> list[torch.Tensor]:
+def gradients(policy: Pi0Policy, prefix: Any, obs: Any = None) -> list[torch.Tensor]:
     t, noise = policy.draw_flow(3, torch.Generator().manual_seed(1))
     actions = torch.zeros(3, HORIZON, policy.action_width)
     is_pad = torch.zeros(3, HORIZON, dtype=torch.bool)
     policy.zero_grad()
     losses = policy.flow_matching_loss(
-        make_observation(), actions, is_pad, LABELS, t, noise, prefix
+        obs or make_observation(), actions, is_pad, LABELS, t, noise, prefix
     )
     losses.sum().backward()
     kept = [p.grad.clone() for p in policy.parameters() if p.grad is not None]
@@ -92,13 +94,20 @@ def test_prompts_of_different_lengths_share_a_batch() -> None:
     policy = make_policy(trainable="expert")
     memory = PrefixCache(policy, 0, PLENTY)
     obs, keys, room = make_observation(), [], [PLENTY]
+    longer = (
+        "pick up the can and " * 5 + "close it"
+    )  # than the 96 tokens that prompts are padded to
+    prompts = [encode_prompt(text) for text in ("open the drawer", longer, "close it")]
+    obs["prompt"] = np.stack(prompts)
     for i in range(3):
         one = {key: value[i : i + 1] for key, value in obs.items()}
         keys += memory.keep(policy.act(one).prefixes, 1)
         room.append(memory.free["host"])
     assert len({before - after for before, after in pairwise(room)}) > 1
     for a, b in zip(
-        gradients(policy, memory.recall(obs, keys, LABELS)), gradients(policy, None), strict=True
+        gradients(policy, memory.recall(obs, keys, LABELS), obs),
+        gradients(policy, None, obs),
+        strict=True,
     ):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
 
