@@ -1,6 +1,7 @@
 """`cfgrl` as a process of its own, and waiting for what it does."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -11,6 +12,8 @@ PATIENCE = 300  # seconds, on a busy machine
 
 
 def cfgrl(*words: str, **options: Any) -> "subprocess.Popen[str]":
+    # A shell's background jobs ignore Ctrl-C, and what they start would inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     return subprocess.Popen(
         [sys.executable, "-m", "cfgrl_gym", *words],
         stdout=subprocess.PIPE,
