@@ -34,15 +34,18 @@ class Assignment:
             self._built[index] = list(self._env.get_attr("built_tasks", [index])[0])
 
     def choose(self, index: int, starts: Iterable[Start]) -> int:
-        """Return which of these starts, one at least, suits an environment best.
+        """Return the place of the start that suits an environment best; 0 if there is none.
 
-        The task of that start counts as built there from now on.
+        The task of that start counts as built there from now on. Where nothing is known of what is
+        built, the starts aren't looked at.
         """
         if self._built is None:
             return 0
         first: dict[int | None, int] = {}
         for place, start in enumerate(starts):
             first.setdefault(start.task_id, place)
+        if not first:
+            return 0
         own = self._built[index]
         task = next((task for task in reversed(own) if task in first), None)
         if task is None:

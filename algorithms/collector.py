@@ -1,7 +1,7 @@
 """Runs the episodes of a plan on a `VecEnv` and keeps every environment busy."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from time import perf_counter
@@ -416,11 +416,12 @@ class Collector:
 
     def _take_next(self, index: int, pending: list[Episode]) -> Episode:
         """Take an environment's next episode out of these, one of those that are sure to count."""
+        return pending.pop(self.assignment.choose(index, self._sure_starts(pending)))
+
+    def _sure_starts(self, pending: list[Episode]) -> Iterator[Start]:
         certain = self.plan.certain(self.selection)
-        sure = list(takewhile(lambda episode: episode.group in certain, pending)) or pending[:1]
-        chosen = sure[self.assignment.choose(index, (episode.start for episode in sure))]
-        pending.remove(chosen)
-        return chosen
+        for episode in takewhile(lambda episode: episode.group in certain, pending):
+            yield episode.start
 
     def _begin_episode(self, index: int, row: Row | None) -> None:
         """Begin a planned episode in an environment that was just reset."""
