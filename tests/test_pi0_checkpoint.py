@@ -150,14 +150,18 @@ def test_wrong_checkpoints_are_refused(tmp_path: Path) -> None:
         restore(saved)
 
 
-def test_byte_tokenizer_pads_to_the_longest_and_marks_the_instruction() -> None:
+def test_byte_tokenizer_pads_to_a_fixed_length_and_marks_the_instruction() -> None:
+    """The same for every batch, so that a prompt's length doesn't depend on those beside it."""
     ids, mask, instruction = tokenize(["ab", "é"], ByteTokenizer(), torch.device("cpu"))
     a, b, newline = (3 + ord(c) for c in "ab\n")
-    assert ids.tolist() == [[2, a, b, newline], [2, 3 + 0xC3, 3 + 0xA9, newline]]
+    pad = [0] * 92
+    assert ids.tolist() == [[2, a, b, newline, *pad], [2, 3 + 0xC3, 3 + 0xA9, newline, *pad]]
     ids, mask, instruction = tokenize(["ab", ""], ByteTokenizer(), torch.device("cpu"))
-    assert ids[1].tolist() == [2, newline, 0, 0]
-    assert mask.tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
-    assert instruction.tolist() == [[0, 1, 1, 0], [0, 0, 0, 0]]
+    assert ids[1].tolist() == [2, newline, 0, 0, *pad]
+    assert mask.tolist() == [[1, 1, 1, 1, *pad], [1, 1, 0, 0, *pad]]
+    assert instruction.tolist() == [[0, 1, 1, 0, *pad], [0, 0, 0, 0, *pad]]
+    for text, length in (("x" * 94, 96), ("x" * 95, 192), ("x" * 200, 256)):
+        assert tokenize([text], ByteTokenizer(), torch.device("cpu"))[0].shape == (1, length)
 
 
 def test_too_long_prompts_are_cut_with_a_warning_and_keep_their_newline() -> None:
