@@ -1,12 +1,16 @@
 """Decides which weights a policy has: the optimizer's, their average, or the reference's."""
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any, TypeVar
 
 from cfgrl_gym.algorithms.guidance import CfgReference, check_choice
 from cfgrl_gym.algorithms.reference_weights import ReferenceWeights
 from cfgrl_gym.algorithms.saving.policy_state import PolicyState
 from cfgrl_gym.algorithms.weight_average import WeightAverage
+
+SelfWeights = TypeVar("SelfWeights", bound="ActingWeights")
 
 
 class ActingWeights(PolicyState):
@@ -84,3 +88,20 @@ class ActingWeights(PolicyState):
         if reference is None or not reference.held:
             return True
         return self.frozen_prefix and not reference.holds_frozen
+
+    def copy_to_train(self: SelfWeights) -> SelfWeights:
+        """Copy the policy and its optimizer for an update beside acting.
+
+        The weights that don't train are shared.
+        """
+        shared: dict[int, Any] = {id(p): p for p in self.parameters() if not p.requires_grad}
+        return copy.deepcopy(self, shared)
+
+    def take_over(self, trained: "ActingWeights") -> None:
+        """Take weights and optimizer state of a copy that was trained; `cfg_scale` stays."""
+        cfg_scale = self.cfg_scale
+        trained.set_training_mode(False)
+        self.set_training_mode(False)
+        self.load_state_dict(trained.state_dict())
+        self.optimizer.load_state_dict(trained.optimizer.state_dict())
+        self.cfg_scale = cfg_scale

@@ -133,6 +133,10 @@ class CFGRL(IterationLoop):
         environment that returns the observations inside a chunk (`observation_stride`)
     :param replay_iterations: learn from the windows of this many earlier iterations too, with the
         labels they had then. They are not saved: a loaded model begins without them
+    :param overlap: update while the next iteration's episodes are collected, by a policy that lacks
+        this update: worth it where simulation and update need different hardware. The update has a
+        copy of what trains and of the optimizer, and no prefixes from acting. An interrupted
+        training resumes exactly, and `learn` ends with the last update
     :param device_memory: GiB of the device's memory for policy, update and prefixes. None: all free
     :param prefix_memory: GiB of the host's memory for prefixes (what a frozen VLM computes of an
         observation) kept from acting to the update; those that find no room are computed again.
@@ -177,6 +181,7 @@ class CFGRL(IterationLoop):
         max_grad_norm: float = 1.0,
         window_stride: int | None = None,
         replay_iterations: int = 2,
+        overlap: bool = False,
         device_memory: float | None = None,
         prefix_memory: float | None = None,
         stats_window_size: int = 100,
@@ -213,6 +218,7 @@ class CFGRL(IterationLoop):
         self.gradient_accumulation_steps = gradient_accumulation_steps
         self.window_stride = window_stride
         self.replay_iterations = replay_iterations
+        self.overlap = overlap
         self.device_memory = device_memory
         self.prefix_memory = prefix_memory
         super().__init__(
@@ -236,6 +242,7 @@ class CFGRL(IterationLoop):
         self.statistics = EpisodeStatistics(stats_window_size)
         self.skipped_in_a_row = 0  # optimizer steps that weren't finite
         self.windows: WindowBatch | None = None  # what the next update learns from
+        self.untrained = False
         if _init_setup_model:
             check_env(self.env)
             self._setup_model()
@@ -259,6 +266,8 @@ class CFGRL(IterationLoop):
         check_label_source(self.label_source, self.policy)
         self.replay = Replay()
         self._prefixes = PrefixCache(self.policy)  # without room until `learn` has a plan
+        self._room = (0, 0)  # for prefixes, in bytes on a GPU and on the host
+        self._ranks_of_updates: Ranks | None = None  # in a thread of their own
         self._micro_batches = MicroBatches(self.batch_size)
 
     def _setup_learn(self, *arguments: Any, **kwargs: Any) -> tuple[int, BaseCallback]:
@@ -274,8 +283,17 @@ class CFGRL(IterationLoop):
             check_ranks(self.ranks, vars(self))
             check_agreement(self.ranks, self, iteration=self.iteration, tasks=init_states(env))
         self._micro_batches = plan_memory(
-            self._prefixes, self.batch_size, self.device_memory, self.prefix_memory, self.verbose
+            self._prefixes,
+            self.batch_size,
+            self.device_memory,
+            self.prefix_memory,
+            self.verbose,
+            copied=self.overlap,
         )
+        self._room = self._prefixes.room
+        if self.overlap:
+            self._prefixes.resize(0, 0)  # the update's copy of the model has them
+            self._ranks_of_updates = self._ranks_of_updates or self.ranks.apart()
         return super()._setup_learn(*arguments, **kwargs)
 
     @property
@@ -325,18 +343,22 @@ class CFGRL(IterationLoop):
         :return: False if the callback asked to stop
         """
         self.policy.set_training_mode(False)
-        self.windows = None
-        self.replay.keep_last(self.replay_iterations)
-        # The prefixes of replayed windows are computed again, as they are after a resumption: a
-        # prefix is rounded differently in another batch.
-        self._prefixes.keep_only(())
         with self.ranks.together():
             callback.on_rollout_start()
-        collector = self._collector(env, self.plan(env), snapshots=self.midway_groups > 0)
-        if not self.run_plan(collector, env, callback):
-            return False
-        with self.ranks.together():
-            return self._take(collector, env, callback)
+        behind = int(self.untrained)
+        with self.update_beside() as wait_for_update:
+            # The prefixes of replayed windows are computed again, as they are after a resumption: a
+            # prefix is rounded differently in another batch.
+            self._prefixes.keep_only(())
+            self.windows, self.untrained = None, False
+            collector = self._collector(env, self.plan(env), snapshots=self.midway_groups > 0)
+            if not self.run_plan(collector, env, callback):
+                return False
+            wait_for_update()
+            if self.overlap:
+                self._record({"rollout/updates_behind": behind})
+            with self.ranks.together():
+                return self._take(collector, env, callback)
 
     def _take(self, collector: Collector, env: VecEnv, callback: BaseCallback) -> bool:
         """Label the windows of the groups that were kept, and count the episodes."""
@@ -356,10 +378,12 @@ class CFGRL(IterationLoop):
         windows = join_windows(labelled) if labelled else None
         if any(self.ranks.gather(windows is not None)) and windows is None:
             windows = no_windows(self.policy)  # other ranks have some
+        self.replay.keep_last(self.replay_iterations)
         self.windows = None if windows is None else self.replay.add(windows)
         if self.windows is not None and self.positive_share == 1:
             optimal = bool((self.windows.labels == POSITIVE).any())
             self.windows = self.windows if any(self.ranks.gather(optimal)) else None
+        self.untrained = self.windows is not None
         self._prefixes.keep_only([] if windows is None else windows.prefix_keys.tolist())
         episodes = self._outcomes(collector)
         self.statistics.add(episodes)
@@ -382,6 +406,12 @@ class CFGRL(IterationLoop):
         """Return the outcomes of all ranks' episodes, in the order of the plan."""
         own = [episode.outcome for episode in collector.decided]
         return sorted(self.ranks.joined(own), key=lambda outcome: outcome.place)
+
+    def copy_to_train(self) -> "CFGRL":
+        trainer = super().copy_to_train()
+        trainer.ranks = self._ranks_of_updates or self.ranks.apart()
+        trainer._prefixes = PrefixCache(trainer.policy, *self._room)
+        return trainer
 
     def window_losses(self, batch: WindowBatch, t: Tensor, noise: Tensor) -> Tensor:
         """Return the mean square of v(x_t, t, o) - (noise - actions) of each window, (n,)."""

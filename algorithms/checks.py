@@ -36,6 +36,7 @@ _CHOICES = {
     "negatives": get_args(Negatives),
     "enable_dynamic_sampling": (True, False),
     "curriculum": (True, False),
+    "overlap": (True, False),
 }
 _PARAMETERS = (
     *(*_INTS, *_OPTIONAL_INTS, *_NUMBERS, *_OPTIONAL_NUMBERS, *_CHOICES),

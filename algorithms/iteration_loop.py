@@ -13,12 +13,11 @@ from stable_baselines3.common.utils import configure_logger
 from stable_baselines3.common.vec_env import VecEnv
 
 from cfgrl_gym.algorithms.collector import Collector
-from cfgrl_gym.algorithms.distributed.ranks import RankError, Ranks, RanksStopped
+from cfgrl_gym.algorithms.distributed.ranks import RankError, RanksStopped
+from cfgrl_gym.algorithms.overlap import UpdatesBeside
 from cfgrl_gym.algorithms.policies import FlowPolicy
-from cfgrl_gym.algorithms.saving.model_zip import PickleFreeSaving
 from cfgrl_gym.algorithms.vec_envs.left_alone import left_alone
 from cfgrl_gym.algorithms.vec_envs.supported import as_vec_env
-from cfgrl_gym.algorithms.windows import WindowBatch
 
 SelfLoop = TypeVar("SelfLoop", bound="IterationLoop")
 
@@ -46,16 +45,14 @@ class TimestepsBar(ProgressBarCallback):
         super()._on_training_end()
 
 
-class IterationLoop(PickleFreeSaving, OnPolicyAlgorithm):
+class IterationLoop(UpdatesBeside, OnPolicyAlgorithm):
     """Alternates between collecting episodes and one update with all of them.
 
     A subclass implements `collect_rollouts` and `train`.
     """
 
     policy: FlowPolicy  # type: ignore[assignment]
-    iteration: int  # iterations that are finished
-    windows: WindowBatch | None
-    ranks: Ranks  # the processes that share the work
+    overlap: bool
 
     _wrap_env = staticmethod(as_vec_env)
 
@@ -146,6 +143,8 @@ class IterationLoop(PickleFreeSaving, OnPolicyAlgorithm):
     def collect_rollouts(self, env: VecEnv, callback: BaseCallback) -> bool:  # type: ignore[override]
         """Run episodes and store in `windows` what `train` learns from, or None.
 
+        Where windows of before are `untrained`, update by them at the same time.
+
         :return: False if the callback asked to stop
         """
         raise NotImplementedError
@@ -187,13 +186,17 @@ class IterationLoop(PickleFreeSaving, OnPolicyAlgorithm):
                 break
             if self.windows is None:
                 self.logger.warn("no group taught anything; the update is skipped")
-            else:
+            elif not self.overlap:
                 self.train()
+                self.untrained = False
             self.iteration += 1
             iteration += 1
             if log_interval and iteration % log_interval == 0:
                 self.dump_logs(self.iteration)
-        if log_interval and iteration % log_interval != 0:
+        last_update = self.untrained
+        with self.update_beside():  # there is nothing left to collect
+            self.untrained = False
+        if log_interval and (last_update or iteration % log_interval != 0):
             self.dump_logs(self.iteration)
         callback.on_training_end()
         return self

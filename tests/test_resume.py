@@ -43,7 +43,7 @@ class Saving(BaseCallback):
         return True
 
 
-def make(**changed: Any) -> CFGRL:
+def make(kind: type[CFGRL] = CFGRL, **changed: Any) -> CFGRL:
     arguments: dict[str, Any] = {
         "rloo_batch_size": 4,
         "groups_per_iteration": 3,
@@ -56,7 +56,7 @@ def make(**changed: Any) -> CFGRL:
         "policy_kwargs": {"net_arch": [32], "ema_decay": 0.9},
         "device": "cpu",
     }
-    return CFGRL("MlpPolicy", vec(QueueEnv, 2), **(arguments | changed))
+    return kind("MlpPolicy", vec(QueueEnv, 2), **(arguments | changed))
 
 
 def go_on(folder: Path, iterations: int = ITERATIONS, **changed: Any) -> CFGRL:

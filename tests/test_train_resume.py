@@ -90,6 +90,35 @@ def test_train_resumes_after_kill_and_after_signals(tmp_path: Path) -> None:
     assert [e["results"] for e in evaluations[0]] == [e["results"] for e in evaluations[1]]
 
 
+def test_updates_beside_a_collection_resume_too(tmp_path: Path) -> None:
+    """With iterations of which the second begins with an update that waits in the checkpoint."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    options = [*TRAIN.replace("--eval_every 3 --eval_episodes 1 ", "").split(), "--overlap", "true"]
+    done = cfgrl(*options, "--out", str(whole))
+    assert done.wait(300) == 0, done.communicate()
+    for how, iteration in ((signal.SIGTERM, 1), (signal.SIGKILL, 2)):
+        there = parts.exists()
+        process = cfgrl(*(["train", "--resume"] if there else [*options, "--out"]), str(parts))
+        wait_until((parts / "checkpoints" / f"00000{iteration}").exists, process)
+        process.send_signal(how)
+        process.wait(120)
+        process.communicate()
+        assert CheckpointStore(parts / "checkpoints").iterations()[-1] == iteration
+    last = cfgrl("train", "--resume", str(parts))
+    assert last.wait(300) == 0, last.communicate()
+    for file in ("checkpoints/000003/model.pt", "policy/model.safetensors"):
+        assert (whole / file).read_bytes() == (parts / file).read_bytes()
+    rows = [
+        [json.loads(line) for line in (run / "progress.json").read_text().splitlines()]
+        for run in (whole, parts)
+    ]
+    assert [row["time/iterations"] for row in rows[1]] == [1, 2, 3, 3]
+    for one, other in zip(*rows, strict=True):
+        assert set(one) == set(other)
+        for key in one:
+            assert key.startswith("time/") or one[key] == other[key], key
+
+
 @pytest.mark.parametrize(("since", "iteration"), [("checkpoints/000001", 1), (".lock", 0)])
 def test_workers_that_keep_dying_end_train_with_its_state_saved(
     tmp_path: Path, since: str, iteration: int

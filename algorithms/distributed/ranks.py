@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -63,6 +63,13 @@ class Ranks:
             dist.get_world_size(),
             dist.group.WORLD if gloo else dist.new_group(backend="gloo"),
         )
+
+    def apart(self) -> "Ranks":
+        """Return the same ranks with a process group of its own, to be used by another thread.
+
+        All ranks have to call this, and in the same order.
+        """
+        return self if self.size == 1 else replace(self, host=dist.new_group(backend="gloo"))
 
     @property
     def first(self) -> bool:
@@ -146,6 +153,7 @@ class Ranks:
         if self.size == 1:
             return losses
         trained = [p for p in module.parameters() if p.requires_grad]
+        group = self.host if dist.get_backend() == "gloo" else None  # None: NCCL's
         # In one go with the losses, because a gradient that no rank has stays None.
         device = trained[0].device
         shared = torch.zeros(len(here) + len(trained), device=device)
@@ -153,7 +161,7 @@ class Ranks:
         has = [p.grad is not None for p in trained]
         shared[len(here) :] = torch.tensor(has, dtype=torch.float32)
         with reaching_others():
-            dist.all_reduce(shared)
+            dist.all_reduce(shared, group=group)
             somewhere = shared[len(here) :].tolist()
             trained = [p for p, ranks in zip(trained, somewhere, strict=True) if ranks]
             for parameter in trained:
@@ -161,7 +169,7 @@ class Ranks:
                     parameter.grad = torch.zeros_like(parameter)
             for bucket in _buckets([p.grad for p in trained if p.grad is not None]):
                 flat = torch.cat([gradient.flatten() for gradient in bucket])
-                dist.all_reduce(flat)
+                dist.all_reduce(flat, group=group)
                 sizes = [gradient.numel() for gradient in bucket]
                 for gradient, part in zip(bucket, flat.split(sizes), strict=True):
                     gradient.copy_(part.view_as(gradient))

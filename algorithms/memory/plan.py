@@ -2,9 +2,15 @@
 
 import warnings
 
-from cfgrl_gym.algorithms.memory.device import GIB, available_bytes, available_host_bytes
+from cfgrl_gym.algorithms.memory.device import (
+    GIB,
+    available_bytes,
+    available_host_bytes,
+    size_of,
+)
 from cfgrl_gym.algorithms.memory.micro_batches import MicroBatches
 from cfgrl_gym.algorithms.memory.prefix_cache import PrefixCache
+from cfgrl_gym.algorithms.policies import FlowPolicy
 
 
 def plan_memory(
@@ -13,6 +19,7 @@ def plan_memory(
     device_memory: float | None,
     prefix_memory: float | None,
     verbose: int,
+    copied: bool = False,
 ) -> MicroBatches:
     """Find micro-batches that fit, and resize the prefix cache to the memory that is left.
 
@@ -21,12 +28,15 @@ def plan_memory(
     :param device_memory: GiB of the device's memory to use; None: all that is free
     :param prefix_memory: GiB of the host's memory for prefixes; None: half of what is free
     :param verbose: 1 or more: print the plan
+    :param copied: an update has a copy of the policy beside it
     :raises MemoryError: the device can't hold an update
     """
     policy = prefixes.policy
     free = available_bytes(policy.device, policy)
     if device_memory is not None:
         free = min(free, int(device_memory * GIB))
+    if copied:
+        free -= _size_of_copy(policy)
     plan = policy.plan_update(batch_size, free)
     if plan.batch_size < batch_size:
         warnings.warn(
@@ -42,3 +52,11 @@ def plan_memory(
             f"{plan.needed / GIB:.2f} of {free / GIB:.2f} GiB; {prefixes}"
         )
     return MicroBatches(plan.batch_size)
+
+
+def _size_of_copy(policy: FlowPolicy) -> int:
+    """Return the bytes of what `copy_to_train` copies: weights that train, AdamW's two averages of
+    each, the moving average and guidance's reference."""
+    trained = size_of(p for p in policy.parameters() if p.requires_grad)
+    reference = 0 if policy.reference is None else policy.reference.size
+    return trained * (3 if policy.average is None else 4) + reference

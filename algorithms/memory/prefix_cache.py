@@ -46,6 +46,7 @@ class PrefixCache:
 
     def resize(self, device_bytes: int, host_bytes: int) -> None:
         """Drop all prefixes, and set the room on a GPU and in the host's memory."""
+        self.room = device_bytes, host_bytes
         self.free = {"device": device_bytes if self.on_gpu else 0, "host": host_bytes}
         self._kept: dict[Name, tuple[str, PrefixRow]] = {}
 

@@ -367,6 +367,11 @@ class Pi0Policy(FlowPolicy):
             two_prefixes=len({self.prefix_label(label) for label in BRANCHES}) > 1,
         )
 
+    def copy_to_train(self) -> "Pi0Policy":
+        copied = super().copy_to_train()
+        copied._branch_velocities = copied.model.branch_velocities  # compiled: this one's weights
+        return copied
+
     # Saving -----------------------------------------------------------------------------------
 
     def save_pretrained(self, folder: str | Path) -> None:

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_map
 
 from cfgrl_gym.algorithms.cfgrl import CFGRL
 from cfgrl_gym.algorithms.policies import FlowPolicy
-from cfgrl_gym.algorithms.windows import WindowBatch
+from cfgrl_gym.algorithms.windows import WindowBatch, join_windows
 from cfgrl_gym.whole_files import remove_folder, sha256, whole_file, whole_folder
 
 FORMAT = 1
@@ -60,7 +60,8 @@ class CheckpointStore:
         :raises OSError: it could not be written; the earlier ones are intact
         """
         folder = self.path(model.iteration)
-        recent = model.replay.of_all(model.ranks, model.replay_iterations)
+        iterations = model.replay_iterations + model.untrained  # the last still wait
+        recent = model.replay.of_all(model.ranks, iterations)
         if not model.ranks.first:
             return folder
         try:
@@ -116,6 +117,8 @@ def load_checkpoint(model: CFGRL, path: Path) -> dict[str, Any]:
     _set_generators(parts["generators"])
     batches = [_windows(batch, number) for number, batch in enumerate(replay)]
     model.replay.put(model.ranks, batches)
+    model.untrained = state.get("untrained", False)  # an earlier version wrote none
+    model.windows = join_windows(model.replay.batches) if model.untrained else None
     model.set_training_state(state)
     about: dict[str, Any] = state["about"]
     return about
@@ -159,6 +162,7 @@ def _write(folder: Path, model: CFGRL, recent: list[WindowBatch], about: dict[st
         "format": FORMAT,
         "files": {file.name: sha256(file) for file in sorted(folder.iterdir())},
         **model.training_state(),
+        "untrained": model.untrained,
         "about": about,
     }
     content = {"sha256": _digest_of(state), "state": state}

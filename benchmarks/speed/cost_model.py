@@ -136,10 +136,9 @@ def iteration(
     denoising = measured.denoising_steps * measured.expert_flop / 3  # a forward pass is a third
     act = chunks * (measured.prefix_flop + denoising) / (assumed.peak * assumed.acting)
     windows = chunks * (1 + training.replay)
-    again = chunks * training.replay * measured.prefix_flop / (assumed.peak * assumed.acting)
-    learn = (
-        training.epochs * windows * measured.expert_flop / (assumed.peak * assumed.updating) + again
-    )
+    prefixes = chunks * measured.prefix_flop / (assumed.peak * assumed.acting)
+    learn = training.epochs * windows * measured.expert_flop / (assumed.peak * assumed.updating)
+    learn += training.replay * prefixes
     steps = training.epochs * windows / training.batch
     # A ring's all-reduce sends 2 (N - 1) / N of the gradients from each rank.
     gradients = steps * 2 * (machine.gpus - 1) / machine.gpus * measured.trained_bytes
@@ -152,9 +151,12 @@ def iteration(
         "observations": observations / assumed.link if machine.elsewhere else 0.0,
     }
     whole = sum(seconds.values())
+    # With overlap, the update computes the new windows' prefixes too, and the GPU has both.
+    on_gpu = seconds["acting"] + seconds["update"] + prefixes / machine.gpus + seconds["gradients"]
+    collection = seconds["simulation"] + seconds["acting"] + seconds["observations"]
     return {
         "machine": machine.name,
-        "seconds": seconds | {"whole": whole},
+        "seconds": seconds | {"whole": whole, "whole with overlap": max(on_gpu, collection)},
         "bottleneck": max(seconds, key=seconds.__getitem__),
         "gpu_hours": whole * machine.gpus / 3600,
         "core_hours": work / 3600,

@@ -7,53 +7,18 @@ inference and update on several cores, which threads have as well: this is what 
     python benchmarks/speed/ranks.py    # about ten minutes on 2 cores
 """
 
-import json
-import os
-import subprocess
 import sys
 import tempfile
-from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from timing_common import arguments, write_timing
+from train_runs import train
 
 from cfgrl_gym.envs.rendering import processors
 
-COLUMNS = ("seconds_simulation", "seconds_inference", "seconds_update", "time_elapsed")
-
-
-def train(size: int, args: Any, folder: Path) -> list[dict[str, float]]:
-    """Train on so many ranks, and return the seconds of each iteration but the first."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    options = {
-        "policy": "libero_tiny",
-        "task_id": 8,
-        "n_envs": args.n_envs // size,
-        "groups_per_iteration": args.groups,
-        "rloo_batch_size": 4,
-        "enable_dynamic_sampling": "false",
-        "max_episode_steps": 160,
-        "max_iterations": 1 + args.iterations,
-        "video": "false",
-        "device": "cpu",
-        "seed": args.seed,
-        "out": folder,
-    }
-    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
-    subprocess.run(
-        [*launcher, "--nproc-per-node", str(size), "-m", "cfgrl_gym", "train", *words],
-        env=os.environ | {"OMP_NUM_THREADS": str(max(1, processors() // size))},
-        check=True,
-    )
-    lines = [json.loads(line) for line in (folder / "progress.json").read_text().splitlines()]
-    seconds = [{name: float(line[f"time/{name}"]) for name in COLUMNS} for line in lines]
-    iterations = []
-    for before, after in pairwise(seconds):
-        whole = after["time_elapsed"] - before["time_elapsed"]
-        iterations.append(after | {"whole": whole})
-    return iterations
+LAUNCHER = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
 
 
 def main() -> None:
@@ -70,7 +35,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for number in range(args.rounds):
             for size in args.sizes:
-                iterations = train(size, args, Path(folder, f"{size}-{number}"))
+                iterations = train(
+                    Path(folder, f"{size}-{number}"),
+                    threads=max(1, processors() // size),
+                    command=(*LAUNCHER, str(size), "-m", "cfgrl_gym"),
+                    n_envs=args.n_envs // size,
+                    groups_per_iteration=args.groups,
+                    max_iterations=1 + args.iterations,
+                    seed=args.seed,
+                )
                 runs.append({"ranks": size, "iterations": iterations})
     of_size = {
         size: median(i["whole"] for run in runs if run["ranks"] == size for i in run["iterations"])
