@@ -70,12 +70,12 @@ def test_options_beside_resume_and_other_folders_are_refused(tmp_path: Path) -> 
 
 def test_a_log_of_outcomes_gives_back_what_was_added(tmp_path: Path) -> None:
     file = tmp_path / "episodes.jsonl"
-    log = OutcomeLog(file, {"policy": "a1"})
+    log = OutcomeLog(file, "a1")
     log.adding(1.5)(7, OUTCOME)
-    assert OutcomeLog(file, {"policy": "a1"}).known(1.5) == {7: OUTCOME}
-    assert OutcomeLog(file, {"policy": "a1"}).known(1.0) == {}
+    assert OutcomeLog(file, "a1").known(1.5) == {7: OUTCOME}
+    assert OutcomeLog(file, "a1").known(1.0) == {}
     with pytest.raises(ValueError, match="began with another policy"):
-        OutcomeLog(file, {"policy": "b2"})
+        OutcomeLog(file, "b2")
 
 
 @pytest.mark.parametrize(
@@ -83,8 +83,17 @@ def test_a_log_of_outcomes_gives_back_what_was_added(tmp_path: Path) -> None:
 )
 def test_a_damaged_log_of_outcomes_is_refused(tmp_path: Path, line: str) -> None:
     file = tmp_path / "episodes.jsonl"
-    OutcomeLog(file, {"policy": "a1"})
+    OutcomeLog(file, "a1")
     with file.open("a") as stream:
         stream.write(line + "\n")
     with pytest.raises(ValueError, match="is damaged"):
-        OutcomeLog(file, {"policy": "a1"})
+        OutcomeLog(file, "a1")
+
+
+@pytest.mark.parametrize("first", ["[]", "7", "{}", "\x00"])
+def test_so_is_one_whose_first_line_is_damaged(tmp_path: Path, first: str) -> None:
+    file = tmp_path / "episodes.jsonl"
+    file.write_text(first + "\n")
+    with pytest.raises(ValueError, match="is damaged"):
+        OutcomeLog(file, "a1")
+    assert file.read_text() == first + "\n"

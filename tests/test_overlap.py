@@ -290,3 +290,4 @@ def test_pi0_learns_beside_a_collection_what_it_learns_after_it() -> None:
     for a, b in zip(beside.policy.parameters(), after.policy.parameters(), strict=True):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
     assert beside._n_updates == after._n_updates > 0
+    assert beside._prefixes.room == (0, 0)  # the copy has it, so that acting keeps none

@@ -79,7 +79,7 @@ def run(config: EvalConfig) -> Path:
         if not resume:
             create_folder(out, config)
         stack.enter_context(locked(out))
-        log = OutcomeLog(out / OUTCOMES_FILE, {"policy": digest(policy)})
+        log = OutcomeLog(out / OUTCOMES_FILE, digest(policy))
         about = f"chunks of {policy.chunk_size} actions, {env.num_envs} environment(s)"
         print(f"{about}, {policy.device}; results in {out}")
         try:
