@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 from cfgrl_gym.algorithms.checks import (
+    check_copies,
     check_curriculum,
     check_env,
     check_gives_snapshots,
@@ -279,6 +280,8 @@ class CFGRL(IterationLoop):
             check_gives_snapshots(env)
         if self.curriculum:
             check_curriculum(init_states(env))
+        if self.overlap:
+            check_copies(self.policy)
         if self.ranks.size > 1:
             check_ranks(self.ranks, vars(self))
             check_agreement(self.ranks, self, iteration=self.iteration, tasks=init_states(env))

@@ -193,6 +193,21 @@ def check_label_source(label_source: LabelSource, policy: FlowPolicy) -> None:
         )
 
 
+def check_copies(policy: FlowPolicy) -> None:
+    """Check that a copy of the policy can train beside it.
+
+    :raises ValueError: it can't be copied
+    """
+    try:
+        policy.copy_to_train()
+    except (TypeError, RuntimeError) as error:
+        raise ValueError(
+            f"overlap=True trains a copy of the policy, but this {type(policy).__name__} can't be "
+            f"copied ({error}); leave out of it what copy.deepcopy can't copy, such as locks, open "
+            "files and tensors with a gradient function, or use overlap=False"
+        ) from error
+
+
 def check_env(env: VecEnv | None) -> VecEnv:
     """Return the environment to learn in.
 

@@ -1,10 +1,11 @@
-"""Small environments for the tests of CFGRL, and how to make vectors of them."""
+"""Small environments for the tests of CFGRL, how to make vectors of them, and what is logged."""
 
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
+from stable_baselines3.common.logger import KVWriter
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv
 
@@ -111,3 +112,16 @@ class SeedEnv(gym.Env):
 def vec(env_class: type[gym.Env], n_envs: int = 1, **kwargs: Any) -> DummyVecEnv:
     """`n_envs` monitored environments in one process."""
     return DummyVecEnv([lambda: Monitor(env_class(**kwargs))] * n_envs)
+
+
+class Rows(KVWriter):
+    """Keeps each line of a log."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, Any]] = []
+
+    def write(self, key_values: dict[str, Any], key_excluded: Any, step: int = 0) -> None:
+        self.rows.append(dict(key_values))
+
+    def close(self) -> None:
+        pass

@@ -8,27 +8,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from cfgrl_envs import QueueEnv, vec
+from cfgrl_envs import QueueEnv, Rows, vec
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.logger import KVWriter, Logger
+from stable_baselines3.common.logger import Logger
 
 from cfgrl_gym.algorithms import CFGRL
 from cfgrl_gym.algorithms.saving.checkpoints import CheckpointStore, load_checkpoint
 
 STOP_AT = 60  # steps of the environments
-
-
-class Keep(KVWriter):
-    """Keeps what was logged of each iteration."""
-
-    def __init__(self) -> None:
-        self.logged: list[dict[str, Any]] = []
-
-    def write(self, key_values: dict[str, Any], key_excluded: Any, step: int = 0) -> None:
-        self.logged.append(dict(key_values))
-
-    def close(self) -> None:
-        pass
 
 
 class CountWindows(CFGRL):
@@ -75,8 +62,8 @@ def train(rank: int, folder: Path, given: dict[str, Any]) -> None:
     if "resume" in given:
         store = CheckpointStore(Path(given["resume"]))
         load_checkpoint(model, store.path(store.iterations()[-1]))
-    keep = Keep()
-    model.set_logger(Logger(None, [keep]))
+    log = Rows()
+    model.set_logger(Logger(None, [log]))
     model.learn(
         10**9,
         callback=Watch(folder, given.get("stop")),
@@ -86,7 +73,7 @@ def train(rank: int, folder: Path, given: dict[str, Any]) -> None:
     if "checkpoints" in given:
         CheckpointStore(Path(given["checkpoints"])).save(model)
     state = {"weights": model.policy.state_dict(), "training": model.training_state()}
-    more = {"logged": keep.logged, "windows": model.counts}
+    more = {"logged": log.rows, "windows": model.counts}
     torch.save(state | more, folder / f"rank{rank}.pt")
 
 

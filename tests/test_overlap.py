@@ -7,9 +7,10 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from cfgrl_envs import Rows
 from pi0_support import SIZES, PromptEnv, make_observation, make_policy
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.logger import KVWriter, Logger
+from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.vec_env import DummyVecEnv
 from test_resume import Saving, all_state, assert_equal_states, go_on, make
 
@@ -28,19 +29,6 @@ def weights(model: CFGRL) -> dict[str, torch.Tensor]:
 
 def without_average(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: value for name, value in state.items() if "average" not in name}
-
-
-class Rows(KVWriter):
-    """Keeps each line of the log."""
-
-    def __init__(self) -> None:
-        self.rows: list[dict[str, Any]] = []
-
-    def write(self, key_values: dict[str, Any], key_excluded: Any, step: int = 0) -> None:
-        self.rows.append(dict(key_values))
-
-    def close(self) -> None:
-        pass
 
 
 class SlowUpdate(CFGRL):
@@ -228,6 +216,14 @@ def test_references_are_taken_over(cfg_reference: str) -> None:
     one.policy.set_training_mode(False)
     assert any("reference" in name for name in weights(other))
     assert_equal_states(weights(one), weights(other))
+
+
+def test_a_policy_that_cannot_be_copied_is_refused_before_anything_runs() -> None:
+    model = make(overlap=True)
+    model.policy.lock = threading.Lock()
+    with pytest.raises(ValueError, match=r"this MlpPolicy can't be copied .* overlap=False"):
+        model.learn(10**6, max_iterations=1)
+    assert model.num_timesteps == 0
 
 
 def test_other_values_are_refused() -> None:

@@ -33,6 +33,21 @@ def workers_of(process: "subprocess.Popen[str]") -> list[psutil.Process]:
     return [worker for server in servers for worker in server.children()]
 
 
+def assert_equal_runs(whole: Path, parts: Path, iterations: list[int]) -> None:
+    """Policies, and logs whose lines are of these iterations."""
+    for file in ("checkpoints/000003/model.pt", "policy/model.safetensors"):
+        assert (whole / file).read_bytes() == (parts / file).read_bytes()
+    rows = [
+        [json.loads(line) for line in (run / "progress.json").read_text().splitlines()]
+        for run in (whole, parts)
+    ]
+    assert [row["time/iterations"] for row in rows[1]] == iterations
+    for one, other in zip(*rows, strict=True):
+        assert set(one) == set(other)
+        for key in one:
+            assert key.startswith("time/") or one[key] == other[key], key
+
+
 def test_train_resumes_after_kill_and_after_signals(tmp_path: Path) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     done = cfgrl(*TRAIN.split(), "--out", str(whole))
@@ -70,17 +85,7 @@ def test_train_resumes_after_kill_and_after_signals(tmp_path: Path) -> None:
 
     last = cfgrl("train", "--resume", str(parts))
     assert last.wait(300) == 0, last.communicate()
-    for file in ("checkpoints/000003/model.pt", "policy/model.safetensors"):
-        assert (whole / file).read_bytes() == (parts / file).read_bytes()
-    rows = [
-        [json.loads(line) for line in (run / "progress.json").read_text().splitlines()]
-        for run in (whole, parts)
-    ]
-    assert [row["time/iterations"] for row in rows[1]] == [1, 2, 3]
-    for one, other in zip(*rows, strict=True):
-        assert set(one) == set(other)
-        for key in one:
-            assert key.startswith("time/") or one[key] == other[key], key
+    assert_equal_runs(whole, parts, [1, 2, 3])
     assert len((parts / "progress.csv").read_text().splitlines()) == 1 + 3
     assert_events_once(parts)
     evaluations = [
@@ -106,17 +111,7 @@ def test_updates_beside_a_collection_resume_too(tmp_path: Path) -> None:
         assert CheckpointStore(parts / "checkpoints").iterations()[-1] == iteration
     last = cfgrl("train", "--resume", str(parts))
     assert last.wait(300) == 0, last.communicate()
-    for file in ("checkpoints/000003/model.pt", "policy/model.safetensors"):
-        assert (whole / file).read_bytes() == (parts / file).read_bytes()
-    rows = [
-        [json.loads(line) for line in (run / "progress.json").read_text().splitlines()]
-        for run in (whole, parts)
-    ]
-    assert [row["time/iterations"] for row in rows[1]] == [1, 2, 3, 3]
-    for one, other in zip(*rows, strict=True):
-        assert set(one) == set(other)
-        for key in one:
-            assert key.startswith("time/") or one[key] == other[key], key
+    assert_equal_runs(whole, parts, [1, 2, 3, 3])
 
 
 @pytest.mark.parametrize(("since", "iteration"), [("checkpoints/000001", 1), (".lock", 0)])
