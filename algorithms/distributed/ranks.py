@@ -1,5 +1,6 @@
 """The processes of torch.distributed that train one policy together."""
 
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -8,6 +9,11 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+if dist.is_available():
+    # To be imported before there is a process group, which its functions would keep for good as the
+    # default of their arguments: the first step of an optimizer imports it.
+    import torch.distributed.nn.functional
 
 T = TypeVar("T")
 BUCKET_BYTES = 2**25  # of gradients that are summed in one go, the size that torch's DDP takes
@@ -45,12 +51,14 @@ class Ranks:
 
     :param rank: number of this process
     :param size: number of processes
-    :param host: process group for what is on the host. None: there is a single rank
+    :param group: process group for what is on the host, which torch.distributed holds and this
+        doesn't: gloo's threads end with the last reference, and a process that ends before them
+        aborts where one still has a tensor. None: there is a single rank
     """
 
     rank: int = 0
     size: int = 1
-    host: Any = None
+    group: "weakref.ref[Any] | None" = None
 
     @classmethod
     def current(cls) -> "Ranks":
@@ -61,7 +69,7 @@ class Ranks:
         return cls(
             dist.get_rank(),
             dist.get_world_size(),
-            dist.group.WORLD if gloo else dist.new_group(backend="gloo"),
+            weakref.ref(dist.group.WORLD if gloo else dist.new_group(backend="gloo")),
         )
 
     def apart(self) -> "Ranks":
@@ -69,7 +77,20 @@ class Ranks:
 
         All ranks have to call this, and in the same order.
         """
-        return self if self.size == 1 else replace(self, host=dist.new_group(backend="gloo"))
+        if self.size == 1:
+            return self
+        return replace(self, group=weakref.ref(dist.new_group(backend="gloo")))
+
+    @property
+    def host(self) -> Any:
+        """Return the process group for what is on the host.
+
+        :raises RuntimeError: it was destroyed
+        """
+        group = None if self.group is None else self.group()
+        if group is None:
+            raise RuntimeError("the process group was destroyed; CFGRL needs it while it works")
+        return group
 
     @property
     def first(self) -> bool:
