@@ -296,7 +296,6 @@ class CFGRL(IterationLoop):
         self._room = self._prefixes.room
         if self.overlap:
             self._prefixes.resize(0, 0)  # the update's copy of the model has them
-            self._ranks_of_updates = self._ranks_of_updates or self.ranks.apart()
         return super()._setup_learn(*arguments, **kwargs)
 
     @property
@@ -386,7 +385,7 @@ class CFGRL(IterationLoop):
         if self.windows is not None and self.positive_share == 1:
             optimal = bool((self.windows.labels == POSITIVE).any())
             self.windows = self.windows if any(self.ranks.gather(optimal)) else None
-        self.untrained = self.windows is not None
+        self.untrained = self.overlap and self.windows is not None
         self._prefixes.keep_only([] if windows is None else windows.prefix_keys.tolist())
         episodes = self._outcomes(collector)
         self.statistics.add(episodes)
@@ -412,7 +411,8 @@ class CFGRL(IterationLoop):
 
     def copy_to_train(self) -> "CFGRL":
         trainer = super().copy_to_train()
-        trainer.ranks = self._ranks_of_updates or self.ranks.apart()
+        self._ranks_of_updates = self._ranks_of_updates or self.ranks.apart()
+        trainer.ranks = self._ranks_of_updates
         trainer._prefixes = PrefixCache(trainer.policy, *self._room)
         return trainer
 

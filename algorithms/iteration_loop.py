@@ -52,7 +52,6 @@ class IterationLoop(UpdatesBeside, OnPolicyAlgorithm):
     """
 
     policy: FlowPolicy  # type: ignore[assignment]
-    overlap: bool
 
     _wrap_env = staticmethod(as_vec_env)
 
@@ -186,9 +185,8 @@ class IterationLoop(UpdatesBeside, OnPolicyAlgorithm):
                 break
             if self.windows is None:
                 self.logger.warn("no group taught anything; the update is skipped")
-            elif not self.overlap:
+            elif not self.untrained:  # those wait for the next collection
                 self.train()
-                self.untrained = False
             self.iteration += 1
             iteration += 1
             if log_interval and iteration % log_interval == 0:

@@ -8,10 +8,10 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from cfgrl_envs import Rows
-from pi0_support import SIZES, PromptEnv, make_observation, make_policy
+from pi0_support import make_observation, make_policy
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Logger
-from stable_baselines3.common.vec_env import DummyVecEnv
+from test_prefix_cache import learn
 from test_resume import Saving, all_state, assert_equal_states, go_on, make
 
 from cfgrl_gym import CFGRL
@@ -265,23 +265,7 @@ def test_a_copy_of_pi0_shares_what_does_not_train_and_nothing_else(trainable: st
 
 def test_pi0_learns_beside_a_collection_what_it_learns_after_it() -> None:
     """With a frozen VLM, whose prefixes the update computes itself."""
-
-    def learn(**options: Any) -> CFGRL:
-        return CFGRL(
-            "Pi0Policy",
-            DummyVecEnv([PromptEnv] * 2),
-            rloo_batch_size=3,
-            groups_per_iteration=2,
-            enable_dynamic_sampling=False,
-            batch_size=16,
-            n_epochs=2,
-            seed=0,
-            device="cpu",
-            policy_kwargs={"sizes": SIZES, "trainable": "expert"},
-            **options,
-        ).learn(10**6, max_iterations=1)
-
-    beside, after = learn(overlap=True), learn(prefix_memory=0)
+    (beside, _), (after, _) = learn(overlap=True), learn(prefix_memory=0)
     after.policy.set_training_mode(False)
     for a, b in zip(beside.policy.parameters(), after.policy.parameters(), strict=True):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=0)

@@ -5,11 +5,14 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+from cfgrl_gym.algorithms.distributed.ranks import Ranks
 
 SCRIPT = Path(__file__).with_name("rank_process.py")
 OPTIONS = {
@@ -105,6 +108,15 @@ def test_ranks_with_different_settings_end_with_one_line(tmp_path: Path) -> None
     errors = end(start(tmp_path / "ranks", 2, of_rank={"1": {"n_epochs": 3}}))
     for error in errors:
         assert "ranks must have the same settings, but n_epochs is 2 and 3" in error
+
+
+def test_a_process_group_that_is_gone_is_not_taken_for_a_lost_rank() -> None:
+    class Group:
+        pass
+
+    gone = Ranks(0, 2, weakref.ref(Group()))
+    with pytest.raises(ValueError, match="the process group was destroyed"):
+        gone.gather(1)
 
 
 def test_fewer_groups_than_ranks_are_refused(tmp_path: Path) -> None:

@@ -85,11 +85,11 @@ class Ranks:
     def host(self) -> Any:
         """Return the process group for what is on the host.
 
-        :raises RuntimeError: it was destroyed
+        :raises ValueError: it was destroyed
         """
         group = None if self.group is None else self.group()
         if group is None:
-            raise RuntimeError("the process group was destroyed; CFGRL needs it while it works")
+            raise ValueError("the process group was destroyed; CFGRL needs it while it works")
         return group
 
     @property
