@@ -1,9 +1,12 @@
 """Decides which weights a policy has: the optimizer's, their average, or the reference's."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
 
 from cfgrl_gym.algorithms.guidance import CfgReference, check_choice
 from cfgrl_gym.algorithms.reference_weights import ReferenceWeights
@@ -89,13 +92,33 @@ class ActingWeights(PolicyState):
             return True
         return self.frozen_prefix and not reference.holds_frozen
 
-    def copy_to_train(self: SelfWeights) -> SelfWeights:
+    def copy_to_train(self: SelfWeights, *, bare: bool = False) -> SelfWeights:
         """Copy the policy and its optimizer for an update beside acting.
 
         The weights that don't train are shared.
+
+        :param bare: leave out optimizer, average and reference
         """
         shared: dict[int, Any] = {id(p): p for p in self.parameters() if not p.requires_grad}
+        if bare:
+            shared |= {id(each): None for each in (self.optimizer, self.average, self.reference)}
         return copy.deepcopy(self, shared)
+
+    def take_weights(self, weights: Iterable[tuple[str, Tensor]], reference: bool) -> None:
+        """Take these values, one after the other, for tensors of the state that acting has.
+
+        :param weights: by their names in the state dict
+        :param reference: some are of a reference, which may not be held yet
+        """
+        self.set_training_mode(False)
+        if self.average is not None:
+            self.average.begin()
+        if reference and self.reference is not None:
+            self.reference.take()
+        own = self.state_dict()
+        with torch.no_grad():
+            for name, value in weights:
+                own[name].copy_(value)
 
     def take_over(self, trained: "ActingWeights") -> None:
         """Take weights and optimizer state of a copy that was trained; `cfg_scale` stays."""

@@ -1,6 +1,8 @@
 """Implements CFGRL, reinforcement learning by guidance, as an SB3 algorithm."""
 
-from collections.abc import Sequence
+import gc
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from time import perf_counter
 from typing import Any, ClassVar
@@ -19,6 +21,7 @@ from cfgrl_gym.algorithms.checks import (
     check_copies,
     check_curriculum,
     check_env,
+    check_fsdp,
     check_gives_snapshots,
     check_label_source,
     check_parameters,
@@ -31,6 +34,13 @@ from cfgrl_gym.algorithms.collector import Collector, Episode, Outcome
 from cfgrl_gym.algorithms.distributed.agreement import check_agreement
 from cfgrl_gym.algorithms.distributed.layout import Layout
 from cfgrl_gym.algorithms.distributed.ranks import Ranks
+from cfgrl_gym.algorithms.distributed.shards import (
+    backward_together,
+    is_sharded,
+    keep_state_on_host,
+    sharded,
+    whole,
+)
 from cfgrl_gym.algorithms.flow import POSITIVE
 from cfgrl_gym.algorithms.groups import (
     MIDWAY,
@@ -62,9 +72,9 @@ from cfgrl_gym.algorithms.vec_envs.supported import init_states
 from cfgrl_gym.algorithms.windows import (
     Replay,
     WindowBatch,
+    blank_windows,
     join_windows,
     label_windows,
-    no_windows,
 )
 
 # What SB3 would need for a value function, an entropy bonus and exploration noise.
@@ -138,6 +148,9 @@ class CFGRL(IterationLoop):
         this update: worth it where simulation and update need different hardware. The update has a
         copy of what trains and of the optimizer, and no prefixes from acting. An interrupted
         training resumes exactly, and `learn` ends with the last update
+    :param fsdp: with several ranks, update a copy of what trains of which each rank has only its
+        share (FSDP2): of weights, gradients, optimizer state, average and reference. For
+        `trainable="all"` at full size. The whole policy acts on every rank all the same
     :param device_memory: GiB of the device's memory for policy, update and prefixes. None: all free
     :param prefix_memory: GiB of the host's memory for prefixes (what a frozen VLM computes of an
         observation) kept from acting to the update; those that find no room are computed again.
@@ -183,6 +196,7 @@ class CFGRL(IterationLoop):
         window_stride: int | None = None,
         replay_iterations: int = 2,
         overlap: bool = False,
+        fsdp: bool = False,
         device_memory: float | None = None,
         prefix_memory: float | None = None,
         stats_window_size: int = 100,
@@ -220,6 +234,7 @@ class CFGRL(IterationLoop):
         self.window_stride = window_stride
         self.replay_iterations = replay_iterations
         self.overlap = overlap
+        self.fsdp = fsdp
         self.device_memory = device_memory
         self.prefix_memory = prefix_memory
         super().__init__(
@@ -268,7 +283,7 @@ class CFGRL(IterationLoop):
         self.replay = Replay()
         self._prefixes = PrefixCache(self.policy)  # without room until `learn` has a plan
         self._room = (0, 0)  # for prefixes, in bytes on a GPU and on the host
-        self._ranks_of_updates: Ranks | None = None  # in a thread of their own
+        self._ranks_of_updates: Ranks | None = None  # with a process group of their own
         self._micro_batches = MicroBatches(self.batch_size)
 
     def _setup_learn(self, *arguments: Any, **kwargs: Any) -> tuple[int, BaseCallback]:
@@ -281,10 +296,16 @@ class CFGRL(IterationLoop):
         if self.curriculum:
             check_curriculum(init_states(env))
         if self.overlap:
-            check_copies(self.policy)
+            check_copies(self.policy, "overlap")
         if self.ranks.size > 1:
             check_ranks(self.ranks, vars(self))
-            check_agreement(self.ranks, self, iteration=self.iteration, tasks=init_states(env))
+            same: dict[str, Any] = {"iteration": self.iteration, "tasks": init_states(env)}
+            if self.fsdp:
+                check_fsdp(self.policy, self.overlap)
+                keep_state_on_host(self.policy.optimizer, self.ranks)
+            else:  # the first rank has all of it, if there was an update with fsdp
+                same["the size of the optimizer's state"] = len(self.policy.optimizer.state)
+            check_agreement(self.ranks, self, **same)
         self._micro_batches = plan_memory(
             self._prefixes,
             self.batch_size,
@@ -292,6 +313,7 @@ class CFGRL(IterationLoop):
             self.prefix_memory,
             self.verbose,
             copied=self.overlap,
+            ranks=self.ranks.size if self.fsdp else 1,
         )
         self._room = self._prefixes.room
         if self.overlap:
@@ -379,7 +401,7 @@ class CFGRL(IterationLoop):
         labelled = [part for part in parts if part is not None]
         windows = join_windows(labelled) if labelled else None
         if any(self.ranks.gather(windows is not None)) and windows is None:
-            windows = no_windows(self.policy)  # other ranks have some
+            windows = blank_windows(self.policy, 0)  # other ranks have some
         self.replay.keep_last(self.replay_iterations)
         self.windows = None if windows is None else self.replay.add(windows)
         if self.windows is not None and self.positive_share == 1:
@@ -411,10 +433,13 @@ class CFGRL(IterationLoop):
 
     def copy_to_train(self) -> "CFGRL":
         trainer = super().copy_to_train()
-        self._ranks_of_updates = self._ranks_of_updates or self.ranks.apart()
-        trainer.ranks = self._ranks_of_updates
+        trainer.ranks = self._ranks_apart()
         trainer._prefixes = PrefixCache(trainer.policy, *self._room)
         return trainer
+
+    def _ranks_apart(self) -> Ranks:
+        self._ranks_of_updates = self._ranks_of_updates or self.ranks.apart()
+        return self._ranks_of_updates
 
     def window_losses(self, batch: WindowBatch, t: Tensor, noise: Tensor) -> Tensor:
         """Return the mean square of v(x_t, t, o) - (noise - actions) of each window, (n,)."""
@@ -426,15 +451,50 @@ class CFGRL(IterationLoop):
         if self.windows is None:
             raise RuntimeError("there are no windows to learn from; call learn, which collects")
         began = perf_counter()
-        policy, windows = self.policy, self.windows
+        generator = self.randomness.generator(UPDATE, self.iteration)
+        layout = Layout.of(self.ranks, self.windows.labels, self.replay)
+        metrics = UpdateMetrics(self.skipped_in_a_row)
+        with self._shared():
+            drawn = self._optimize(self.windows, layout, metrics, generator)
+        self.skipped_in_a_row = metrics.skipped_in_a_row
+        gap = self._guidance_gap(self.windows, layout, drawn, generator)
+        self._record(metrics.summary() | {"train/guidance_gap": gap})
+        self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
+        self.logger.record("time/seconds_update", perf_counter() - began)
+
+    @contextmanager
+    def _shared(self) -> Iterator[None]:
+        """Inside, with `fsdp`, have a policy of which each of several ranks has a share."""
+        if not self.fsdp or self.ranks.size == 1:
+            yield
+            return
+        policy = self.policy
+        # A group of its own, because DTensor's caches keep it for good.
+        ranks = self._ranks_apart()
+        try:
+            with sharded(policy, ranks) as self.policy:
+                yield
+        finally:
+            self.policy = policy
+            gc.collect()  # FSDP's cycles, which hold all that the shares take
+
+    def _optimize(
+        self,
+        windows: WindowBatch,
+        layout: Layout,
+        metrics: UpdateMetrics,
+        generator: torch.Generator,
+    ) -> Tensor:
+        """Make the optimizer steps of an update.
+
+        :return: the windows drawn in the last epoch, as indices in the whole order
+        """
+        policy = self.policy
         policy.before_update()
         policy.set_training_mode(True)
         self._update_learning_rate(policy.optimizer)
-        generator = self.randomness.generator(UPDATE, self.iteration)
         dropout = self.dropout_prob if self.null_rate is None else 0.0
         size = self.batch_size * self.gradient_accumulation_steps
-        metrics = UpdateMetrics(self.skipped_in_a_row)
-        layout = Layout.of(self.ranks, windows.labels, self.replay)
 
         for _ in range(self.n_epochs):
             epoch = draw_epoch(layout.labels, self.positive_share, self.null_rate, generator)
@@ -443,30 +503,40 @@ class CFGRL(IterationLoop):
                 t, noise = policy.draw_flow(len(indices), generator)
                 here, rows = layout.find(indices)
                 batch = replace(windows[rows], labels=labels[here])
-                samples = batch, t[here], noise[here]
-                losses = self._micro_batches.backward(
-                    policy.optimizer, self.window_losses, *samples, batch_size=len(indices)
-                )
+                losses = self._backward((batch, t[here], noise[here]), len(indices))
                 losses = self.ranks.sum_gradients(policy, losses, here)
-                norm = clip_grad_norm_(policy.parameters(), self.max_grad_norm)
+                norm = whole(clip_grad_norm_(policy.parameters(), self.max_grad_norm))
                 if metrics.is_sound(losses, norm):
                     policy.optimizer.step()
                     policy.after_optimizer_step()
                     metrics.add(losses, norm, drawn, labels)
                     self._n_updates += 1
+        return epoch[0]
 
-        self.skipped_in_a_row = metrics.skipped_in_a_row
-        here, rows = layout.find(epoch[0][: min(self.ranks.gather(self._micro_batches.size))])
-        t, noise = policy.draw_flow(len(here), generator)
-        probe = windows[rows]
-        known = self._prefixes.recall_branches(probe.observations, probe.prefix_keys)
-        gaps = policy.guidance_gap(
-            probe.observations, probe.model_actions, t[here], noise[here], known
+    def _backward(self, samples: tuple[WindowBatch, Tensor, Tensor], batch_size: int) -> Tensor:
+        """Compute the gradients of this rank's samples of a batch, and return their losses."""
+        of_step = self.policy.optimizer, self.window_losses
+        if not is_sharded(self.policy):
+            return self._micro_batches.backward(*of_step, *samples, batch_size=batch_size)
+        blank = blank_windows(self.policy, 1), *self.policy.draw_flow(1, torch.Generator())
+        return backward_together(
+            self.ranks, self._micro_batches.size, *of_step, samples, blank, batch_size
         )
-        gap = torch.cat(self.ranks.gather(gaps)).mean().item()
-        self._record(metrics.summary() | {"train/guidance_gap": gap})
-        self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
-        self.logger.record("time/seconds_update", perf_counter() - began)
+
+    def _guidance_gap(
+        self, windows: WindowBatch, layout: Layout, drawn: Tensor, generator: torch.Generator
+    ) -> float:
+        """Return the mean distance between guidance's branches on a few of the drawn windows."""
+        here, rows = layout.find(drawn[: min(self.ranks.gather(self._micro_batches.size))])
+        t, noise = self.policy.draw_flow(len(here), generator)
+        gaps = torch.empty(0)
+        if len(rows):
+            probe = windows[rows]
+            known = self._prefixes.recall_branches(probe.observations, probe.prefix_keys)
+            gaps = self.policy.guidance_gap(
+                probe.observations, probe.model_actions, t[here], noise[here], known
+            )
+        return torch.cat(self.ranks.gather(gaps.cpu())).mean().item()
 
     def _record(self, metrics: dict[str, float]) -> None:
         for name, value in metrics.items():

@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, get_args
 
 import numpy as np
+import torch
+import torch.distributed as dist
 from stable_baselines3.common.policies import BaseModel, BasePolicy
 from stable_baselines3.common.vec_env import VecEnv
 
@@ -37,6 +39,7 @@ _CHOICES = {
     "enable_dynamic_sampling": (True, False),
     "curriculum": (True, False),
     "overlap": (True, False),
+    "fsdp": (True, False),
 }
 _PARAMETERS = (
     *(*_INTS, *_OPTIONAL_INTS, *_NUMBERS, *_OPTIONAL_NUMBERS, *_CHOICES),
@@ -193,19 +196,40 @@ def check_label_source(label_source: LabelSource, policy: FlowPolicy) -> None:
         )
 
 
-def check_copies(policy: FlowPolicy) -> None:
-    """Check that a copy of the policy can train beside it.
+def check_copies(policy: FlowPolicy, option: str) -> None:
+    """Check that a copy of the policy can train in its place.
 
+    :param option: that wants it
     :raises ValueError: it can't be copied
     """
     try:
-        policy.copy_to_train()
+        policy.copy_to_train(bare=option == "fsdp")
     except (TypeError, RuntimeError) as error:
         raise ValueError(
-            f"overlap=True trains a copy of the policy, but this {type(policy).__name__} can't be "
+            f"{option}=True trains a copy of the policy, but this {type(policy).__name__} can't be "
             f"copied ({error}); leave out of it what copy.deepcopy can't copy, such as locks, open "
-            "files and tensors with a gradient function, or use overlap=False"
+            f"files and tensors with a gradient function, or use {option}=False"
         ) from error
+
+
+def check_fsdp(policy: FlowPolicy, overlap: bool) -> None:
+    """Check that several ranks can share what an update of this policy trains.
+
+    :raises ValueError: they can't
+    """
+    scalars = [n for n, p in policy.named_parameters() if p.requires_grad and p.ndim == 0]
+    if overlap:
+        why = "overlap=True keeps a second copy of the whole policy, which fsdp is to avoid"
+    elif policy.device.type == "cuda" and dist.get_backend() == "gloo":
+        why = "on GPUs it needs dist.init_process_group('nccl')"
+    elif isinstance(policy.optimizer, torch.optim.Adafactor):
+        why = "Adafactor's state can't be shared out as the weights are; take torch.optim.AdamW"
+    elif scalars:
+        why = f"a parameter needs a dimension to be shared out along, which {scalars[0]} lacks"
+    else:
+        check_copies(policy, "fsdp")
+        return
+    raise ValueError(f"fsdp=True doesn't work here: {why}. Or leave fsdp out")
 
 
 def check_env(env: VecEnv | None) -> VecEnv:

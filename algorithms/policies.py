@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from gymnasium import spaces
 from stable_baselines3.common.type_aliases import Schedule
-from torch import Tensor
+from torch import Tensor, nn
 
 from cfgrl_gym.algorithms.acting_weights import ActingWeights
 from cfgrl_gym.algorithms.flow import (
@@ -393,6 +393,13 @@ class FlowPolicy(ActingWeights):
         with self.autocast():
             v = self.velocity(inputs, interpolate(actions, noise, t), t, labels, prefix)
         return masked_mse(v.float(), noise - actions, is_pad, self.action_dim)
+
+    def fsdp_units(self) -> list[nn.Module]:
+        """Return modules whose weights FSDP gathers only while they are called, each apart.
+
+        All other weights that train are gathered for the whole of `flow_matching_loss`.
+        """
+        return []
 
     def plan_update(self, batch_size: int, free: int) -> UpdatePlan:
         """Plan how an update fits the device; this base class makes no estimate.

@@ -33,6 +33,10 @@ class WeightAverage(WeightCopies):
         for name in self.trained:
             self.copy(name)
 
+    def begin(self) -> None:
+        """Let the average differ from the weights from now on, as after a step."""
+        self._begun = True
+
     @torch.no_grad()
     def update(self) -> None:
         """Move the average towards the optimizer's weights.
@@ -41,7 +45,7 @@ class WeightAverage(WeightCopies):
         """
         if self.in_use:
             raise RuntimeError("weights are averaged in training mode: set_training_mode(True)")
-        self._begun = True
+        self.begin()
         pairs = self.pairs()
         parameters = [parameter.detach() for parameter, _ in pairs]
         self._update([copy for _, copy in pairs], parameters, None)

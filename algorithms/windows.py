@@ -14,6 +14,7 @@ from torch import Tensor
 
 from cfgrl_gym.algorithms.collector import Chunk, Episode, Row, stack
 from cfgrl_gym.algorithms.distributed.ranks import ALONE, Ranks
+from cfgrl_gym.algorithms.flow import NULL
 from cfgrl_gym.algorithms.labels import Labelling, group_advantages, label_advantages
 from cfgrl_gym.algorithms.policies import FlowPolicy
 from cfgrl_gym.algorithms.value import ValueData, ValueSource
@@ -111,18 +112,21 @@ def join_windows(batches: Sequence[WindowBatch]) -> WindowBatch:
     )
 
 
-def no_windows(policy: FlowPolicy) -> WindowBatch:
-    """Make a batch without windows, for a rank of several that has none."""
+def blank_windows(policy: FlowPolicy, count: int) -> WindowBatch:
+    """Make so many windows of zeros, labelled ∅: none for a rank of several that has none, one
+    where a rank has to compute with others but has nothing to compute."""
 
-    def empty(space: spaces.Space) -> Any:
+    def blank(space: spaces.Space) -> Any:
         if isinstance(space, spaces.Dict):
-            return {key: empty(sub) for key, sub in space.items()}
-        return np.empty((0, *(space.shape or ())), space.dtype)
+            return {key: blank(sub) for key, sub in space.items()}
+        return np.zeros((count, *(space.shape or ())), space.dtype)
 
-    none = torch.empty(0, dtype=torch.int64)
-    actions = torch.empty(0, policy.horizon, policy.action_width)
-    is_pad = torch.empty(0, policy.horizon, dtype=torch.bool)
-    return WindowBatch(empty(policy.observation_space), actions, is_pad, none, none, none)
+    null = torch.full((count,), NULL)
+    keys = torch.full((count,), torch.iinfo(torch.int64).min)  # no other window's
+    actions = torch.zeros(count, policy.horizon, policy.action_width)
+    is_pad = torch.zeros(count, policy.horizon, dtype=torch.bool)
+    groups = torch.zeros(count, dtype=torch.int64)
+    return WindowBatch(blank(policy.observation_space), actions, is_pad, null, keys, groups)
 
 
 class Replay:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from cfgrl_envs import QueueEnv, Rows, vec
+from pi0_support import SIZES, PromptEnv
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Logger
 
@@ -21,9 +23,16 @@ STOP_AT = 60  # steps of the environments
 class CountWindows(CFGRL):
     counts: list[int]  # of each update, on this rank
 
+    dies_in_update = False
+
     def train(self) -> None:
         super().train()
         self.counts = [*getattr(self, "counts", ()), len(self.windows)]
+
+    def window_losses(self, *arguments: Any) -> torch.Tensor:
+        if self.dies_in_update and self._n_updates:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().window_losses(*arguments)
 
 
 class Watch(BaseCallback):
@@ -53,14 +62,24 @@ def main(rank: int, size: int, folder: Path, given: dict[str, Any]) -> None:
     finally:
         dist.destroy_process_group()
     # Those that outlive the interpreter sometimes abort: "terminate called without an active
-    # exception". They end with the last reference to the group.
+    # exception". They end with the last reference to the group; that of FSDP's, idle since the
+    # update, stays in DTensor's caches.
     names = [file.read_text() for file in Path("/proc/self/task").glob("*/comm")]
-    assert not any("gloo_runloop" in name for name in names), names
+    of_fsdp = 2 if given["options"].get("fsdp") else 0
+    assert sum("gloo_runloop" in name for name in names) <= of_fsdp, names
 
 
 def train(rank: int, folder: Path, given: dict[str, Any]) -> None:
     options = given["options"] | given.get("of_rank", {}).get(str(rank), {})
-    model = CountWindows("MlpPolicy", vec(QueueEnv, 3), device="cpu", **options)
+    if "optimizer" in options:
+        kind = getattr(torch.optim, options.pop("optimizer"))
+        options["policy_kwargs"] = options["policy_kwargs"] | {"optimizer_class": kind}
+    if "pi0" in given:
+        options["policy_kwargs"] = {"sizes": SIZES, "ema_decay": 0.9} | given["pi0"]
+        model = CountWindows("Pi0Policy", vec(PromptEnv, 3), device="cpu", **options)
+    else:
+        model = CountWindows("MlpPolicy", vec(QueueEnv, 3), device="cpu", **options)
+    model.dies_in_update = rank == given.get("dies_in_update")
     if "resume" in given:
         store = CheckpointStore(Path(given["resume"]))
         load_checkpoint(model, store.path(store.iterations()[-1]))
@@ -75,7 +94,8 @@ def train(rank: int, folder: Path, given: dict[str, Any]) -> None:
     if "checkpoints" in given:
         CheckpointStore(Path(given["checkpoints"])).save(model)
     state = {"weights": model.policy.state_dict(), "training": model.training_state()}
-    more = {"logged": log.rows, "windows": model.counts}
+    optimizer = model.policy.optimizer.state_dict()["state"]
+    more = {"logged": log.rows, "windows": model.counts, "optimizer": optimizer}
     torch.save(state | more, folder / f"rank{rank}.pt")
 
 

@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 import torch
 from pi0_support import make_policy
+from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from cfgrl_gym.algorithms.memory.device import available_bytes
+from cfgrl_gym.algorithms.memory.plan import saved_by_sharing
 from cfgrl_gym.algorithms.pi0 import Pi0Policy, TinySizes
 from cfgrl_gym.algorithms.pi0.condition import Pi0CFGRLConfig
 from cfgrl_gym.algorithms.pi0.lora import add_lora
@@ -269,3 +271,20 @@ def test_what_a_model_occupies_is_there_for_it(monkeypatch: pytest.MonkeyPatch) 
     layer = torch.nn.Linear(10, 10, bias=False)
     assert available_bytes(torch.device("cpu"), layer) == 1000 + 400
     assert available_bytes(torch.device("cpu"), layer.to("meta")) == 1000
+
+
+def test_shares_save_what_is_not_gathered_or_copied() -> None:
+    """1,024 bytes train, 256 of them in a unit; ranks hold a fourth of five times as much."""
+    unit = nn.Linear(8, 8, bias=False)
+    module = nn.Sequential(
+        unit, nn.Linear(8, 24, bias=False), nn.Linear(9, 9).requires_grad_(False)
+    )
+    gradients_and_averages, gathered = 3 * 1024, (1024 - 256) + 2 * 256
+    expected = gradients_and_averages - 5 * 1024 // 4 - 2 * gathered
+    assert saved_by_sharing(module, [unit], copied=4 * 1024, ranks=4) == expected
+
+
+def test_pi0_gathers_apart_what_is_large(full_size: Pi0ForCFGRL) -> None:
+    apart = {id(p) for unit in full_size.fsdp_units() for p in unit.parameters()}
+    sizes = [p.numel() for p in full_size.parameters() if id(p) not in apart]
+    assert sum(sizes) < 0.1 * sum(p.numel() for p in full_size.parameters())

@@ -98,6 +98,15 @@ def test_accelerate_launch_does_what_torchrun_does(whole: Path, tmp_path: Path) 
     assert all(torch.equal(weights[name], value) for name, value in trained(whole).items())
 
 
+def test_fsdp_trains_the_same(whole: Path, tmp_path: Path) -> None:
+    process = torchrun(2, *TRAIN.split(), "--fsdp", "true", "--out", str(tmp_path / "run"))
+    output = finish(process)
+    assert process.returncode == 0, output
+    weights = trained(tmp_path / "run")
+    for name, value in trained(whole).items():
+        assert (value.double() - weights[name].double()).abs().max().item() <= 1e-5, name
+
+
 @pytest.mark.parametrize(("victim", "size"), [(0, 2), (1, 1)])
 def test_a_killed_rank_ends_the_run_which_goes_on(
     whole: Path, tmp_path: Path, victim: int, size: int

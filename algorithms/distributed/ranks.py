@@ -14,6 +14,7 @@ if dist.is_available():
     # To be imported before there is a process group, which its functions would keep for good as the
     # default of their arguments: the first step of an optimizer imports it.
     import torch.distributed.nn.functional
+    from torch.distributed.tensor import DTensor
 
 T = TypeVar("T")
 BUCKET_BYTES = 2**25  # of gradients that are summed in one go, the size that torch's DDP takes
@@ -165,7 +166,8 @@ class Ranks:
                 )
 
     def sum_gradients(self, module: nn.Module, losses: Tensor, here: Tensor) -> Tensor:
-        """Add up the gradients of all ranks, each that of its samples in the batch.
+        """Add up the gradients of all ranks, each that of its samples in the batch. Those of which
+        each rank has a share are added up already.
 
         :param losses: of the samples on this rank, (n,)
         :param here: which samples of the batch these are, bool (batch,)
@@ -174,9 +176,10 @@ class Ranks:
         if self.size == 1:
             return losses
         trained = [p for p in module.parameters() if p.requires_grad]
+        trained = [p for p in trained if not isinstance(p, DTensor)]
         group = self.host if dist.get_backend() == "gloo" else None  # None: NCCL's
         # In one go with the losses, because a gradient that no rank has stays None.
-        device = trained[0].device
+        device = next(module.parameters()).device
         shared = torch.zeros(len(here) + len(trained), device=device)
         shared[: len(here)][here.to(device)] = losses.float().to(device)
         has = [p.grad is not None for p in trained]

@@ -1,6 +1,9 @@
 """Decides before a run starts how its updates will use the memory."""
 
 import warnings
+from collections.abc import Sequence
+
+from torch import nn
 
 from cfgrl_gym.algorithms.memory.device import (
     GIB,
@@ -20,6 +23,7 @@ def plan_memory(
     prefix_memory: float | None,
     verbose: int,
     copied: bool = False,
+    ranks: int = 1,
 ) -> MicroBatches:
     """Find micro-batches that fit, and resize the prefix cache to the memory that is left.
 
@@ -29,6 +33,7 @@ def plan_memory(
     :param prefix_memory: GiB of the host's memory for prefixes; None: half of what is free
     :param verbose: 1 or more: print the plan
     :param copied: an update has a copy of the policy beside it
+    :param ranks: that share what an update trains, which each has besides the whole policy (FSDP2)
     :raises MemoryError: the device can't hold an update
     """
     policy = prefixes.policy
@@ -36,8 +41,11 @@ def plan_memory(
     if device_memory is not None:
         free = min(free, int(device_memory * GIB))
     if copied:
-        free -= _size_of_copy(policy)
-    plan = policy.plan_update(batch_size, free)
+        free -= size_of_copy(policy)
+    saved = 0
+    if ranks > 1:
+        saved = saved_by_sharing(policy, policy.fsdp_units(), size_of_copy(policy), ranks)
+    plan = policy.plan_update(batch_size, free + saved)
     if plan.batch_size < batch_size:
         warnings.warn(
             f"batches of {batch_size} don't fit in {free / GIB:.1f} GiB: going on with "
@@ -49,12 +57,29 @@ def plan_memory(
     if verbose and plan.needed is not None:
         print(
             f"Memory: an update on micro-batches of {plan.batch_size} needs about "
-            f"{plan.needed / GIB:.2f} of {free / GIB:.2f} GiB; {prefixes}"
+            f"{(plan.needed - saved) / GIB:.2f} of {free / GIB:.2f} GiB; {prefixes}"
         )
     return MicroBatches(plan.batch_size)
 
 
-def _size_of_copy(policy: FlowPolicy) -> int:
+def saved_by_sharing(module: nn.Module, units: Sequence[nn.Module], copied: int, ranks: int) -> int:
+    """Return the bytes that FSDP saves each rank of an update's gradients and AdamW's averages.
+
+    Less what it takes: a share of gradients and of a copy, and weights and gradients that are
+    gathered at a time, those of no unit, of one unit and of the next.
+
+    :param module: that trains
+    :param units: see `FlowPolicy.fsdp_units`
+    :param copied: bytes of all that is shared out, but for gradients
+    """
+    trained, *apart = (
+        size_of(p for p in each.parameters() if p.requires_grad) for each in (module, *units)
+    )
+    gathered = trained - sum(apart) + 2 * max(apart, default=0)
+    return 3 * trained - (copied + trained) // ranks - 2 * gathered
+
+
+def size_of_copy(policy: FlowPolicy) -> int:
     """Return the bytes of what `copy_to_train` copies: weights that train, AdamW's two averages of
     each, the moving average and guidance's reference."""
     trained = size_of(p for p in policy.parameters() if p.requires_grad)

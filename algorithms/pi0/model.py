@@ -10,7 +10,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PI0ForConditionalGeneration
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.models.gemma.modeling_gemma import apply_rotary_pos_emb
+from transformers.models.gemma.modeling_gemma import GemmaMLP, apply_rotary_pos_emb
+from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer
 
 from cfgrl_gym.algorithms.flow import NULL, interpolate, sample_noise, sample_time
 from cfgrl_gym.algorithms.pi0.condition import OptimalityCondition, Pi0CFGRLConfig, as_labels
@@ -98,6 +99,12 @@ class Pi0ForCFGRL(PI0ForConditionalGeneration):
         self.checkpointing = True
         tower: Any = self.model.vlm.vision_tower
         tower._set_gradient_checkpointing(True, partial(checkpoint, use_reentrant=False))
+
+    def fsdp_units(self) -> list[nn.Module]:
+        """Return the token embeddings, the vision tower's layers, and the MLPs of all others, whose
+        attention isn't called as a module: see `FlowPolicy.fsdp_units`."""
+        layers = [m for m in self.modules() if isinstance(m, SiglipEncoderLayer | GemmaMLP)]
+        return [self.model.vlm.get_input_embeddings(), *layers]
 
     # The prefix -------------------------------------------------------------------------------
 

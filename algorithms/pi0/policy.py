@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from gymnasium import spaces
 from stable_baselines3.common.type_aliases import Schedule
-from torch import Tensor
+from torch import Tensor, nn
 
 from cfgrl_gym.algorithms.guidance import BRANCHES
 from cfgrl_gym.algorithms.pi0.checkpoints.build import POLICY_FILE, Trainable, VlmDtype, build
@@ -367,8 +367,11 @@ class Pi0Policy(FlowPolicy):
             two_prefixes=len({self.prefix_label(label) for label in BRANCHES}) > 1,
         )
 
-    def copy_to_train(self) -> "Pi0Policy":
-        copied = super().copy_to_train()
+    def fsdp_units(self) -> list[nn.Module]:
+        return self.model.fsdp_units()
+
+    def copy_to_train(self, *, bare: bool = False) -> "Pi0Policy":
+        copied = super().copy_to_train(bare=bare)
         copied._branch_velocities = copied.model.branch_velocities  # compiled: this one's weights
         return copied
 
