@@ -4,6 +4,7 @@ import ast
 import configparser
 import importlib.metadata
 import json
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -53,6 +54,15 @@ print(json.dumps({
     )
     assert done.code == 0, done.stderr
     assert json.loads(done.stdout) == {"general": [], "inside": []}
+
+
+def test_all_folders_of_modules_are_installed() -> None:
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    walked = os.walk(ROOT / "cfgrl_gym", followlinks=True)
+    folders = [Path(folder) for folder, _, files in walked if "__init__.py" in files]
+    there = {".".join(folder.relative_to(ROOT).parts) for folder in folders}
+    assert set(config["options"]["packages"].split()) == there
 
 
 def test_the_users_own_wrappers_module_is_not_shadowed(
