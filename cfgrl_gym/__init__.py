@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         ThreadVecEnv,
         WorkerVecEnv,
     )
+    from cfgrl_gym.envs.acceleration import accelerate_libero
 
 __all__ = [
     "CFGRL",
@@ -28,6 +29,7 @@ __all__ = [
     "ThreadVecEnv",
     "WorkerVecEnv",
     "__version__",
+    "accelerate_libero",
 ]
 
 # The environments count their own steps (their limit is in control steps, and a chunk has many),
@@ -46,6 +48,10 @@ register(
 
 
 def __getattr__(name: str) -> Any:
+    if name == "accelerate_libero":
+        from cfgrl_gym.envs.acceleration import accelerate_libero
+
+        return accelerate_libero
     if name in __all__:
         from cfgrl_gym import algorithms
 

@@ -69,13 +69,13 @@ def test_a_mujoco_without_what_the_control_loop_reads_is_noticed(
     data: dict[str, int], model: dict[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     known = {name: digests[0] for name, digests in upstream.KNOWN.items()}
-    monkeypatch.setattr(upstream, "digests", lambda control: known)
+    monkeypatch.setattr(upstream, "digests", lambda *_: known)
     sim = SimpleNamespace(
         data=SimpleNamespace(_data=SimpleNamespace(**data)),
         model=SimpleNamespace(_model=SimpleNamespace(**model)),
     )
     with pytest.raises(UnknownUpstreamError, match="MuJoCo is older"):
-        upstream.check_upstream(SimpleNamespace(env=SimpleNamespace(sim=sim)))
+        upstream.check_upstream(SimpleNamespace(sim=sim), object)
 
 
 def test_another_controller_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:

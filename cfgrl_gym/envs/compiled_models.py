@@ -41,7 +41,8 @@ class CompiledModel:
     A model that is stepped is never modified, with one exception: each environment has its own
     colours, which are in the model only while `lock` is held. The positions of fixtures are part of
     a model, too, and LIBERO moves them at a reset. So resets are made on the model as compiled,
-    `base`, one at a time, and what is stepped afterwards is a copy with these positions.
+    `base`, one at a time, and what is stepped afterwards is a copy with these positions. All other
+    arrays are read-only, so that nobody changes them for all.
 
     :param mj: the compiled model
     :param base: the model that this one is a copy of; None if it was compiled itself
@@ -54,6 +55,11 @@ class CompiledModel:
         self._places = [getattr(mj, name).copy() for name in PLACES]
         self.colours = {name: getattr(mj, name).copy() for name in COLOURS}  # as compiled
         self._copies: dict[bytes, weakref.ref[CompiledModel]] = {}
+        for name in dir(mj):
+            if name not in PLACES + COLOURS:
+                array = getattr(mj, name, None)
+                if isinstance(array, np.ndarray):
+                    array.flags.writeable = False
 
     def restore(self) -> None:
         """Restore all bodies to their positions as compiled."""

@@ -148,23 +148,25 @@ class SamplingClock:
     def restart(self, forced_measurements: int) -> None:
         self._time = 0.0
         for _ in range(forced_measurements):
-            self._sampled = True
-            self._count()
+            self.substep(forced=True)
 
     def control_step(self, substeps: int) -> int:
         """Advance by a control step; return the substep after which robosuite measures, or -1."""
         measured = -1
         for substep in range(substeps):
-            if not self._sampled and self._period >= self._time + self._substep:
-                self._sampled, measured = True, substep
-            self._count()
+            if self.substep():
+                measured = substep
         return measured
 
-    def _count(self) -> None:
+    def substep(self, forced: bool = False) -> bool:
+        """Advance by a substep, and return whether robosuite measures after it."""
+        due = not self._sampled and self._period >= self._time + self._substep
+        self._sampled = self._sampled or due or forced
         self._time += self._substep
         if self._time >= self._period:
             self._time %= self._period
             self._sampled = False
+        return due or forced
 
 
 class ControlLoop:
@@ -214,16 +216,23 @@ class ControlLoop:
         :param forced_measurements: number of robosuite's measurements since then
         """
         self.clock.restart(forced_measurements)
+        self.measure()
+        self.read_controller()
+        self.gripper[:] = self._env.robots[0].gripper.current_action
+
+    def measure(self) -> None:
+        """Keep the state that is there now as the one that robosuite has measured."""
         data = self._env.sim.data._data
         for kept, values in zip(self.measured, (data.qpos, data.qpos, data.qvel), strict=True):
             kept[:] = values
-        robot = self._env.robots[0]
-        self._controller = controller = robot.controller
+
+    def read_controller(self) -> None:
+        """Take over the controller's settings, which may be changed in an episode."""
+        self._controller = controller = self._env.robots[0].controller
         self._gains = tuple(
             np.array(values, dtype=np.float64)
             for values in (controller.kp, controller.kd, controller.initial_joint)
         )
-        self.gripper[:] = robot.gripper.current_action
 
     def advance(self, action: np.ndarray) -> bool:
         """Execute one control step, and return whether robosuite would have measured in it.

@@ -12,6 +12,9 @@ the look of a flame. What is done differently, without a difference in the resul
 """
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,6 +23,7 @@ from cfgrl_gym.envs import rendering
 from cfgrl_gym.envs.compiled_models import COLOURS, CompiledModel, compiled
 from cfgrl_gym.envs.installation import assets_required, fast_hint, import_libero
 from cfgrl_gym.envs.plain_simulator import PlainSimulator
+from cfgrl_gym.envs.problems import replaced
 from cfgrl_gym.envs.rendering import Quality
 from cfgrl_gym.envs.simulator import (
     CAMERAS,
@@ -62,7 +66,7 @@ def build_simulator(
             return PlainSimulator(task, image_size, cameras)
 
 
-def _on_shared_models(environment_class: type) -> type:
+def on_shared_models(environment_class: type) -> type:
     """Make a subclass of a LIBERO problem that takes compiled models and doesn't modify them."""
     from robosuite.utils.binding_utils import MjModel, MjSim
 
@@ -107,54 +111,67 @@ class FastSimulator(Simulator):
         super().__init__(task, image_size, cameras)
         self.quality: Quality = quality
         wrapper = import_libero("envs.env_wrapper")
+        with quiet_and_seeded(LIBERO_SEED), replaced(on_shared_models):
+            control = wrapper.ControlEnv(
+                bddl_file_name=str(task.bddl_file),
+                use_camera_obs=False,
+                has_offscreen_renderer=False,
+                hard_reset=False,
+                ignore_done=True,
+            )
+        self._take(control.env, type(control.env))
+
+    def _take(self, env: Any, problem: Any) -> None:
+        """Simulate this environment from now on.
+
+        :param problem: the class of `on_shared_models` with robosuite's own reset and step
+        """
         import mujoco
 
         from cfgrl_gym.envs.control_loop import ControlLoop
 
         self._mujoco = mujoco
-        problem = wrapper.BDDLUtils.get_problem_info(str(task.bddl_file))["problem_name"]
-        with quiet_and_seeded(LIBERO_SEED):
-            registered = wrapper.TASK_MAPPING[problem]
-            wrapper.TASK_MAPPING[problem] = _on_shared_models(registered)
-            try:
-                control = wrapper.ControlEnv(
-                    bddl_file_name=str(task.bddl_file),
-                    use_camera_obs=False,
-                    has_offscreen_renderer=False,
-                    hard_reset=False,
-                    ignore_done=True,
-                )
-            finally:
-                wrapper.TASK_MAPPING[problem] = registered
-        env = self.robosuite_env = control.env
+        self.robosuite_env, self._problem = env, problem
         self._samplers = list(env.object_property_initializers)
         self._compiled: CompiledModel = env.compiled_model
         # The poses in the measured state, computed on request.
         self._measured: Any = mujoco.MjData(self.model)
         self._measured_is_current = False
         self._measured_colours: dict[str, np.ndarray] = {}
-        check_upstream(control)
+        check_upstream(env, import_libero("envs.env_wrapper").ControlEnv)
         self._loop: Any = ControlLoop(env)
         self._check_control_loop()
 
     # Episodes ---------------------------------------------------------------------------------
 
     def reset(self, seed: int, init_state: np.ndarray | None) -> None:
+        with self._placing():
+            self._robosuite_reset(seed)
+        if init_state is not None:
+            self._set_state(init_state)
+        self._begin_episode(forced_measurements=1 if init_state is None else 2)
+
+    @contextmanager
+    def _placing(self) -> Iterator[None]:
+        """Have the model as compiled inside, in which a reset moves fixtures."""
         sim, base = self.robosuite_env.sim, self._compiled.base
         with building:
             sim.model._model = base.mj
             try:
-                self._robosuite_reset(seed)
+                yield
                 self._compiled = base.as_placed()
             finally:
                 base.restore()
                 sim.model._model = self._compiled.mj
-        if init_state is not None:
-            self._set_state(init_state)
-        self._loop.start_episode(forced_measurements=1 if init_state is None else 2)
+
+    def _begin_episode(self, forced_measurements: int) -> None:
+        self._loop.start_episode(forced_measurements)
         self._measured_is_current = False
         self._measured_colours = self._colours()
         self._forget()
+
+    def _reset_robosuite(self) -> None:
+        self._problem.reset(self.robosuite_env)
 
     def _prepare_reset(self, number: int) -> None:
         env, base = self.robosuite_env, self._compiled.base
@@ -170,14 +187,19 @@ class FastSimulator(Simulator):
 
     def advance(self, action: np.ndarray) -> bool:
         self._remember(action)
+        self._control_step(action)
+        return bool(self.robosuite_env._check_success())
+
+    def _control_step(self, action: np.ndarray) -> float:
+        """Execute a control step, and return LIBERO's reward."""
         env = self.robosuite_env
         env.timestep += 1
         if self._loop.advance(action):
             self._measured_is_current = False
         env.cur_time += env.control_timestep
         self._measured_colours = self._colours()  # LIBERO draws first and then turns a flame on
-        env._post_action(action)
-        return bool(env._check_success())
+        reward: float = env._post_action(action)[0]
+        return reward
 
     def _gripper_and_clock(self) -> tuple[np.ndarray, float, bool]:
         return self._loop.gripper.copy(), *self._loop.clock.phase
@@ -267,7 +289,7 @@ class FastSimulator(Simulator):
             return
         actions = np.random.default_rng(0).uniform(-1, 1, (_CHECKED_STEPS, len(SETTLE_ACTION)))
         results = []
-        for advance in (self.robosuite_env.step, self.advance):
+        for advance in (partial(self._problem.step, self.robosuite_env), self.advance):
             self.reset(LIBERO_SEED, None)
             for action in actions:
                 advance(action)

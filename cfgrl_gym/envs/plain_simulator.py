@@ -7,6 +7,7 @@ robosuite is unknown.
 import numpy as np
 
 from cfgrl_gym.envs.installation import import_libero
+from cfgrl_gym.envs.problems import replaced
 from cfgrl_gym.envs.render_backend import keep_display, load_triton
 from cfgrl_gym.envs.simulator import (
     CAMERAS,
@@ -33,7 +34,7 @@ class PlainSimulator(Simulator):
         super().__init__(task, image_size, cameras)
         load_triton()
         wrapper = import_libero("envs.env_wrapper")
-        with quiet_and_seeded(LIBERO_SEED):
+        with quiet_and_seeded(LIBERO_SEED), replaced(lambda own: own):
             self._control = wrapper.OffScreenRenderEnv(
                 bddl_file_name=str(task.bddl_file),
                 camera_names=list(cameras),

@@ -228,7 +228,7 @@ class Simulator(ABC):
             for number in range(MAX_PLACEMENT_TRIES):
                 self._prepare_reset(number)
                 try:
-                    self.robosuite_env.reset()
+                    self._reset_robosuite()
                     return
                 except RandomizationError:
                     continue
@@ -236,6 +236,9 @@ class Simulator(ABC):
             f"LIBERO found no placement for {self.task.name!r} with seed {seed} in "
             f"{MAX_PLACEMENT_TRIES} tries; try another seed"
         )
+
+    def _reset_robosuite(self) -> None:
+        self.robosuite_env.reset()
 
     @abstractmethod
     def _prepare_reset(self, number: int) -> None:

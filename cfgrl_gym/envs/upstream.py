@@ -81,20 +81,20 @@ class UnknownUpstreamError(RuntimeError):
     """The installed LIBERO, robosuite or MuJoCo isn't known to the fast simulator."""
 
 
-def check_upstream(control: Any) -> None:
+def check_upstream(env: Any, wrapper: type) -> None:
     """Refuse what the fast simulator may not get right.
 
-    :param control: LIBERO's `ControlEnv`
+    :param env: LIBERO's environment on robosuite
+    :param wrapper: LIBERO's `ControlEnv`
     :raises UnknownUpstreamError: naming what is not known
     """
-    found = digests(control)
+    found = digests(env, wrapper)
     changed = [name for name in KNOWN.keys() | found if found.get(name) not in KNOWN.get(name, ())]
     if changed:
         raise UnknownUpstreamError(
             "the installed LIBERO or robosuite has another "
             f"{', '.join(sorted(changed))} than those known"
         )
-    env = control.env
     if not (hasattr(env.sim.data._data, "M") and hasattr(env.sim.model._model, "M_rowadr")):
         raise UnknownUpstreamError(
             "the installed MuJoCo is older than those known: there, an additional forward pass "
@@ -119,7 +119,7 @@ def check_upstream(control: Any) -> None:
             )
 
 
-def digests(control: Any) -> dict[str, str]:
+def digests(env: Any, wrapper: type) -> dict[str, str]:
     """Return the start of the SHA-256 of each function's source, as this environment calls it.
 
     Of the classes of each part that has a class in `KNOWN`, those of the functions named there, in
@@ -127,7 +127,6 @@ def digests(control: Any) -> dict[str, str]:
     """
     from robosuite.utils import control_utils
 
-    env = control.env
     robot = env.robots[0]
     names = [name.split(".") for name in KNOWN]
     functions = {
@@ -135,9 +134,10 @@ def digests(control: Any) -> dict[str, str]:
         for owner, name in names
         if owner == "control_utils"
     }
-    simulated = (control, env, robot, robot.gripper, robot.controller, env.sim, env.sim.data)
-    for part in (*simulated, next(iter(env._observables.values()))):
-        classes = [c for c in type(part).__mro__ if not c.__module__.startswith("cfgrl_gym")]
+    simulated = (env, robot, robot.gripper, robot.controller, env.sim, env.sim.data)
+    parts = (*simulated, next(iter(env._observables.values())))
+    for kind in (wrapper, *map(type, parts)):
+        classes = [c for c in kind.__mro__ if not c.__module__.startswith("cfgrl_gym")]
         wanted = {name for owner, name in names if owner in {c.__name__ for c in classes}}
         functions |= {
             f"{c.__name__}.{name}": vars(c)[name]
