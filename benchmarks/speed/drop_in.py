@@ -4,10 +4,11 @@ Both environments are in one process, in turns: reset, `set_init_state`, then co
 the program reads both images, and control steps of which it reads none. LIBERO renders in either
 case. Rates are LIBERO's time to the drop-in's, of the medians over all rounds.
 
-    python benchmarks/speed/drop_in.py   # about 5 minutes on 2 idle cores
+    python benchmarks/speed/drop_in.py   # about 8 minutes on 2 idle cores
 """
 
 from collections.abc import Callable
+from itertools import product
 from statistics import median
 from time import perf_counter
 from typing import Any
@@ -23,7 +24,7 @@ TASKS = (
     *(("libero_spatial", 0), ("libero_object", 0), ("libero_goal", 0)),
     *(("libero_10", 0), ("libero_90", 0)),
 )
-IMAGE_SIZE = 256  # openpi's evaluation renders so
+SIZES = (128, 256)  # LIBERO's default, and what openpi's evaluation renders
 STEPS = 10  # of each kind in a round
 IMAGES = ("agentview_image", "robot0_eye_in_hand_image")
 
@@ -75,6 +76,7 @@ def measure(suite: str, task_id: int, rounds: int, size: int) -> dict[str, Any]:
     return {
         "suite": suite,
         "task_id": task_id,
+        "size": size,
         "ratios": ratios,
         "median_seconds": medians,
         "seconds": seconds,
@@ -84,14 +86,14 @@ def measure(suite: str, task_id: int, rounds: int, size: int) -> dict[str, Any]:
 def main() -> None:
     parser = arguments(__doc__, "drop_in.json")
     parser.add_argument("--rounds", type=int, default=3, help="(%(default)s)")
-    parser.add_argument("--size", type=int, default=IMAGE_SIZE, help="of images (%(default)s)")
+    parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="of images %(default)s")
     args = parser.parse_args()
     tasks = []
-    for suite, task_id in TASKS:
-        tasks.append(measure(suite, task_id, args.rounds, args.size))
+    for size, (suite, task_id) in product(args.sizes, TASKS):
+        tasks.append(measure(suite, task_id, args.rounds, size))
         ratios = "  ".join(f"{what} {ratio:.1f}" for what, ratio in tasks[-1]["ratios"].items())
-        print(f"{suite} {task_id}: {ratios}", flush=True)
-    write_timing(args.out, size=args.size, rounds=args.rounds, tasks=tasks)
+        print(f"{suite} {task_id}, {size} px: {ratios}", flush=True)
+    write_timing(args.out, rounds=args.rounds, tasks=tasks)
 
 
 if __name__ == "__main__":

@@ -66,16 +66,25 @@ class CompiledModel:
         for name, places in zip(PLACES, self._places, strict=True):
             getattr(self.mj, name)[:] = places
 
+    def places(self) -> dict[str, np.ndarray]:
+        """Return a copy of the positions that the bodies have now."""
+        return {name: getattr(self.mj, name).copy() for name in PLACES}
+
+    @property
+    def has_moved(self) -> bool:
+        """Return whether the positions are others than those compiled."""
+        now = (getattr(self.mj, name) for name in PLACES)
+        return not all(map(np.array_equal, now, self._places))
+
     def as_placed(self) -> "CompiledModel":
         """Return a model to step with the positions that this one has now, the same at each call.
 
         It is this model itself if nothing has moved: then nothing ever does, because LIBERO places
         the same fixtures of a task at every reset.
         """
-        places = [getattr(self.mj, name) for name in PLACES]
-        if all(map(np.array_equal, places, self._places)):
+        if not self.has_moved:
             return self
-        key = b"".join(array.tobytes() for array in places)
+        key = b"".join(array.tobytes() for array in self.places().values())
         reference = self._copies.get(key)
         model = reference() if reference is not None else None
         if model is None:

@@ -4,9 +4,11 @@ The class is LIBERO's own; what is replaced is the environment on robosuite insi
 LIBERO's `SubprocVectorEnv`, its scripts and those of others find every method and attribute.
 """
 
+import copy
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -195,9 +197,21 @@ class DropInSimulator(FastSimulator):
         self._sizes = {camera: size for camera, size, _ in pictures}
         self._rows = IMAGE_CONVENTION_MAPPING[macros.IMAGE_CONVENTION]  # 1, or -1 for upright
         self._resets = 0
+        self._own: CompiledModel | None = None
         self._take(env, problem)
         self._render_by_robosuite = env.sim.render
         env.sim.render = self._render_now
+
+    def _placed(self, base: CompiledModel) -> CompiledModel:
+        """Return this environment's own model where fixtures have moved: a program's seeds move
+        them elsewhere at every reset, so that no other has the same."""
+        if not base.has_moved:
+            return base
+        if self._own is None:
+            self._own = CompiledModel(copy.copy(base.mj), base)
+        for name, places in base.places().items():
+            getattr(self._own.mj, name)[:] = places
+        return self._own
 
     def _reset_robosuite(self) -> None:
         env = self.robosuite_env
@@ -306,7 +320,8 @@ class _Moment:
         measured: tuple[np.ndarray, np.ndarray, np.ndarray],
         colours: dict[str, np.ndarray],
     ) -> None:
-        self._model, self._colours = model, colours
+        self._base, self._colours = model.base, colours
+        self._places = None if model is model.base else model.places()
         self._measured = tuple(part.copy() for part in measured)
 
     def render(self, camera: str, size: int, rows: int) -> np.ndarray:
@@ -314,13 +329,24 @@ class _Moment:
 
         :param rows: -1 to turn them round
         """
+        with building if self._places else nullcontext():  # as a reset, which moves fixtures
+            try:
+                for name, places in (self._places or {}).items():
+                    getattr(self._base.mj, name)[:] = places
+                return self._render(camera, size)[::rows]
+            finally:
+                if self._places:
+                    self._base.restore()
+
+    def _render(self, camera: str, size: int) -> np.ndarray:
         import mujoco
 
-        data = mujoco.MjData(self._model.mj)
+        model = self._base.mj
+        data = mujoco.MjData(model)
         data.qpos[:], after, velocities = self._measured
-        mujoco.mj_kinematics(self._model.mj, data)
-        mujoco.mj_comPos(self._model.mj, data)
-        mujoco.mj_camlight(self._model.mj, data)
+        mujoco.mj_kinematics(model, data)
+        mujoco.mj_comPos(model, data)
+        mujoco.mj_camlight(model, data)
         data.qpos[:], data.qvel[:] = after, velocities
-        (picture,) = rendering.render(self._model, data, self._colours, (camera,), size)
-        return picture[::rows]
+        (picture,) = rendering.render(self._base, data, self._colours, (camera,), size)
+        return picture

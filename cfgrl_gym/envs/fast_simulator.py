@@ -159,10 +159,14 @@ class FastSimulator(Simulator):
             sim.model._model = base.mj
             try:
                 yield
-                self._compiled = base.as_placed()
+                self._compiled = self._placed(base)
             finally:
                 base.restore()
                 sim.model._model = self._compiled.mj
+
+    def _placed(self, base: CompiledModel) -> CompiledModel:
+        """Return the model to step after a reset that moved the fixtures of `base`."""
+        return base.as_placed()
 
     def _begin_episode(self, forced_measurements: int) -> None:
         self._loop.start_episode(forced_measurements)
