@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 from conftest import Finished
 
-from cfgrl_gym.envs import OffScreenRenderEnv, rendering
+from cfgrl_gym.envs import OffScreenRenderEnv, fast_simulator, rendering
 from cfgrl_gym.envs.installation import import_libero
 from cfgrl_gym.envs.simulator import IMAGE_KEYS
 from cfgrl_gym.envs.suites import load_init_states, select_tasks
+from cfgrl_gym.envs.upstream import UnknownUpstreamError
 
 LIBEROS = import_libero("envs.env_wrapper").OffScreenRenderEnv
 SIZE, STEPS = 48, 12
@@ -142,6 +143,7 @@ import json
 import numpy as np
 from cfgrl_gym.envs import OffScreenRenderEnv
 from cfgrl_gym.envs.installation import import_libero
+from cfgrl_gym.envs.upstream import UnknownUpstreamError
 from cfgrl_gym.envs.suites import load_init_states
 
 arguments = json.loads(ARGUMENTS)
@@ -182,6 +184,22 @@ def test_what_is_not_known_to_be_exact_is_libero_s_own(recwarn: Any) -> None:
     env.close()
 
 
+def test_an_unknown_upstream_is_libero_s_own_from_the_same_random_numbers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def unknown(*_: Any) -> None:
+        raise UnknownUpstreamError("another robosuite")
+
+    after = []
+    for make in (OffScreenRenderEnv, LIBEROS):
+        np.random.seed(3)  # noqa: NPY002
+        monkeypatch.setattr(fast_simulator, "check_upstream", unknown)
+        env = make(**arguments())
+        after.append(global_generator())
+        env.close()
+    assert after[0] == after[1]
+
+
 def test_frames_that_only_robosuite_renders_are_robosuite_s(env: Any) -> None:
     env.seed(0)
     env.reset()
@@ -209,6 +227,12 @@ def test_what_can_not_be_done_is_said(env: Any) -> None:
         env.step(np.zeros(6))
     with pytest.raises(ValueError, match="read-only"):  # other environments have the model too
         env.sim.model.cam_pos[0] = 1.0
+    with pytest.raises(NotImplementedError, match="an observable's corrupter can't be modified"):
+        env.env.modify_observable("robot0_joint_pos", "corrupter", lambda value: value + 1)
+    with pytest.raises(NotImplementedError, match="no reset_from_xml_string in a fast environment"):
+        env.reset_from_xml_string("<mujoco/>")
+    with pytest.raises(ValueError, match=r"no camera 'nowhere'; it has .*agentview"):
+        OffScreenRenderEnv(**arguments(camera_names=["nowhere"]))
     with pytest.raises(TypeError, match="no_such_argument"):
         OffScreenRenderEnv(**arguments(no_such_argument=1))
 

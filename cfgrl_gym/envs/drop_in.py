@@ -51,6 +51,7 @@ _ANY = (  # it makes no difference to what is fast, or the upstream check decide
     *("bddl_file_name", "controller_configs", "render_camera", "render_gpu_device_id"),
     *("horizon", "ignore_done", "camera_names", "camera_heights", "camera_widths"),
 )
+_UNKNOWN_OF_OBSERVABLES = ("corrupter", "filter", "delayer", "sampling_rate")
 _warned: set[str] = set()
 
 
@@ -87,10 +88,12 @@ def _build(problem: type, bddl_file_name: str, **kwargs: Any) -> Any:
     why = _why_not_fast(kwargs)
     with assets_required():
         if why is None:
+            before = np.random.get_state()  # noqa: NPY002
             try:
                 return _accelerated(problem)(bddl_file_name, **kwargs)
             except UnknownUpstreamError as error:
                 why = f"{error}. For the fast path: {fast_hint()}"
+                np.random.set_state(before)  # noqa: NPY002
         if why not in _warned:
             _warned.add(why)
             warnings.warn(f"simulating at LIBERO's own speed: {why}", stacklevel=5)
@@ -165,6 +168,14 @@ def _accelerated(problem: type) -> type:
             self.simulator.measure(force=True)
         return self.simulator.observation()
 
+    def modify_observable(self: Any, observable_name: str, attribute: str, modifier: Any) -> None:
+        if self.simulator is not None and attribute in _UNKNOWN_OF_OBSERVABLES:
+            raise _not_here(f"an observable's {attribute} can't be modified")
+        shared.modify_observable(self, observable_name, attribute, modifier)
+
+    def reset_from_xml_string(self: Any, xml_string: str) -> None:
+        raise _not_here("there is no reset_from_xml_string")
+
     def close(self: Any) -> None:
         simulator, self.simulator = self.simulator, None
         if simulator is None:
@@ -172,9 +183,19 @@ def _accelerated(problem: type) -> type:
         else:
             simulator.close()
 
-    methods = (__init__, reset, step, _update_observables, _get_observations, close)
+    methods = (
+        *(__init__, reset, step, _update_observables, _get_observations, close),
+        *(modify_observable, reset_from_xml_string),
+    )
     body = {each.__name__: each for each in methods} | {"__module__": __name__}
     return type(problem.__name__, (shared,), body)
+
+
+def _not_here(what: str) -> NotImplementedError:
+    return NotImplementedError(
+        f"{what} in a fast environment; take LIBERO's own class for that: "
+        "libero.libero.envs.OffScreenRenderEnv, in a process without accelerate_libero()"
+    )
 
 
 class DropInSimulator(FastSimulator):
@@ -190,6 +211,12 @@ class DropInSimulator(FastSimulator):
         from robosuite.utils.mjcf_utils import IMAGE_CONVENTION_MAPPING
 
         cameras = tuple(camera for camera, _, _ in pictures)
+        known = env.sim.model.camera_names
+        for camera in cameras:
+            if camera not in known:
+                raise ValueError(
+                    f"the scene has no camera {camera!r}; it has {', '.join(map(str, known))}"
+                )
         file = Path(env.bddl_file_name)
         task = Task(file.parent.name, -1, file.stem, "", file, file)  # of no suite
         Simulator.__init__(self, task, pictures[0][1], cameras)
