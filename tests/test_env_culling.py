@@ -113,6 +113,7 @@ def test_with_shadows_everything_is_drawn(can_env: LiberoEnv, drawn: Drawn) -> N
     can_env.reset(seed=0)
     simulator: Any = can_env.simulator
     light_castshadow = simulator.model.light_castshadow
+    light_castshadow.flags.writeable = True
     kept = light_castshadow.copy()
     picture(can_env, CAMERAS[1], 64)
     try:
@@ -120,6 +121,7 @@ def test_with_shadows_everything_is_drawn(can_env: LiberoEnv, drawn: Drawn) -> N
         picture(can_env, CAMERAS[1], 64)
     finally:
         light_castshadow[:] = kept
+        light_castshadow.flags.writeable = False
     culled, everything = drawn.meshes[-2:]
     assert culled < everything / 2
 
