@@ -143,7 +143,7 @@ def test_several_blow_ups_in_a_row_leave_no_trace(
 def test_liberos_own_simulation_ends_and_recovers_alike(
     fresh: list[dict[str, np.ndarray]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def unknown(control: Any) -> None:
+    def unknown(*_: Any) -> None:
         raise UnknownUpstreamError("changed for a test")
 
     monkeypatch.setattr(fast_simulator, "check_upstream", unknown)
