@@ -10,7 +10,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from cfgrl_envs import QueueEnv, Rows, vec
-from pi0_support import SIZES, PromptEnv
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Logger
 
@@ -75,6 +74,8 @@ def train(rank: int, folder: Path, given: dict[str, Any]) -> None:
         kind = getattr(torch.optim, options.pop("optimizer"))
         options["policy_kwargs"] = options["policy_kwargs"] | {"optimizer_class": kind}
     if "pi0" in given:
+        from pi0_support import SIZES, PromptEnv  # imports transformers, which takes seconds
+
         options["policy_kwargs"] = {"sizes": SIZES, "ema_decay": 0.9} | given["pi0"]
         model = CountWindows("Pi0Policy", vec(PromptEnv, 3), device="cpu", **options)
     else:

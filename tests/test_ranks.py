@@ -135,7 +135,7 @@ def test_a_run_goes_on_on_another_number_of_ranks(tmp_path: Path, fsdp: bool) ->
     (first, second) = run(tmp_path / "first", 2, checkpoints=checkpoints, **given)
     assert len(first["optimizer"]) > 0
     assert len(second["optimizer"]) == (0 if fsdp else len(first["optimizer"]))
-    for size in (1, 2, 3):
+    for size in (1, 3) if fsdp else (1, 2, 3):
         resumed = run(tmp_path / f"on{size}", size, resume=checkpoints, **given)
         assert difference(resumed[0], alone) < 1e-6
         assert resumed[0]["training"] == alone["training"]
@@ -206,9 +206,8 @@ def test_a_rank_that_is_killed_ends_the_others(tmp_path: Path, victim: int) -> N
     assert "RankLostError: another rank has ended" in errors[1 - victim]
 
 
-@pytest.mark.parametrize("fsdp", [False, True])
-def test_a_rank_that_is_killed_in_an_update_ends_the_others(tmp_path: Path, fsdp: bool) -> None:
-    options = OPTIONS | {"fsdp": fsdp}
+def test_a_rank_that_is_killed_in_an_update_ends_the_others(tmp_path: Path) -> None:
+    options = OPTIONS | {"fsdp": True}
     processes = start(tmp_path / "ranks", 2, options=options, dies_in_update=1)
     errors = end(processes)
     assert processes[0].returncode == 1
