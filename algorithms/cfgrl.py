@@ -518,7 +518,10 @@ class CFGRL(IterationLoop):
         of_step = self.policy.optimizer, self.window_losses
         if not is_sharded(self.policy):
             return self._micro_batches.backward(*of_step, *samples, batch_size=batch_size)
-        blank = blank_windows(self.policy, 1), *self.policy.draw_flow(1, torch.Generator())
+
+        def blank() -> tuple[WindowBatch, Tensor, Tensor]:
+            return blank_windows(self.policy, 1), *self.policy.draw_flow(1, torch.Generator())
+
         return backward_together(
             self.ranks, self._micro_batches.size, *of_step, samples, blank, batch_size
         )

@@ -175,8 +175,7 @@ class Ranks:
         """
         if self.size == 1:
             return losses
-        trained = [p for p in module.parameters() if p.requires_grad]
-        trained = [p for p in trained if not isinstance(p, DTensor)]
+        trained = [p for p in module.parameters() if p.requires_grad and not isinstance(p, DTensor)]
         group = self.host if dist.get_backend() == "gloo" else None  # None: NCCL's
         # In one go with the losses, because a gradient that no rank has stays None.
         device = next(module.parameters()).device

@@ -58,7 +58,7 @@ def backward_together(
     optimizer: torch.optim.Optimizer,
     loss: Callable[..., Tensor],
     samples: Sequence[Any],
-    blank: Sequence[Any],
+    blank: Callable[[], Sequence[Any]],
     batch_size: int,
 ) -> Tensor:
     """Set the gradients to those of the sum of all ranks' losses divided by `batch_size`.
@@ -68,7 +68,7 @@ def backward_together(
     :param size: most samples of a pass
     :param loss: some of the samples -> the loss of each, (n,)
     :param samples: arguments of `loss`, each indexed by rows, int64 (n,)
-    :param blank: a sample with any contents, for a pass for which this rank has none left
+    :param blank: makes a sample with any contents, for a pass for which this rank has none left
     :return: every sample's loss on this rank, (n,), detached
     """
     optimizer.zero_grad()
@@ -80,7 +80,7 @@ def backward_together(
             computed = loss(*(sample[rows] for sample in samples))
             losses.append(computed.detach().cpu())
         else:
-            computed = 0 * loss(*blank)
+            computed = 0 * loss(*blank())
         # FSDP averages the gradients of the ranks.
         (computed.sum() * ranks.size / batch_size).backward()
     return torch.cat(losses)

@@ -7,17 +7,17 @@ case. Rates are LIBERO's time to the drop-in's, of the medians over all rounds.
     python benchmarks/speed/drop_in.py   # about 8 minutes on 2 idle cores
 """
 
-from collections.abc import Callable
+from functools import partial
 from itertools import product
 from statistics import median
-from time import perf_counter
 from typing import Any
 
 import numpy as np
-from timing_common import arguments, random_actions, write_timing
+from timing_common import arguments, random_actions, seconds, write_timing
 
 from cfgrl_gym.envs import OffScreenRenderEnv
 from cfgrl_gym.envs.installation import import_libero
+from cfgrl_gym.envs.simulator import IMAGE_KEYS
 from cfgrl_gym.envs.suites import load_init_states, select_tasks
 
 TASKS = (
@@ -26,14 +26,6 @@ TASKS = (
 )
 SIZES = (128, 256)  # LIBERO's default, and what openpi's evaluation renders
 STEPS = 10  # of each kind in a round
-IMAGES = ("agentview_image", "robot0_eye_in_hand_image")
-
-
-def timed(seconds: list[float], work: Callable[[], Any]) -> Any:
-    began = perf_counter()
-    result = work()
-    seconds.append(perf_counter() - began)
-    return result
 
 
 def measure(suite: str, task_id: int, rounds: int, size: int) -> dict[str, Any]:
@@ -48,30 +40,30 @@ def measure(suite: str, task_id: int, rounds: int, size: int) -> dict[str, Any]:
     envs = {
         name: kind(bddl_file_name=str(task.bddl_file), **settings) for name, kind in kinds.items()
     }
-    seconds: dict[str, dict[str, list[float]]] = {}
+    spent: dict[str, dict[str, list[float]]] = {}
     actions = random_actions(2 * STEPS, seed=0)
     for number in range(rounds + 1):
         for name, env in envs.items():
             of_round: dict[str, list[float]] = {"reset": [], "read": [], "unread": []}
             env.seed(7)
-            timed(of_round["reset"], env.reset)
+            of_round["reset"].append(seconds(env.reset))
             env.set_init_state(states[number % len(states)])
             for action in actions[:STEPS]:
 
                 def read(env: Any = env, action: np.ndarray = action) -> None:
                     observation = env.step(action)[0]
-                    for image in IMAGES:
+                    for image in IMAGE_KEYS:
                         np.asarray(observation[image])
 
-                timed(of_round["read"], read)
+                of_round["read"].append(seconds(read))
             for action in actions[STEPS:]:
-                timed(of_round["unread"], lambda env=env, action=action: env.step(action))
+                of_round["unread"].append(seconds(partial(env.step, action)))
             if number:
                 for what, times in of_round.items():
-                    seconds.setdefault(what, {}).setdefault(name, []).extend(times)
+                    spent.setdefault(what, {}).setdefault(name, []).extend(times)
     for env in envs.values():
         env.close()
-    medians = {what: {name: median(t) for name, t in of.items()} for what, of in seconds.items()}
+    medians = {what: {name: median(t) for name, t in of.items()} for what, of in spent.items()}
     ratios = {what: of["libero"] / of["drop_in"] for what, of in medians.items()}
     return {
         "suite": suite,
@@ -79,7 +71,7 @@ def measure(suite: str, task_id: int, rounds: int, size: int) -> dict[str, Any]:
         "size": size,
         "ratios": ratios,
         "median_seconds": medians,
-        "seconds": seconds,
+        "seconds": spent,
     }
 
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from cfgrl_gym.envs import rendering
 from cfgrl_gym.envs.compiled_models import CompiledModel
-from cfgrl_gym.envs.fast_simulator import FastSimulator, on_shared_models
+from cfgrl_gym.envs.fast_simulator import FastSimulator, on_shared_models, set_measured
 from cfgrl_gym.envs.installation import assets_required, fast_hint, import_libero, keep_config
 from cfgrl_gym.envs.lazy_observation import LazyObservation
 from cfgrl_gym.envs.problems import Builder, replace, replaced
@@ -370,10 +370,6 @@ class _Moment:
 
         model = self._base.mj
         data = mujoco.MjData(model)
-        data.qpos[:], after, velocities = self._measured
-        mujoco.mj_kinematics(model, data)
-        mujoco.mj_comPos(model, data)
-        mujoco.mj_camlight(model, data)
-        data.qpos[:], data.qvel[:] = after, velocities
+        set_measured(model, data, self._measured)
         (picture,) = rendering.render(self._base, data, self._colours, (camera,), size)
         return picture

@@ -66,6 +66,18 @@ def build_simulator(
             return PlainSimulator(task, image_size, cameras)
 
 
+def set_measured(model: Any, data: Any, measured: tuple[np.ndarray, ...]) -> None:
+    """Give `mujoco.MjData` the poses of what `ControlLoop.measured` holds."""
+    import mujoco
+
+    data.qpos[:], after, velocities = measured
+    # What a measurement or a picture depends on, in the order of mj_fwdPosition.
+    mujoco.mj_kinematics(model, data)
+    mujoco.mj_comPos(model, data)
+    mujoco.mj_camlight(model, data)
+    data.qpos[:], data.qvel[:] = after, velocities
+
+
 def on_shared_models(environment_class: type) -> type:
     """Make a subclass of a LIBERO problem that takes compiled models and doesn't modify them."""
     from robosuite.utils.binding_utils import MjModel, MjSim
@@ -130,7 +142,6 @@ class FastSimulator(Simulator):
 
         from cfgrl_gym.envs.control_loop import ControlLoop
 
-        self._mujoco = mujoco
         self.robosuite_env, self._problem = env, problem
         self._samplers = list(env.object_property_initializers)
         self._compiled: CompiledModel = env.compiled_model
@@ -218,17 +229,10 @@ class FastSimulator(Simulator):
 
     def _measured_poses(self) -> Any:
         """Return `MjData` with the poses that robosuite's observables measured."""
-        data = self._measured
         if not self._measured_is_current:
-            before, after, velocities = self._loop.measured
-            data.qpos[:] = before
-            # What a measurement or a picture depends on, in the order of mj_fwdPosition.
-            self._mujoco.mj_kinematics(self.model, data)
-            self._mujoco.mj_comPos(self.model, data)
-            self._mujoco.mj_camlight(self.model, data)
-            data.qpos[:], data.qvel[:] = after, velocities
+            set_measured(self.model, self._measured, self._loop.measured)
             self._measured_is_current = True
-        return data
+        return self._measured
 
     def observe(self) -> dict[str, np.ndarray]:
         env = self.robosuite_env

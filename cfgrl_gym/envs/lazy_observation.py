@@ -20,8 +20,9 @@ class LazyObservation(OrderedDict[str, np.ndarray]):
     def __init__(
         self, values: Mapping[str, Any], lazy: Mapping[str, Callable[[], np.ndarray]]
     ) -> None:
+        self._lazy: dict[str, Callable[[], np.ndarray]] = {}
         super().__init__(values)
-        self._lazy = dict(lazy)
+        self._lazy |= lazy
 
     def __getitem__(self, key: str) -> Any:
         if key in self._lazy:
@@ -30,7 +31,7 @@ class LazyObservation(OrderedDict[str, np.ndarray]):
         return super().__getitem__(key)
 
     def __setitem__(self, key: str, value: Any) -> None:
-        vars(self).get("_lazy", {}).pop(key, None)
+        self._lazy.pop(key, None)
         super().__setitem__(key, value)
 
     def __delitem__(self, key: str) -> None:
@@ -61,7 +62,7 @@ class LazyObservation(OrderedDict[str, np.ndarray]):
         return self._whole().items()
 
     def copy(self) -> "OrderedDict[str, Any]":  # type: ignore[override]
-        return OrderedDict(self._whole())
+        return self._whole()
 
     __copy__ = copy
 
@@ -81,9 +82,6 @@ class LazyObservation(OrderedDict[str, np.ndarray]):
 
     def __reduce__(self) -> Any:
         return OrderedDict, (list(self.items()),)
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return self.__reduce__()
 
     def _whole(self) -> "OrderedDict[str, Any]":
         """Compute all that is still lazy."""
